@@ -1,0 +1,63 @@
+"""Model families: one transformer for all, and for each `model_type` its config and weight names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from . import llama, mistral, qwen
+from .config import ModelConfig, Rope
+from .huggingface import Stored
+from .transformer import Block, Transformer
+
+__all__ = [
+    "FAMILIES",
+    "Block",
+    "ModelConfig",
+    "Rope",
+    "Stored",
+    "Transformer",
+    "read_config",
+    "tensor_names",
+    "write_config",
+]
+
+# Each family module has `config`, `fields` (its inverse) and `names`.
+FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen}
+_SUPPORTED = "llama (Llama 2, 3, 3.1, 3.2), mistral (full attention), qwen2 (Qwen1.5, 2, 2.5) and qwen3 (dense)"
+
+
+def read_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """The config of a checkpoint from the fields of its config.json.
+
+    Raises ValueError that names an unsupported architecture or field, its value, and what is supported.
+    """
+    model_type = hf.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type={model_type!r} is not supported: {_SUPPORTED} are")
+    architectures = hf.get("architectures") or []
+    if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
+        raise ValueError(f"architectures={architectures} is not a language model: …ForCausalLM is supported")
+    return FAMILIES[model_type].config(hf)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a config.json that `read_config` and transformers read back as `config`.
+
+    Raises ValueError for a config that Hugging Face's classes cannot express.
+    """
+    if config.family not in FAMILIES:
+        raise ValueError(f"family={config.family!r} has no Hugging Face format: {_SUPPORTED} have")
+    hf = FAMILIES[config.family].fields(config)
+    back = read_config(hf)
+    if back != config:
+        raise ValueError(
+            f"a {config.family} of Hugging Face cannot express {config}: it would be read as {back}; "
+            "save with format='orbax' instead"
+        )
+    return hf
+
+
+def tensor_names(config: ModelConfig) -> dict[str, Stored]:
+    """Linen path, joined by "/", -> the checkpoint's tensor, for every weight."""
+    return FAMILIES[config.family].names(config)

@@ -1,0 +1,52 @@
+"""What a decoder-only transformer is, as two frozen records that jit can hash."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: base frequency, and how it is stretched past the trained length.
+
+    `kind` is transformers' `rope_type`: default, linear, llama3, yarn or dynamic. Fields that a kind
+    does not use keep their defaults, so that equal embeddings compare equal.
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_position: int = 0  # tokens; llama3, yarn and dynamic
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 1.0  # yarn: cos and sin are multiplied by it
+    truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and switches of a Llama- or Qwen-like transformer (letters as in `transformer.py`)."""
+
+    family: str  # the checkpoint's `model_type`
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    max_position_embeddings: int  # tokens the checkpoint was trained for
+    rope: Rope = Rope()
+    rms_norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def group_size(self) -> int:
+        """G, query heads per KV head."""
+        return self.num_heads // self.num_kv_heads

@@ -1,0 +1,285 @@
+"""What Hugging Face checkpoints of all families have in common: field spellings, tensor names.
+
+`config.json` is read as transformers 4 and 5 write it, with transformers' own defaults for what a file
+leaves out. A field that would change the arithmetic in a way that `transformer.py` does not know is
+refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import einops
+import numpy as np
+
+from .config import ModelConfig, Rope
+
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_COUNTS = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_ROPE_KINDS = ("default", "linear", "llama3", "yarn", "dynamic")
+# Fields of mixture-of-experts models; more than one expert is another feed-forward.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor as a checkpoint holds it: its name, and how it becomes ours.
+
+    `pattern` is einops', stored axes -> our axes; `sizes` gives each of its letters a length.
+    """
+
+    name: str
+    pattern: str
+    sizes: Mapping[str, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the checkpoint, `[out, in]` for a projection."""
+        axes = re.findall(r"\([^)]*\)|\S+", self.pattern.split("->")[0])
+        return tuple(math.prod(self.sizes[letter] for letter in axis.strip("()").split()) for axis in axes)
+
+    def to_ours(self, x: np.ndarray) -> np.ndarray:
+        """A view of the stored tensor with our axes."""
+        return self._rearrange(x, self.pattern)
+
+    def to_stored(self, x: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ours`."""
+        left, right = self.pattern.split("->")
+        return self._rearrange(x, f"{right.strip()} -> {left.strip()}")
+
+    def _rearrange(self, x: np.ndarray, pattern: str) -> np.ndarray:
+        return einops.rearrange(x, pattern, **{a: n for a, n in self.sizes.items() if a in pattern})
+
+
+def tensors(config: ModelConfig) -> dict[str, Stored]:
+    """Every weight of a model: linen path, joined by "/", -> the tensor that holds it."""
+    c = config
+    # v vocabulary, d model width, f feed-forward, k KV heads, g query heads per KV head, h head width.
+    sizes = {
+        "v": c.vocab_size,
+        "d": c.hidden_size,
+        "f": c.intermediate_size,
+        "k": c.num_kv_heads,
+        "g": c.group_size,
+        "h": c.head_dim,
+    }
+    block = {
+        "attn_norm/scale": ("input_layernorm.weight", "d -> d"),
+        "q/kernel": ("self_attn.q_proj.weight", "(k g h) d -> d k g h"),
+        "k/kernel": ("self_attn.k_proj.weight", "(k h) d -> d k h"),
+        "v/kernel": ("self_attn.v_proj.weight", "(k h) d -> d k h"),
+        "o/kernel": ("self_attn.o_proj.weight", "d (k g h) -> k g h d"),
+        "mlp_norm/scale": ("post_attention_layernorm.weight", "d -> d"),
+        "gate/kernel": ("mlp.gate_proj.weight", "f d -> d f"),
+        "up/kernel": ("mlp.up_proj.weight", "f d -> d f"),
+        "down/kernel": ("mlp.down_proj.weight", "d f -> f d"),
+    }
+    if c.qkv_bias:
+        block["q/bias"] = ("self_attn.q_proj.bias", "(k g h) -> k g h")
+        block["k/bias"] = ("self_attn.k_proj.bias", "(k h) -> k h")
+        block["v/bias"] = ("self_attn.v_proj.bias", "(k h) -> k h")
+    if c.output_bias:
+        block["o/bias"] = ("self_attn.o_proj.bias", "d -> d")
+    if c.mlp_bias:
+        block["gate/bias"] = ("mlp.gate_proj.bias", "f -> f")
+        block["up/bias"] = ("mlp.up_proj.bias", "f -> f")
+        block["down/bias"] = ("mlp.down_proj.bias", "d -> d")
+    if c.qk_norm:
+        block["q_norm/scale"] = ("self_attn.q_norm.weight", "h -> h")
+        block["k_norm/scale"] = ("self_attn.k_norm.weight", "h -> h")
+
+    named = {"embedding/embedding": ("model.embed_tokens.weight", "v d -> v d")}
+    for i in range(c.num_layers):
+        named |= {
+            f"blocks_{i}/{path}": (f"model.layers.{i}.{name}", pattern) for path, (name, pattern) in block.items()
+        }
+    named["norm/scale"] = ("model.norm.weight", "d -> d")
+    if not c.tie_embeddings:
+        named["head/kernel"] = ("lm_head.weight", "v d -> d v")
+    return {path: Stored(name, pattern, sizes) for path, (name, pattern) in named.items()}
+
+
+def decoder(
+    hf: Mapping[str, Any],
+    *,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm=False,
+) -> ModelConfig:
+    """The config of a Llama-like decoder; `hf` is config.json over the family's defaults.
+
+    Raises ValueError that names the field, its value and what is supported.
+    """
+    missing = [field for field in _REQUIRED if hf.get(field) is None]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    _refuse_unsupported(hf)
+    for field in (*_REQUIRED, *_COUNTS):
+        value = hf.get(field)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{field}={value!r} in config.json: must be a positive whole number")
+    num_heads = hf["num_attention_heads"]
+    num_kv_heads = num_heads if hf["num_key_value_heads"] is None else hf["num_key_value_heads"]
+    head_dim = hf["hidden_size"] // num_heads if hf.get("head_dim") is None else hf["head_dim"]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_attention_heads={num_heads} must be a multiple of num_key_value_heads={num_kv_heads}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be even: rotary embedding turns pairs")
+    return ModelConfig(
+        family=hf["model_type"],
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=hf["max_position_embeddings"],
+        rope=_read_rope(hf),
+        rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
+        mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
+    )
+
+
+def refuse_window(hf: Mapping[str, Any], window: int | None) -> None:
+    """Refuse a sliding window that would hide tokens within the model's own context.
+
+    Such a model never learned to look farther, which heads that keep everything would make it do.
+    """
+    if window is not None and window < hf["max_position_embeddings"]:
+        raise ValueError(
+            f"sliding_window={window} is active and shorter than max_position_embeddings="
+            f"{hf['max_position_embeddings']}: supported is full attention in every layer "
+            "(sliding_window null, or at least max_position_embeddings)"
+        )
+
+
+def fields(config: ModelConfig, architecture: str) -> dict[str, Any]:
+    """config.json's fields common to all families, in the spelling that transformers 4 and 5 both read."""
+    return {
+        "architectures": [architecture],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _write_rope(config.rope),
+    }
+
+
+def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
+    activation = hf.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ValueError(f"hidden_act={activation!r} is not supported: use silu")
+    for field in _EXPERTS:
+        if (hf.get(field) or 0) > 1:
+            raise ValueError(f"{field}={hf[field]}: mixture of experts is not supported, only dense models are")
+    if hf.get("quantization_config"):
+        method = dict(hf["quantization_config"]).get("quant_method", "unknown")
+        raise ValueError(
+            f"quantization_config with quant_method={method!r} is not supported: use the checkpoint in "
+            "float32, bfloat16 or float16 that it was made from"
+        )
+    other = sorted(set(hf.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
+    if other:
+        raise ValueError(f"layer_types holds {', '.join(other)}: supported is full_attention")
+
+
+def _read_rope(hf: Mapping[str, Any]) -> Rope:
+    """Rotary embedding in either spelling; precedence and defaults are transformers'."""
+    given = {"rope_theta": hf.get("rope_theta"), "partial_rotary_factor": hf.get("partial_rotary_factor")}
+    given |= hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in _ROPE_KINDS:
+        raise ValueError(f"rope type {kind!r} is not supported: use one of {', '.join(_ROPE_KINDS)}")
+    if (given["partial_rotary_factor"] or 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor={given['partial_rotary_factor']} is not supported: use 1.0")
+    trained = hf["max_position_embeddings"]
+    original = hf.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or trained
+    rope = Rope(theta=float(given["rope_theta"] or 10_000.0), kind=kind)
+    match kind:
+        case "default":
+            return rope
+        case "linear":
+            return dataclasses.replace(rope, factor=_number(given, "factor"))
+        case "dynamic":
+            # transformers stretches from max_position_embeddings, whatever the original length says.
+            return dataclasses.replace(rope, factor=_number(given, "factor"), original_max_position=trained)
+        case "llama3":
+            return dataclasses.replace(
+                rope,
+                factor=_number(given, "factor"),
+                original_max_position=original,
+                low_freq_factor=_number(given, "low_freq_factor"),
+                high_freq_factor=_number(given, "high_freq_factor"),
+            )
+    factor = float(given.get("factor") or trained / original)
+    truncate = given.get("truncate")
+    return dataclasses.replace(
+        rope,
+        factor=factor,
+        original_max_position=original,
+        beta_fast=float(given.get("beta_fast") or 32.0),
+        beta_slow=float(given.get("beta_slow") or 1.0),
+        attention_factor=_attention_factor(given, factor),
+        truncate=True if truncate is None else bool(truncate),
+    )
+
+
+def _attention_factor(given: Mapping[str, Any], factor: float) -> float:
+    """YaRN's factor on cos and sin: as given, or from mscale and mscale_all_dim, or 0.1 ln(factor) + 1."""
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return scale(given["mscale"]) / scale(given["mscale_all_dim"])
+    return scale(1.0)
+
+
+def _number(given: Mapping[str, Any], field: str) -> float:
+    value = given.get(field)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        kind = given.get("rope_type", given.get("type"))
+        raise ValueError(f"rope type {kind!r} needs {field}, a number; config.json has {value!r}")
+    return float(value)
+
+
+def _write_rope(rope: Rope) -> dict[str, Any] | None:
+    original = {"original_max_position_embeddings": rope.original_max_position}
+    match rope.kind:
+        case "default":
+            return None
+        case "linear" | "dynamic":
+            return {"rope_type": rope.kind, "factor": rope.factor}
+        case "llama3":
+            bands = {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+            return {"rope_type": "llama3", "factor": rope.factor} | original | bands
+        case "yarn":
+            ramp = {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+            return (
+                {"rope_type": "yarn", "factor": rope.factor}
+                | original
+                | ramp
+                | {"attention_factor": rope.attention_factor}
+            )
+    raise ValueError(f"unknown rope kind {rope.kind!r}")

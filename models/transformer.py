@@ -1,0 +1,120 @@
+"""One decoder-only transformer for every family; attention is an argument.
+
+B batch, T tokens of this call, D model width, L layers, N query heads, K KV heads, G = N/K query
+heads per KV head, H head width, F feed-forward width, V vocabulary. Query rows of a KV head are
+packed t-major: row t·G + g.
+
+The model never hears of caches: `attend(q, k, v, state) -> (out, state)` is given by the caller, one
+opaque state a layer. `Block` also offers its two halves (`keys_values`, `queries`, `mix`), so that a
+long prompt can pass through a layer in chunks of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .config import ModelConfig
+from .rope import Tables, rotate
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+_INIT = nn.initializers.normal(0.02)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and gated MLP (SwiGLU), with a residual round each."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        D, K, G, H = c.hidden_size, c.num_kv_heads, c.group_size, c.head_dim
+
+        def project(shape, spec, bias):
+            return nn.Einsum(shape, spec, use_bias=bias, kernel_init=_INIT)
+
+        def dense(features):
+            return nn.Dense(features, use_bias=c.mlp_bias, kernel_init=_INIT)
+
+        self.attn_norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
+        self.q = project((D, K, G, H), "btd,dkgh->btkgh", c.qkv_bias)
+        self.k = project((D, K, H), "btd,dkh->btkh", c.qkv_bias)
+        self.v = project((D, K, H), "btd,dkh->btkh", c.qkv_bias)
+        self.o = project((K, G, H, D), "btkgh,kghd->btd", c.output_bias)
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
+        self.mlp_norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
+        self.gate = dense(c.intermediate_size)
+        self.up = dense(c.intermediate_size)
+        self.down = dense(D)
+
+    def queries(self, x: jax.Array, rope: Tables) -> jax.Array:
+        """x [B, T, D] -> q [B, K, T·G, H], normed and rotated as attention takes it."""
+        q = self.q(self.attn_norm(x))
+        if self.config.qk_norm:
+            q = self.q_norm(q)
+        B, T, K, G, H = q.shape
+        return rotate(q, rope).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+
+    def keys_values(self, x: jax.Array, rope: Tables) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, D] -> k, v [B, K, T, H], keys normed and rotated as they are cached."""
+        y = self.attn_norm(x)
+        k, v = self.k(y), self.v(y)
+        if self.config.qk_norm:
+            k = self.k_norm(k)
+        return rotate(k, rope).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+    def mix(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        """Residual stream x [B, T, D] and attention output [B, K, T·G, H] -> x [B, T, D]."""
+        B, T, _ = x.shape
+        c = self.config
+        out = out.reshape(B, c.num_kv_heads, T, c.group_size, c.head_dim)
+        x = x + self.o(out.transpose(0, 2, 1, 3, 4).astype(x.dtype))
+        y = self.mlp_norm(x)
+        return x + self.down(nn.silu(self.gate(y)) * self.up(y))
+
+    def __call__(self, x: jax.Array, rope: Tables, attend: Attend, state: Any):
+        with jax.named_scope("attention"):
+            k, v = self.keys_values(x, rope)
+            out, state = attend(self.queries(x, rope), k, v, state)
+        with jax.named_scope("mix"):
+            return self.mix(x, out), state
+
+
+class Transformer(nn.Module):
+    """Embedding, L blocks, final norm and output head."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        self.embedding = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=_INIT)
+        self.blocks = [Block(c) for _ in range(c.num_layers)]
+        self.norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
+        if not c.tie_embeddings:
+            self.head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=_INIT)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32 [B, T] -> [B, T, D]."""
+        return self.embedding(tokens)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Hidden states [..., D] -> float32 logits [..., V]."""
+        y = self.norm(x)
+        y = self.embedding.attend(y) if self.config.tie_embeddings else self.head(y)
+        return y.astype(jnp.float32)
+
+    def __call__(self, tokens: jax.Array, rope: Tables, attend: Attend, states: Sequence[Any]):
+        """tokens int32 [B, T] -> float32 logits [B, T, V] and each layer's new state."""
+        x = self.embed(tokens)
+        new = []
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = block(x, rope, attend, state)
+            new.append(state)
+        return self.logits(x), tuple(new)

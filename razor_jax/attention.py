@@ -1,0 +1,70 @@
+"""Attention over the cache: attend first, then write.
+
+Position p of a call sees the sinks, the ring as it was before the call, the compensation token of what had
+been dropped before the call, and the call's own tokens up to p, unrounded. Only then are the call's tokens
+written. One call with a whole prompt is therefore the paper's exact prefill, many small calls are streaming
+prefill, a call of one token is a decode step: one operation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import cache as kv
+from .cache import Call, Group
+from .kernels import attention as kernel
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: tuple[Group, ...], call: Call, *, start, group_size: int
+) -> jax.Array:
+    """What queries of a call see: the layer's cache before the call ⊕ the call's tokens, causally.
+
+    Args:
+      q: [B, K, G·Tq, H], rows packed t-major, heads in held order.
+      k, v: [B, K, T, H], all tokens of the call.
+      layer: the layer's head groups before the call.
+      call: lengths before the call and new tokens, int32 [B].
+      start: index in the call of q's first token, an int or int32 scalar; q may be a chunk of the call.
+      group_size: G.
+
+    Returns:
+      [B, K, G·Tq, H] in q's type. Rows past a row's new tokens are finite and meaningless.
+    """
+    scale = 1.0 / math.sqrt(q.shape[-1])
+    states, first = [], 0
+    for group in layer:
+        heads = slice(first, first + group.k.shape[1])
+        first = heads.stop
+        rows = q[:, heads]
+        state = None
+        if group.k_mean is not None:
+            state = kernel.compensation(rows, group.k_mean, group.v_mean, call.dropped, scale)
+        valid = call.valid(group.windowed)
+        states.append(kernel.attend(rows, group.k, group.v, valid, scale=scale, state=state, return_state=True))
+    state = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *states)
+    return kernel.attend_causal(q, k, v, call.new, start=start, group_size=group_size, scale=scale, state=state)
+
+
+def attend_and_write(q, k, v, layer: tuple[Group, ...], call: Call) -> tuple[jax.Array, tuple[Group, ...]]:
+    """A whole call at once: the attention output, and the layer with the call's tokens written."""
+    out = attend(q, k, v, layer, call, start=0, group_size=q.shape[2] // k.shape[2])
+    k, v = (after(x, out, call) for x in (k, v))
+    return out, kv.write(layer, k, v, call)
+
+
+def after(x: jax.Array, earlier: jax.Array, call: Call) -> jax.Array:
+    """x, but not before `earlier` is there.
+
+    Reading a cache and writing it are independent until someone says otherwise, and a compiler that may
+    write first keeps a copy to read from. An optimization barrier says it on TPU and GPU; XLA on CPU drops
+    barriers, so one element of x is also chosen by a condition that always holds but that no compiler knows.
+    """
+    x, earlier = lax.optimization_barrier((x, earlier))
+    corner = (0,) * x.ndim
+    chosen = jnp.where(call.length[0] >= 0, x[corner], earlier[(0,) * earlier.ndim].astype(x.dtype))
+    return x.at[corner].set(chosen)

@@ -1,0 +1,55 @@
+"""Compilation as part of the product: kept between runs, counted, and announced."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+log = logging.getLogger("razor_jax")
+
+_EVENT = "/jax/core/compile/backend_compile_duration"
+_totals = {"programs": 0, "seconds": 0.0}
+
+
+def user_cache() -> Path:
+    """The user's cache folder of this package ($XDG_CACHE_HOME, else ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "razor_jax"
+
+
+def totals() -> tuple[int, float]:
+    """Programs compiled (or read from the persistent cache) since `watch`, and the seconds it took."""
+    watch()
+    return _totals["programs"], _totals["seconds"]
+
+
+@functools.cache
+def watch() -> None:
+    """Start counting, and keep compiled programs between runs unless the user has chosen a place."""
+
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == _EVENT:
+            _totals["programs"] += 1
+            _totals["seconds"] += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
+
+
+@contextlib.contextmanager
+def announced(what: str) -> Iterator[None]:
+    """Log how long the compilation inside took, if there was any worth a line."""
+    programs, seconds = totals()
+    started = time.perf_counter()
+    log.debug("%s …", what)
+    yield
+    more, spent = totals()[0] - programs, totals()[1] - seconds
+    if more and spent > 0.5:
+        log.info("compiling %s: %.1f s of %.1f s", what, spent, time.perf_counter() - started)

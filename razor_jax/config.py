@@ -1,0 +1,146 @@
+"""What the cache keeps (`RazorConfig`) and which heads keep everything (`HeadSplit`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+KV_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class RazorConfig:
+    """Cache policy of the windowed heads (RazorAttention, arXiv 2407.15891, section 3).
+
+    The default is the paper's setting: 4 sinks, a window of max(4000, prompt / 5) newest tokens and a
+    compensation token. Which heads are windowed is not policy but a `HeadSplit`.
+
+    Attributes:
+      sinks: N0, first tokens that every windowed head keeps.
+      window: W, newest tokens kept; None for the paper's rule, by each row's own prompt.
+      min_window, window_divisor: the rule's constants, max(min_window, prompt // window_divisor).
+      compensation: keep the mean of the dropped keys and values as one token of weight n.
+      kv_dtype: cache type, None for the weights' own.
+      prefill_chunk: None for exact prefill (every head sees the whole prompt, the cache is compressed
+        as it is written); a number of tokens for streaming prefill, a stated approximation that
+        attends to the compressed cache between chunks.
+    """
+
+    sinks: int = 4
+    window: int | None = None
+    min_window: int = 4000
+    window_divisor: int = 5
+    compensation: bool = True
+    kv_dtype: str | None = None
+    prefill_chunk: int | None = None
+
+    def __post_init__(self):
+        _at_least("sinks", self.sinks, 0)
+        if self.window is not None:
+            _at_least("window", self.window, 1)
+        _at_least("min_window", self.min_window, 1)
+        _at_least("window_divisor", self.window_divisor, 1)
+        if self.prefill_chunk is not None:
+            _at_least("prefill_chunk", self.prefill_chunk, 1)
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype={self.kv_dtype!r}: use one of {', '.join(KV_DTYPES)}, or None")
+
+    @classmethod
+    def compact(cls, window: int = 4096, **policy) -> RazorConfig:
+        """A fixed window: more bytes saved than the paper's rule on long prompts."""
+        return cls(window=window, **policy)
+
+    def describe(self) -> str:
+        """One line for reports: `sinks 4, window max(4000, n/5), compensation on`."""
+        window = f"max({self.min_window}, prompt/{self.window_divisor})" if self.window is None else self.window
+        parts = [
+            f"sinks {self.sinks}",
+            f"window {window}",
+            f"compensation {'on' if self.compensation else 'off'}",
+        ]
+        parts.append("exact prefill" if self.prefill_chunk is None else f"streaming prefill by {self.prefill_chunk}")
+        return ", ".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSplit:
+    """Which KV heads keep the whole cache, layer by layer, in the checkpoint's own order.
+
+    Attributes:
+      retrieval: one ascending tuple of KV head indices a layer.
+      num_kv_heads: K.
+      architecture: SHA-256 of the architecture that the split was made for, "" if unknown.
+      weights: SHA-256 of samples of its weights, "" if unknown.
+      note: where it came from, for people.
+    """
+
+    retrieval: tuple[tuple[int, ...], ...]
+    num_kv_heads: int
+    architecture: str = ""
+    weights: str = ""
+    note: str = dataclasses.field(default="", compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "retrieval", tuple(tuple(int(h) for h in layer) for layer in self.retrieval))
+        for layer, heads in enumerate(self.retrieval):
+            if list(heads) != sorted(set(heads)) or any(not 0 <= h < self.num_kv_heads for h in heads):
+                raise ValueError(
+                    f"layer {layer}: retrieval heads {list(heads)} must be distinct, ascending and within "
+                    f"0..{self.num_kv_heads - 1}"
+                )
+
+    @classmethod
+    def of(cls, num_layers: int, num_kv_heads: int, heads: Iterable[tuple[int, int]], **about) -> HeadSplit:
+        """From (layer, KV head) pairs in any order."""
+        rows: list[set[int]] = [set() for _ in range(num_layers)]
+        for layer, head in heads:
+            if not 0 <= layer < num_layers:
+                raise ValueError(f"layer {layer} is not within 0..{num_layers - 1}")
+            rows[layer].add(head)
+        return cls(tuple(tuple(sorted(row)) for row in rows), num_kv_heads, **about)
+
+    @classmethod
+    def all(cls, num_layers: int, num_kv_heads: int) -> HeadSplit:
+        """Every head keeps everything: dense attention."""
+        return cls((tuple(range(num_kv_heads)),) * num_layers, num_kv_heads, note="all heads")
+
+    @classmethod
+    def none(cls, num_layers: int, num_kv_heads: int) -> HeadSplit:
+        """Every head is windowed: the lower end of any comparison."""
+        return cls(((),) * num_layers, num_kv_heads, note="no heads")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.retrieval)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Retrieval heads of each layer."""
+        return tuple(len(heads) for heads in self.retrieval)
+
+    @property
+    def share(self) -> float:
+        """r, the share of KV heads that keep everything."""
+        return sum(self.counts) / (self.num_layers * self.num_kv_heads)
+
+    def order(self, layer: int) -> tuple[int, ...]:
+        """The layer's KV heads, retrieval heads first: the order in which weights and cache are held."""
+        kept = self.retrieval[layer]
+        return kept + tuple(h for h in range(self.num_kv_heads) if h not in kept)
+
+
+def check_split(split: HeadSplit, num_layers: int, num_kv_heads: int) -> None:
+    """Refuse a split of another shape, with both shapes."""
+    if (split.num_layers, split.num_kv_heads) != (num_layers, num_kv_heads):
+        raise ValueError(
+            f"the head split is for {split.num_layers} layers × {split.num_kv_heads} KV heads, the model has "
+            f"{num_layers} × {num_kv_heads}; find the heads of this model with `razor-jax heads --model …`"
+        )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: must be an integer, at least {least}")
+
+
+__all__: Sequence[str] = ("KV_DTYPES", "HeadSplit", "RazorConfig", "check_split")

@@ -1,0 +1,199 @@
+"""The jitted core: an empty cache, `extend` it by tokens, `decode` one more. Pure, jit- and pmap-able."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import cache as kv
+from .attention import after, attend, attend_and_write
+from .cache import Call, Group, KVCache
+from .config import RazorConfig
+from .models import rope
+from .models.transformer import Block, Transformer
+from .params import Params
+
+Logits = Literal["last", "all", "none"]
+
+# Tokens that pass through a layer together. A longer call goes layer by layer in chunks, so that what it
+# needs above weights, cache and hidden states is one layer's K/V and one chunk of activations.
+CHUNK = 256
+
+
+def init_cache(
+    params: Params,
+    *,
+    batch: int,
+    capacity: int,
+    razor: RazorConfig | None,
+    prompt_lengths: jax.Array | None = None,
+) -> KVCache:
+    """An empty cache of `batch` rows of `capacity` tokens under a policy; None for dense attention.
+
+    Args:
+      prompt_lengths: int32 [B], fixes each row's window under the paper's rule; None leaves it to the
+        lengths of the first `extend`.
+
+    Raises:
+      ValueError: batch or capacity below 1, or a policy without a head split.
+    """
+    if batch < 1:
+        raise ValueError(f"batch={batch}: a cache has at least 1 row")
+    if prompt_lengths is not None and jnp.shape(prompt_lengths) != (batch,):
+        raise ValueError(f"prompt_lengths {jnp.shape(prompt_lengths)}: must be [batch] with batch = {batch}")
+    require_split(params, razor)
+    spec = kv.make_spec(params.split, params.config.head_dim, capacity, razor, params.dtype)
+    return kv.init(spec, batch, prompt_lengths)
+
+
+def require_split(params: Params, razor: RazorConfig | None) -> None:
+    """Refuse to compress when nobody has said which heads keep everything."""
+    if razor is not None and params.heads is None:
+        raise ValueError(
+            "these params carry no head split, so nothing says which heads may drop tokens: "
+            "params = razor_jax.with_heads(params, razor_jax.find_heads(params).select()), "
+            "or pass razor=None for dense attention"
+        )
+
+
+def extend(
+    params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array, logits: Logits = "last"
+) -> tuple[jax.Array | None, KVCache]:
+    """Append tokens to every row of the cache.
+
+    Args:
+      tokens: int32 [B, T], right-padded.
+      lengths: int32 [B], valid new tokens of each row; 0 leaves the row bit-identical.
+      logits: "last" for float32 [B, V] of each row's last valid token (zeros for a row without one),
+        "all" for [B, T, V] (meaningless past a row's length), "none" for None.
+
+    Returns:
+      The logits and the new cache. A row that would pass the capacity is left untouched and flagged in
+      `cache.overflow`.
+    """
+    _check_call(cache, tokens, lengths, logits)
+    check_cache(params, cache)
+    T = tokens.shape[1]
+    run = _whole if T <= CHUNK else _in_chunks
+    tokens = tokens.astype(jnp.int32)
+    if T > CHUNK:
+        tokens = jnp.pad(tokens, ((0, 0), (0, -T % CHUNK)))
+    call, cache = kv.begin(cache, lengths, T)
+    model = Transformer(params.config)
+
+    x = cast(jax.Array, model.apply({"params": params.weights}, tokens, method="embed"))
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        with jax.named_scope(f"layer_{index}"):
+            x, layer = run(params, index, x, layer, call)
+            layers.append(layer)
+    cache = cache.replace(layers=tuple(layers))
+
+    if logits == "none":
+        return None, cache
+    if logits == "last":
+        last = jnp.clip(call.new - 1, 0, x.shape[1] - 1)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+    out = cast(jax.Array, model.apply({"params": params.weights}, x[:, :T], method="logits"))
+    if logits == "all":
+        return out, cache
+    return jnp.where((call.new > 0)[:, None], out[:, 0], 0.0), cache
+
+
+def decode(
+    params: Params, cache: KVCache, token: jax.Array, active: jax.Array | None = None
+) -> tuple[jax.Array, KVCache]:
+    """Append one token int32 [B] to every active row: float32 logits [B, V] and the new cache.
+
+    `active` bool [B], None for all; an inactive row is left untouched and its logits are zeros.
+    """
+    lengths = jnp.ones_like(cache.length) if active is None else active.astype(jnp.int32)
+    logits, cache = extend(params, cache, token[:, None], lengths)
+    assert logits is not None
+    return logits, cache
+
+
+def _check_call(cache: KVCache, tokens: jax.Array, lengths: jax.Array, logits: Logits) -> None:
+    if logits not in ("last", "all", "none"):
+        raise ValueError(f"logits={logits!r}: use 'last', 'all' or 'none'")
+    B = cache.batch
+    if tokens.ndim != 2 or tokens.shape[0] != B or tokens.shape[1] < 1 or lengths.shape != (B,):
+        raise ValueError(
+            f"tokens {tokens.shape} and lengths {lengths.shape} must be [B, T] and [B] with the cache's "
+            f"B = {B} and T of at least 1"
+        )
+    for name, x in (("tokens", tokens), ("lengths", lengths)):
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} of type {x.dtype}: must be integers, int32")
+
+
+def check_cache(params: Params, cache: KVCache) -> None:
+    """Refuse a cache that was made for other heads or shapes."""
+    spec, config = cache.spec, params.config
+    have = (len(spec.counts), spec.num_kv_heads, spec.head_dim)
+    want = (config.num_layers, config.num_kv_heads, config.head_dim)
+    if have != want:
+        raise ValueError(f"the cache is for (layers, KV heads, head width) {have}, the model has {want}")
+    # Another split of the same weights holds its heads in another order, dense or not.
+    if spec.retrieval != params.split.retrieval:
+        raise ValueError(
+            f"the cache was made for another head split: retrieval heads by layer {list(spec.retrieval)}, these "
+            f"params have {list(params.split.retrieval)}; make the cache from the same params"
+        )
+
+
+def _block(params: Params, index: int, *args: Any, method: str) -> Any:
+    return Block(params.config).apply({"params": params.weights[f"blocks_{index}"]}, *args, method=method)
+
+
+def _tables(params: Params, call: Call, start: jax.Array | int, T: int) -> rope.Tables:
+    positions = call.length[:, None] + start + jnp.arange(T, dtype=jnp.int32)
+    return rope.tables(params.config.rope, params.config.head_dim, positions, call.length + call.new)
+
+
+def _whole(params: Params, index: int, x: jax.Array, layer: tuple[Group, ...], call: Call):
+    """One layer over x [B, T, D] at once."""
+
+    def attend_(q, k, v, state):
+        return attend_and_write(q, k, v, state, call)
+
+    return _block(params, index, x, _tables(params, call, 0, x.shape[1]), attend_, layer, method="__call__")
+
+
+def _in_chunks(params: Params, index: int, x: jax.Array, layer: tuple[Group, ...], call: Call):
+    """One layer over x [B, T, D], T a multiple of CHUNK: keys and values of all tokens, then attention and
+    MLP chunk by chunk in place, then the cache write. Chunks past the longest row cost nothing."""
+    config = params.config
+    B, T, _ = x.shape
+    chunks = (jnp.max(call.new) + CHUNK - 1) // CHUNK
+
+    def tokens(x, start):
+        return lax.dynamic_slice_in_dim(x, start, CHUNK, axis=1)
+
+    def project(chunk, kv_):
+        start = chunk * CHUNK
+        new = _block(params, index, tokens(x, start), _tables(params, call, start, CHUNK), method="keys_values")
+        return tuple(lax.dynamic_update_slice_in_dim(a, b, start, axis=2) for a, b in zip(kv_, new, strict=True))
+
+    # Zeros that need x: buffers that need nothing would be laid out for every layer at once.
+    zero = after(jnp.zeros((1,), x.dtype), x, call)
+    empty = jnp.broadcast_to(zero, (B, config.num_kv_heads, T, config.head_dim))
+    k, v = lax.fori_loop(0, chunks, project, (empty, empty))
+
+    def mix(chunk, x):
+        start = chunk * CHUNK
+        x_chunk = tokens(x, start)
+        q = _block(params, index, x_chunk, _tables(params, call, start, CHUNK), method="queries")
+        out = attend(q, k, v, layer, call, start=start, group_size=config.group_size)
+        return lax.dynamic_update_slice_in_dim(x, _block(params, index, x_chunk, out, method="mix"), start, axis=1)
+
+    x = lax.fori_loop(0, chunks, mix, x)
+    # Write when everything has been read; and let the next layer wait for the write, or a compiler may put
+    # all writes off to the end and keep every layer's K/V until then.
+    layer = kv.write(layer, after(k, x, call), after(v, x, call), call)
+    for group in layer:
+        x = after(after(x, group.k, call), group.v, call)
+    return x, layer
