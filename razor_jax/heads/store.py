@@ -1,0 +1,143 @@
+"""Head splits on disk: `razor.json`, beside a checkpoint or in the user's cache folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from ..config import HeadSplit, RazorConfig
+from ..params import Params, architecture_fingerprint, weights_fingerprint
+
+NAME = "razor.json"
+FORMAT, VERSION = "razor_jax.heads", 1
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadFile:
+    """What a razor.json says: the split, and the cache policy its maker recommends, if any."""
+
+    split: HeadSplit
+    recommended: RazorConfig | None = None
+
+
+def write(path: str | os.PathLike[str], split: HeadSplit, recommended: RazorConfig | None = None) -> Path:
+    """Write razor.json (into `path` if that is a folder) and return where; atomic: a reader sees the
+    old file or the new one.
+    """
+    path = _file(path)
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_kv_heads": split.num_kv_heads,
+        "retrieval_heads": [list(heads) for heads in split.retrieval],
+        "architecture": split.architecture,
+        "weights": split.weights,
+        "note": split.note,
+        "recommended": None if recommended is None else dataclasses.asdict(recommended),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, for a rename is atomic within one file system only.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(_render(data), encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def read(path: str | os.PathLike[str]) -> HeadFile:
+    """Read razor.json (from `path` if that is a folder).
+
+    Raises FileNotFoundError, or ValueError that names the file, the field and what it must be. Whether
+    the split fits a model is for `with_heads` to say.
+    """
+    path = _file(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no head split at {path}; make one with `razor-jax heads --model … --save {path}`")
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse(data: Any) -> HeadFile:
+    """The contents of a razor.json; raises ValueError that names the field."""
+    if not isinstance(data, dict):
+        raise ValueError(f"must be a JSON object, found {type(data).__name__}")
+    if data.get("format") != FORMAT:
+        raise ValueError(f"format={data.get('format')!r}: must be {FORMAT!r}")
+    if data.get("version") != VERSION:
+        raise ValueError(f"version={data.get('version')!r}: this razor_jax reads version {VERSION}")
+    texts = {name: _text(data, name) for name in ("architecture", "weights", "note")}
+    num_kv_heads = data.get("num_kv_heads")
+    if not _integer(num_kv_heads) or num_kv_heads < 1:
+        raise ValueError(f"num_kv_heads={num_kv_heads!r}: must be a positive integer")
+    layers = data.get("retrieval_heads")
+    if not isinstance(layers, list) or not layers:
+        raise ValueError(f"retrieval_heads={layers!r}: must be a list with one list of KV heads a layer")
+    for number, heads in enumerate(layers):
+        if not isinstance(heads, list) or not all(_integer(head) for head in heads):
+            raise ValueError(f"retrieval_heads[{number}]={heads!r}: must be a list of integers")
+    try:
+        split = HeadSplit(tuple(map(tuple, layers)), num_kv_heads, **texts)
+    except ValueError as error:
+        raise ValueError(f"retrieval_heads: {error}") from error
+    return HeadFile(split, _policy(data.get("recommended")))
+
+
+def cache_path(params: Params) -> Path:
+    """Where the split of this very model is remembered: one file a pair of fingerprints, under
+    $XDG_CACHE_HOME/razor_jax (~/.cache/razor_jax where that is unset).
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(base) if base else Path.home() / ".cache"
+    name = f"{architecture_fingerprint(params.config)[:16]}-{weights_fingerprint(params)[:16]}.json"
+    return folder / "razor_jax" / "heads" / name
+
+
+def _policy(data: Any) -> RazorConfig | None:
+    if data is None:
+        return None
+    if not isinstance(data, dict):
+        raise ValueError(f"recommended={data!r}: must be an object of RazorConfig fields, or null")
+    known = [field.name for field in dataclasses.fields(RazorConfig)]
+    for name in data:
+        if name not in known:
+            raise ValueError(f"recommended.{name}: unknown; RazorConfig has {', '.join(known)}")
+    if not isinstance(data.get("compensation", True), bool):
+        raise ValueError(f"recommended.compensation={data['compensation']!r}: must be true or false")
+    try:
+        return RazorConfig(**data)
+    except ValueError as error:
+        raise ValueError(f"recommended.{error}") from error
+
+
+def _text(data: Mapping[str, Any], name: str) -> str:
+    value = data.get(name, "")
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={value!r}: must be a string")
+    return value
+
+
+def _integer(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    path = Path(path).expanduser()
+    return path / NAME if path.is_dir() else path
+
+
+def _render(data: Mapping[str, Any]) -> str:
+    """JSON with one field a line, the heads one layer a line: readable and easy to compare."""
+    layers = ",\n".join(f"    {json.dumps(heads)}" for heads in data["retrieval_heads"])
+    fields = {name: json.dumps(value, ensure_ascii=False) for name, value in data.items()}
+    fields["retrieval_heads"] = f"[\n{layers}\n  ]"
+    return "{\n" + ",\n".join(f"  {json.dumps(name)}: {value}" for name, value in fields.items()) + "\n}\n"

@@ -1,0 +1,179 @@
+"""`load`: a model by name, folder or Hub id, with its retrieval heads."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import errors
+
+from . import checkpoint
+from .config import HeadSplit
+from .heads import find_heads, store
+from .params import Params, with_heads
+
+log = logging.getLogger("razor_jax")
+
+PACKAGED = ("razor-mini",)
+_ASSETS = Path(__file__).parent / "assets"
+
+# What a checkpoint needs, and no pickle: a .bin file runs code when it is read.
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    store.NAME,
+)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    heads: str | os.PathLike[str] | HeadSplit | None = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Params:
+    """A model ready for `generate`.
+
+    Args:
+      model: "razor-mini" (packaged), a checkpoint folder, or a Hub id "owner/name".
+      dtype: type of the weights, None for the checkpoint's own.
+      heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, else the
+        user's cache folder, else probes once and remembers; or a HeadSplit, the path of a razor.json, or
+        None for dense attention only.
+      progress: called with (layers done, layers to do) where heads have to be probed.
+
+    Raises FileNotFoundError, PermissionError or ConnectionError where there is no such model, ValueError
+    where model and head split do not fit.
+    """
+    directory = find(model)
+    params = checkpoint.read(directory, dtype)
+    found = _heads(params, directory, heads, progress)
+    if found is None:
+        return params
+    return dataclasses.replace(with_heads(params, found.split), razor=found.recommended)
+
+
+def find(model: str | os.PathLike[str]) -> Path:
+    """The folder of a packaged model, a path or a Hub id (downloaded into Hugging Face's own cache)."""
+    if isinstance(model, str) and model in PACKAGED:
+        return _packaged(model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{path} is a file: give the folder that holds config.json and *.safetensors")
+    # Not str(path): a Windows path turns an id's slash round.
+    name = os.fspath(model)
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise FileNotFoundError(
+            f"no model at {name!r}: give {' or '.join(map(repr, PACKAGED))}, an existing checkpoint folder, "
+            "or a Hugging Face id 'owner/name'"
+        )
+    return _download(name)
+
+
+def _packaged(model: str) -> Path:
+    folder = _ASSETS / model
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{model!r} is missing from this installation ({folder}): reinstall razor-jax, or train it with "
+            "`python -m razor_jax.recipes.train_mini`"
+        )
+    return folder
+
+
+def _download(name: str) -> Path:
+    """Only the files that are read. Offline, whatever an earlier download left serves."""
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{name} is gated on the Hugging Face Hub: accept its licence on https://huggingface.co/{name}, "
+            "then `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"no folder {name!r} here, and no public model of that name on the Hugging Face Hub; if it is "
+            "private, `hf auth login` first"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
+        raise ConnectionError(
+            f"no folder {name!r} here, the Hugging Face Hub cannot be reached, and its cache holds no "
+            f"complete copy. Where there is a network, `hf download {name}`; copy that folder here and pass "
+            f"its path ({error})"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{name} on the Hugging Face Hub has no config.json: no transformers checkpoint")
+    if not list(folder.glob("model*.safetensors")):
+        raise FileNotFoundError(
+            f"{name} on the Hugging Face Hub has no model.safetensors. Pickle (.bin) weights are not "
+            "downloaded, for reading them can run code; where you trust them, convert them once: "
+            '`python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{name}').save_pretrained('folder')\"`"
+        )
+    return folder
+
+
+def _heads(
+    params: Params,
+    directory: Path,
+    heads: str | os.PathLike[str] | HeadSplit | None,
+    progress: Callable[[int, int], None] | None,
+) -> store.HeadFile | None:
+    if heads is None:
+        return None
+    if isinstance(heads, HeadSplit):
+        return store.HeadFile(heads)
+    if not isinstance(heads, (str, os.PathLike)):
+        raise TypeError(f"heads={heads!r}: must be 'auto', a HeadSplit, the path of a razor.json, or None")
+    if heads != "auto":
+        return store.read(heads)
+    if (directory / store.NAME).is_file():
+        return store.read(directory)
+    return store.HeadFile(_remembered(params) or _probe(params, progress))
+
+
+def _remembered(params: Params) -> HeadSplit | None:
+    """The split an earlier load left in the user's cache folder."""
+    path = store.cache_path(params)
+    try:
+        split = store.read(path).split
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        # A damaged memory must not stop a load: the probe makes it again.
+        log.warning("ignored a remembered head split: %s", error)
+        return None
+    log.info("retrieval heads: %s (%s)", path, split.note)
+    return split
+
+
+def _probe(params: Params, progress: Callable[[int, int], None] | None) -> HeadSplit:
+    log.info("no %s beside the model and none remembered: probing its heads once", store.NAME)
+    split = find_heads(params, progress=progress).select()
+    try:
+        path = store.write(store.cache_path(params), split)
+    except OSError as error:
+        log.warning("found %d retrieval heads, but could not remember them: %s", sum(split.counts), error)
+    else:
+        log.info(
+            "found %d of %d KV heads, remembered in %s",
+            sum(split.counts),
+            len(split.counts) * split.num_kv_heads,
+            path,
+        )
+    return split
