@@ -113,7 +113,7 @@ class KVCache(flax.struct.PyTreeNode):
     @property
     def dropped(self) -> jax.Array:
         """int32 [B], tokens n that each windowed head has folded away."""
-        return _dropped(self.spec, self.length, self.window)
+        return dropped(self.spec, self.length, self.window)
 
 
 def ring_length(razor: RazorConfig, tokens: Any) -> Any:
@@ -178,7 +178,7 @@ class Call(flax.struct.PyTreeNode):
     @property
     def dropped(self) -> jax.Array:
         """int32 [B], tokens dropped before the call."""
-        return _dropped(self.spec, self.length, self.window)
+        return dropped(self.spec, self.length, self.window)
 
 
 def begin(cache: KVCache, lengths: jax.Array, T: int) -> tuple[Call, KVCache]:
@@ -253,7 +253,7 @@ def _write_ring_chunk(group: Group, k: jax.Array, v: jax.Array, call: Call) -> G
     source = newest(end) - length
     arrives = (source >= 0) & (call.new > 0)[:, None]
     tokens = jnp.arange(k.shape[2], dtype=jnp.int32)[None, :]
-    n_before, n_after = call.dropped, _dropped(call.spec, call.length + call.new, call.window)
+    n_before, n_after = call.dropped, dropped(call.spec, call.length + call.new, call.window)
     first_kept = (sinks + n_after)[:, None]
     old = newest(length)
     leaves_ring = (old >= sinks) & (old < first_kept)
@@ -287,11 +287,12 @@ def _masked_sum(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(mask[:, None, :, None], x.astype(jnp.float32), 0.0), axis=2, keepdims=True)
 
 
-def _dropped(spec: CacheSpec, length: jax.Array, window: jax.Array) -> jax.Array:
+def dropped(spec: CacheSpec, length: Any, window: Any) -> Any:
+    """n = max(0, length - N0 - W), int32 [B], as jax or NumPy arrays go in."""
     if spec.razor is None:
-        return jnp.zeros_like(length)
+        return length * 0
     # A window of 0 is one not yet set: nothing was seen, so nothing dropped.
-    return jnp.where(window > 0, jnp.maximum(0, length - spec.sinks - window), 0)
+    return ((length - spec.sinks - window) * (window > 0)).clip(0)
 
 
 def broadcast(cache: KVCache, batch: int, capacity: int) -> KVCache:

@@ -279,7 +279,7 @@ class Session:
 
     def results(self) -> list[Result]:
         """Each row's result; of what there is so far, if the run was cut short."""
-        if bool(np.any(self.cache.overflow)):
+        if np.asarray(self.cache.overflow).any():
             raise RuntimeError(
                 f"a row needed more than the cache's capacity of {self.spec.capacity} tokens; its output is incomplete"
             )

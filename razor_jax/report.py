@@ -40,6 +40,8 @@ class KVReport:
     def of(cls, cache: KVCache, split: HeadSplit) -> KVReport:
         """Read off a live cache."""
         spec = cache.spec
+        # In NumPy: a session's compilations are counted, and this is not worth one.
+        dropped = kv.dropped(spec, np.asarray(cache.length), np.asarray(cache.window))
         return cls(
             setting="dense" if spec.razor is None else spec.razor.describe(),
             share=1.0 if spec.razor is None else split.share,
@@ -48,7 +50,7 @@ class KVReport:
             dtype=spec.dtype,
             allocated_bytes=kv.allocated_bytes(cache),
             dense_bytes=spec.dense_bytes(cache.batch),
-            dropped_tokens=tuple(int(n) for n in np.asarray(cache.dropped)),
+            dropped_tokens=tuple(int(n) for n in dropped),
         )
 
     def row(self, index: int) -> KVReport:

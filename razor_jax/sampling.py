@@ -1,0 +1,164 @@
+"""How the next token is chosen from logits [B, V].
+
+The filters are those of transformers' logits processors, in its order: repetition penalty, temperature,
+top-k, top-p, min-p. Only whether anything is drawn at all is static; every number is traced, so that one
+compilation serves all settings, and each may be a scalar or one value a row [B].
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+ALL_TOKENS = np.int32(np.iinfo(np.int32).max)  # a top_k that filters nothing, whatever V is
+
+
+class Sampling(flax.struct.PyTreeNode):
+    """Sampling rule: traced numbers and two static switches. Build it with `Sampling.of` or the names below.
+
+    Attributes:
+      temperature: logits are divided by it, > 0.
+      top_k: the k most likely tokens stay, and those tied with the last; `ALL_TOKENS` for no filter.
+      top_p: the smallest set of most likely tokens with at least this probability stays; 1 for no filter.
+      min_p: tokens less likely than min_p times the most likely one go; 0 for no filter.
+      repetition_penalty: logits of tokens seen in prompt or output are divided by it where positive,
+        multiplied where negative; 1 for none.
+      greedy: static; take the most likely token and skip all filters but the repetition penalty.
+      penalised: static; the penalty is applied, which needs `seen`.
+    """
+
+    temperature: np.ndarray | jax.Array
+    top_k: np.ndarray | jax.Array
+    top_p: np.ndarray | jax.Array
+    min_p: np.ndarray | jax.Array
+    repetition_penalty: np.ndarray | jax.Array
+    greedy: bool = flax.struct.field(pytree_node=False)
+    penalised: bool = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+    ) -> Sampling:
+        """Validated sampling rule; None for a filter that is not wanted, temperature 0 for greedy."""
+        _check("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or a positive number")
+        if top_k is not None:
+            _check("top_k", top_k, top_k >= 1 and int(top_k) == top_k, "an integer of at least 1, or None")
+        if top_p is not None:
+            _check("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1], or None")
+        if min_p is not None:
+            _check("min_p", min_p, 0 <= min_p <= 1, "a number in [0, 1], or None")
+        positive = 0 < repetition_penalty < math.inf
+        _check("repetition_penalty", repetition_penalty, positive, "a positive number, 1 for none")
+        return cls(
+            temperature=np.asarray(temperature or 1.0, np.float32),
+            top_k=np.asarray(ALL_TOKENS if top_k is None else min(top_k, ALL_TOKENS), np.int32),
+            top_p=np.asarray(1.0 if top_p is None else top_p, np.float32),
+            min_p=np.asarray(0.0 if min_p is None else min_p, np.float32),
+            repetition_penalty=np.asarray(repetition_penalty, np.float32),
+            greedy=temperature == 0,
+            penalised=repetition_penalty != 1,
+        )
+
+
+def Greedy(*, repetition_penalty: float = 1.0) -> Sampling:
+    """The most likely token."""
+    return Sampling.of(temperature=0, repetition_penalty=repetition_penalty)
+
+
+def Temperature(temperature: float, *, repetition_penalty: float = 1.0) -> Sampling:
+    """A draw from the whole vocabulary at this temperature."""
+    return Sampling.of(temperature=temperature, repetition_penalty=repetition_penalty)
+
+
+def TopK(k: int, temperature: float = 1.0, *, repetition_penalty: float = 1.0) -> Sampling:
+    """A draw from the k most likely tokens."""
+    return Sampling.of(temperature=temperature, top_k=k, repetition_penalty=repetition_penalty)
+
+
+def TopP(p: float, temperature: float = 1.0, *, repetition_penalty: float = 1.0) -> Sampling:
+    """A draw from the smallest set of most likely tokens with probability p (nucleus sampling)."""
+    return Sampling.of(temperature=temperature, top_p=p, repetition_penalty=repetition_penalty)
+
+
+def MinP(p: float, temperature: float = 1.0, *, repetition_penalty: float = 1.0) -> Sampling:
+    """A draw from the tokens at least p times as likely as the most likely one."""
+    return Sampling.of(temperature=temperature, min_p=p, repetition_penalty=repetition_penalty)
+
+
+def sample(
+    sampling: Sampling,
+    logits: Float[Array, "B V"],
+    keys: Key[Array, " B"] | UInt32[Array, "B 2"],
+    seen: Bool[Array, "B V"] | None = None,
+) -> Int[Array, " B"]:
+    """Next token [B] int32 of each row of float32 logits [B, V].
+
+    Each row is drawn with its own key, so it does not depend on its batch-mates. `seen` marks the tokens
+    of the row's prompt and output; only a penalised rule reads it. A greedy rule ignores `keys`.
+    """
+    scores = process_logits(sampling, logits, seen)
+    if sampling.greedy:
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+
+
+def process_logits(
+    sampling: Sampling, logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None = None
+) -> Float[Array, "B V"]:
+    """Logits [B, V] from which `sample` draws: penalised, tempered, -inf where a filter removed the token."""
+    if sampling.penalised:
+        if seen is None:
+            raise ValueError("a repetition penalty needs `seen` [B, V], the tokens of prompt and output so far")
+        penalty = _column(sampling.repetition_penalty)
+        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if sampling.greedy:
+        return logits
+    logits = logits / _column(sampling.temperature)
+    filtered = jnp.any(sampling.top_k < logits.shape[-1]) | jnp.any(sampling.top_p < 1)
+    # the sort of V numbers a row is by far the dearest step: skip it when it would filter nothing
+    logits = jax.lax.cond(filtered, _keep_top, lambda _, scores: scores, sampling, logits)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    least = _column(sampling.min_p) * probabilities.max(axis=-1, keepdims=True)
+    return jnp.where(probabilities < least, -jnp.inf, logits)
+
+
+def _keep_top(sampling: Sampling, scores: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """Scores [B, V] with -inf for what top-k, then top-p remove.
+
+    Both keep a suffix of the ascending order, so its first token tells the whole kept set and nothing is
+    scattered back. Equal scores stand in vocabulary order, as in transformers.
+    """
+    batch, vocab = scores.shape
+    ids = jax.lax.broadcasted_iota(jnp.int32, (batch, vocab), 1)
+    ascending, order = jax.lax.sort((scores, ids), dimension=1, is_stable=True, num_keys=1)
+
+    position = jnp.broadcast_to(jnp.maximum(vocab - _column(sampling.top_k), 0), (batch, 1))
+    top = jnp.where(ascending < jnp.take_along_axis(ascending, position, axis=1), -jnp.inf, ascending)
+
+    top_p = _column(sampling.top_p)
+    below = jnp.cumsum(jax.nn.softmax(top, axis=-1), axis=-1)
+    removed = jnp.isneginf(top) | ((below <= 1 - top_p) & (top_p < 1))
+    first = jnp.minimum(jnp.sum(removed, axis=-1, keepdims=True, dtype=jnp.int32), vocab - 1)
+    cut, cut_id = (jnp.take_along_axis(x, first, axis=1) for x in (ascending, order))
+    return jnp.where((scores > cut) | ((scores == cut) & (ids >= cut_id)), scores, -jnp.inf)
+
+
+def _column(value: np.ndarray | jax.Array) -> jax.Array:
+    """A scalar or [B] as [1, 1] or [B, 1]."""
+    return jnp.reshape(value, (-1, 1))
+
+
+def _check(name: str, value: float, allowed: bool, what: str) -> None:
+    if not allowed:
+        raise ValueError(f"{name}={value!r}: must be {what}")

@@ -1,0 +1,331 @@
+"""Text to token ids and back: a checkpoint's tokenizer, chat template and stop tokens in one record."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from .chat_template import Message, render
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not (yet) UTF-8
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # one byte of a character that the vocabulary lacks
+UTF8_BYTES = 4  # of the longest character; a token is at least a byte, so it ends within as many tokens
+MAX_PENDING = 16  # tokens that are held back before a place to cut is searched
+TEMPLATE_FILE = "chat_template.jinja"
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assets:
+    """Everything between text and token ids of one checkpoint. Equal and hashed by content.
+
+    Two readings of a folder are equal, so as static data of a jit argument they share one compilation.
+
+    Attributes:
+      tokenizer_json: text of tokenizer.json; None where there is none: only token ids work then.
+      chat_template: jinja template, None if the checkpoint has none.
+      bos_id: the token that starts a text, None if there is none.
+      eos_ids: tokens that end an answer.
+      special_tokens: (name, content) pairs such as ("bos_token", "<s>"), which the template may use.
+      tokenizer_config: text of tokenizer_config.json, which `write` gives back; no part of equality.
+      generation_config: text of generation_config.json, likewise.
+      source: the directory that it was read from, for error messages; no part of equality.
+    """
+
+    tokenizer_json: str | None = None
+    chat_template: str | None = None
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    special_tokens: tuple[tuple[str, str], ...] = ()
+    tokenizer_config: str | None = dataclasses.field(default=None, compare=False, repr=False)
+    generation_config: str | None = dataclasses.field(default=None, compare=False, repr=False)
+    source: str = dataclasses.field(default="", compare=False)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the content."""
+        sha = hashlib.sha256()
+        for field in dataclasses.fields(self):
+            if field.compare:
+                value = getattr(self, field.name)
+                content = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+                sha.update(f"{type(value).__name__} {len(content)} ".encode() + content)
+        return sha.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Assets) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        size = None if self.tokenizer_json is None else self.vocab_size
+        template = "none" if self.chat_template is None else f"{len(self.chat_template)} characters"
+        return f"Assets(vocab_size={size}, bos_id={self.bos_id}, eos_ids={self.eos_ids}, template: {template})"
+
+    @classmethod
+    def read(cls, directory: str | pathlib.Path) -> Assets:
+        """The assets of a Hugging Face model folder. Files that are not there are simply missing.
+
+        As in transformers, chat_template.jinja wins over the template in tokenizer_config.json,
+        generation_config.json over config.json, and tokenizer.json alone says whether a text gets a BOS
+        (its post-processor; `add_bos_token` in tokenizer_config.json is not read where it exists).
+        """
+        directory = pathlib.Path(directory)
+        texts = {
+            name: _text(directory / f"{name}.json")
+            for name in ("tokenizer_config", "special_tokens_map", "generation_config", "config")
+        }
+        parsed = {name: _parsed(text, directory / f"{name}.json") for name, text in texts.items()}
+        config = parsed["tokenizer_config"]
+        assets = cls(
+            tokenizer_json=_text(directory / "tokenizer.json"),
+            chat_template=_text(directory / TEMPLATE_FILE) or _default_template(config.get("chat_template")),
+            special_tokens=_special_tokens({**parsed["special_tokens_map"], **config}),
+            tokenizer_config=texts["tokenizer_config"],
+            generation_config=texts["generation_config"],
+            source=str(directory),
+        )
+        places = (parsed["generation_config"], parsed["config"])
+        bos = _first_of(places, "bos_token_id", assets)
+        return dataclasses.replace(
+            assets, bos_id=bos[0] if bos else None, eos_ids=_first_of(places, "eos_token_id", assets)
+        )
+
+    def write(self, directory: str | pathlib.Path) -> None:
+        """Write into `directory` what `read` reads, so that it reads equal; transformers reads it too."""
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = _parsed(self.tokenizer_config, "tokenizer_config") | dict(self.special_tokens)
+        config.pop("chat_template", None)
+        if self.tokenizer_json is not None:
+            config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        generation = _parsed(self.generation_config, "generation_config")
+        if self.bos_id is not None:
+            generation["bos_token_id"] = self.bos_id
+        if self.eos_ids:
+            generation["eos_token_id"] = self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids)
+        files = {
+            "tokenizer.json": self.tokenizer_json,
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) if config else None,
+            "generation_config.json": json.dumps(generation, indent=2) if generation else None,
+            TEMPLATE_FILE: self.chat_template,
+        }
+        for name, text in files.items():
+            if text is not None:
+                (directory / name).write_text(text, encoding="utf-8", newline="")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens of the tokenizer, added ones included; the model's V may be larger."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether `encode` puts the BOS token before a text."""
+        return self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of a text; `add_special` adds what the checkpoint's post-processor adds, such as BOS."""
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special).ids
+        except TypeError as error:
+            raise ValueError(
+                f"{text!r:.80} is not Unicode text: must be a string without halves of surrogate pairs, "
+                "which come from bytes that are not UTF-8"
+            ) from error
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of token ids, without special tokens by default."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def apply_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Prompt text of a conversation by the checkpoint's chat template.
+
+        The template writes its own BOS: encode the result with `add_special=False`. `variables` are more
+        names that the template reads, such as `enable_thinking`. Raises ValueError as `chat_template.render`.
+        """
+        if self.chat_template is None:
+            raise ValueError(
+                f"{self.source or 'this model'} has no chat template (a base model?): pass a prompt string "
+                f"instead of messages, or put a jinja template into {TEMPLATE_FILE} beside the model"
+            )
+        names = {
+            **dict(self.special_tokens),
+            "add_generation_prompt": add_generation_prompt,
+            **(variables or {}),
+        }
+        where = f"chat template of {self.source}" if self.source else "chat template"
+        return render(self.chat_template, messages, names, source=where)
+
+    @property
+    def _backend(self) -> tokenizers.Tokenizer:
+        if self.tokenizer_json is None:
+            raise ValueError(_no_tokenizer(self.source))
+        special = tuple(content for _, content in self.special_tokens)
+        try:
+            return _backend(self.tokenizer_json, special)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(
+                f"{self.source or 'this model'}: tokenizer.json cannot be read ({error}); it may be cut "
+                "short or made by a newer `tokenizers`: fetch it again, or `pip install -U tokenizers`"
+            ) from error
+
+
+class Detokenizer:
+    """Text of a growing token sequence, piece by piece; all pieces together equal `assets.decode` of all ids.
+
+    A piece is held back while its last character may still change: half of a UTF-8 sequence, or a run of
+    byte tokens, which decodes as a whole. Each push costs a decode of the last few tokens only.
+    """
+
+    def __init__(self, assets: Assets):
+        self._assets = assets
+        self._window: list[int] = []  # the tokens of the last piece, for what they say about the next one
+        self._context = 0  # how many of them have been returned as text
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Text that these tokens complete, perhaps ""."""
+        # what decoding drops must not stand between a token and its left neighbour
+        printable = [int(i) for i in ids if _printable(self._assets, int(i))]
+        self._window += printable
+        pending = len(self._window) - self._context
+        if not printable or BYTE_TOKEN.fullmatch(self._assets._backend.id_to_token(printable[-1]) or ""):
+            return ""
+        if not self._assets.decode(self._window).endswith(REPLACEMENT):
+            return self._take(pending)
+        return self._take(self._cut(pending)) if pending > MAX_PENDING else ""
+
+    def flush(self) -> str:
+        """What is held back, at the end of the sequence."""
+        return self._take(len(self._window) - self._context)
+
+    def _take(self, count: int) -> str:
+        """Text of the next `count` tokens, decoded behind those before them."""
+        before = self._assets.decode(self._window[: self._context])
+        end = self._context + count
+        text = self._assets.decode(self._window[:end])
+        # a context that decodes to nothing says nothing about the space before the next token: keep more
+        kept = self._context if self._assets.decode(self._window[self._context : end]) else 0
+        self._window = self._window[kept:]
+        self._context = end - kept
+        return text[len(before) :]
+
+    def _cut(self, pending: int) -> int:
+        """Pending tokens that no later byte can change, in a stream of bytes that are not UTF-8.
+
+        Where both sides of a place decode as they do together, and a whole character lies behind it, no
+        character crosses the place. Of any four neighbouring places one is such.
+        """
+        whole = self._assets.decode(self._window)
+        for behind in range(UTF8_BYTES, 2 * UTF8_BYTES):
+            left, right = self._window[:-behind], self._window[-behind:]
+            if self._assets.decode(left) + self._assets.decode(right) == whole:
+                return pending - behind
+        return 0
+
+
+def find_stop(text: str, stops: Sequence[str], start: int = 0) -> tuple[int | None, int]:
+    """Where the first of `stops` to be complete begins in text (or None), and how much text is safe to show.
+
+    Safe is everything before that place, or else everything but an end that may grow into a stop string.
+    Only text from character `start` on is searched: what was safe before. The answer does not depend on
+    how the text was cut into pieces.
+    """
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop, start)) >= 0]
+    if found:
+        at = min(found)[1]
+        return at, at
+    longest = max(
+        (n for stop in stops for n in range(1, len(stop)) if n <= len(text) - start and text.endswith(stop[:n])),
+        default=0,
+    )
+    return None, len(text) - longest
+
+
+@functools.lru_cache(maxsize=8)
+def _backend(tokenizer_json: str, special: tuple[str, ...]) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+    # what was saved from training is no wish to cut or fill prompts
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # as transformers: tokens that only tokenizer_config.json names; those known already are left alone
+    tokenizer.add_special_tokens([tokenizers.AddedToken(content, normalized=False) for content in special])
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=8)
+def _special_ids(assets: Assets) -> frozenset[int]:
+    added = assets._backend.get_added_tokens_decoder()
+    return frozenset(i for i, token in added.items() if token.special)
+
+
+def _printable(assets: Assets, token: int) -> bool:
+    return token not in _special_ids(assets) and assets._backend.id_to_token(token) is not None
+
+
+def _special_tokens(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Named special tokens, which are written as a string or as a dictionary with `content`."""
+    values = {name: config.get(name) for name in SPECIAL_NAMES}
+    contents = {name: value["content"] if isinstance(value, Mapping) else value for name, value in values.items()}
+    return tuple((name, str(content)) for name, content in contents.items() if content is not None)
+
+
+def _default_template(template: Any) -> str | None:
+    """The template of a conversation, where there may be several by name."""
+    if isinstance(template, list):
+        template = {each["name"]: each["template"] for each in template}
+    if isinstance(template, Mapping):
+        return template.get("default") or (next(iter(template.values())) if len(template) == 1 else None)
+    return template
+
+
+def _first_of(places: Iterable[Mapping[str, Any]], key: str, assets: Assets) -> tuple[int, ...]:
+    """Token ids under `key` in the first place that has any, else of the tokenizer's own token."""
+    for place in places:
+        if (value := place.get(key)) is not None:
+            ids = value if isinstance(value, list) else [value]
+            if not all(isinstance(i, int) and i >= 0 for i in ids):
+                raise ValueError(f"{assets.source}: {key}={value!r} must be a token id or a list of them")
+            return tuple(ids)
+    content = dict(assets.special_tokens).get(key.removesuffix("_id"))
+    if content is None or assets.tokenizer_json is None:
+        return ()
+    token = assets._backend.token_to_id(content)
+    return () if token is None else (token,)
+
+
+def _no_tokenizer(source: str) -> str:
+    if not source:
+        return "no tokenizer: pass token ids instead of text, or params read from a folder with a tokenizer.json"
+    command = (
+        f"python -c \"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{source}', "
+        f"use_fast=True).save_pretrained('{source}')\""
+    )
+    return f"{source} has no tokenizer.json: pass token ids instead of text, or make one with\n  {command}"
+
+
+def _text(path: pathlib.Path) -> str | None:
+    return path.read_bytes().decode("utf-8") if path.is_file() else None
+
+
+def _parsed(text: str | None, path: pathlib.Path | str) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); it may be cut short: fetch it again") from error

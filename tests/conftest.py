@@ -1,0 +1,13 @@
+"""Keeps what a test run stores (head splits, compiled programs) out of the user's own cache folder."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="razor-jax-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+# Compiling is most of the suite's time and tiny models run fast anyway. This is machine code, not the graph:
+# fusion, copies and buffers are those of a real run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
