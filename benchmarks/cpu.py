@@ -146,7 +146,9 @@ def main(context: list[int] = [4096, 16384], new_tokens: int = 16, side: str = "
                 report["rows"].append({"side": name, "context": length, **rows[name]})
                 show(name, length, rows)
     RESULTS.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\n{report['machine']}\nwritten to {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
+    print(
+        f"\n{report['machine']}\nwritten to {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}"
+    )
 
 
 def show(name: str, context: int, rows: dict) -> None:

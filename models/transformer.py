@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int
 
 from .config import ModelConfig
 from .rope import Tables, rotate
@@ -54,7 +55,7 @@ class Block(nn.Module):
         self.up = dense(c.intermediate_size)
         self.down = dense(D)
 
-    def queries(self, x: jax.Array, rope: Tables) -> jax.Array:
+    def queries(self, x: Float[jax.Array, "B T D"], rope: Tables) -> Float[jax.Array, "B K R H"]:
         """x [B, T, D] -> q [B, K, T·G, H], normed and rotated as attention takes it."""
         q = self.q(self.attn_norm(x))
         if self.config.qk_norm:
@@ -62,7 +63,9 @@ class Block(nn.Module):
         B, T, K, G, H = q.shape
         return rotate(q, rope).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
 
-    def keys_values(self, x: jax.Array, rope: Tables) -> tuple[jax.Array, jax.Array]:
+    def keys_values(
+        self, x: Float[jax.Array, "B T D"], rope: Tables
+    ) -> tuple[Float[jax.Array, "B K T H"], Float[jax.Array, "B K T H"]]:
         """x [B, T, D] -> k, v [B, K, T, H], keys normed and rotated as they are cached."""
         y = self.attn_norm(x)
         k, v = self.k(y), self.v(y)
@@ -70,7 +73,7 @@ class Block(nn.Module):
             k = self.k_norm(k)
         return rotate(k, rope).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
-    def mix(self, x: jax.Array, out: jax.Array) -> jax.Array:
+    def mix(self, x: Float[jax.Array, "B T D"], out: Float[jax.Array, "B K R H"]) -> Float[jax.Array, "B T D"]:
         """Residual stream x [B, T, D] and attention output [B, K, T·G, H] -> x [B, T, D]."""
         B, T, _ = x.shape
         c = self.config
@@ -100,11 +103,11 @@ class Transformer(nn.Module):
         if not c.tie_embeddings:
             self.head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=_INIT)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: Int[jax.Array, "B T"]) -> Float[jax.Array, "B T D"]:
         """int32 [B, T] -> [B, T, D]."""
         return self.embedding(tokens)
 
-    def logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: Float[jax.Array, "*n D"]) -> Float32[jax.Array, "*n V"]:
         """Hidden states [..., D] -> float32 logits [..., V]."""
         y = self.norm(x)
         y = self.embedding.attend(y) if self.config.tie_embeddings else self.head(y)

@@ -9,10 +9,12 @@ prefill, a call of one token is a decode step: one operation.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float
 
 from . import cache as kv
 from .cache import Call, Group
@@ -20,8 +22,15 @@ from .kernels import attention as kernel
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: tuple[Group, ...], call: Call, *, start, group_size: int
-) -> jax.Array:
+    q: Float[jax.Array, "B K R H"],
+    k: Float[jax.Array, "B K T H"],
+    v: Float[jax.Array, "B K T H"],
+    layer: tuple[Group, ...],
+    call: Call,
+    *,
+    start: jax.Array | int,
+    group_size: int,
+) -> Float[jax.Array, "B K R H"]:
     """What queries of a call see: the layer's cache before the call ⊕ the call's tokens, causally.
 
     Args:
@@ -42,12 +51,13 @@ def attend(
         first = heads.stop
         rows = q[:, heads]
         state = None
-        if group.k_mean is not None:
+        if group.k_mean is not None and group.v_mean is not None:
             state = kernel.compensation(rows, group.k_mean, group.v_mean, call.dropped, scale)
         valid = call.valid(group.windowed)
         states.append(kernel.attend(rows, group.k, group.v, valid, scale=scale, state=state, return_state=True))
     state = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *states)
-    return kernel.attend_causal(q, k, v, call.new, start=start, group_size=group_size, scale=scale, state=state)
+    out = kernel.attend_causal(q, k, v, call.new, start=start, group_size=group_size, scale=scale, state=state)
+    return cast(jax.Array, out)
 
 
 def attend_and_write(q, k, v, layer: tuple[Group, ...], call: Call) -> tuple[jax.Array, tuple[Group, ...]]:

@@ -19,6 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from .config import HeadSplit, RazorConfig
 
@@ -132,7 +133,7 @@ def make_spec(split: HeadSplit, head_dim: int, capacity: int, razor: RazorConfig
     return CacheSpec(capacity, head_dim, split.retrieval, split.num_kv_heads, jnp.dtype(kv_dtype).name, razor)
 
 
-def init(spec: CacheSpec, batch: int, prompt_lengths: jax.Array | None = None) -> KVCache:
+def init(spec: CacheSpec, batch: int, prompt_lengths: jax.Array | np.ndarray | None = None) -> KVCache:
     """An empty cache. `prompt_lengths` int32 [B] fixes each row's window; None leaves it to the first extend."""
 
     def group(heads: int, windowed: bool) -> Group:
@@ -145,16 +146,16 @@ def init(spec: CacheSpec, batch: int, prompt_lengths: jax.Array | None = None) -
         mean = (batch, heads, 1, spec.head_dim)
         return Group(k, v, jnp.zeros(mean, jnp.float32), jnp.zeros(mean, jnp.float32), windowed)
 
-    zeros = jnp.zeros((batch,), jnp.int32)
-    window = zeros
+    # Buffers of their own: a cache is donated, and no buffer can be given away twice.
+    length, window = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
     if spec.razor is None:
-        window = zeros + spec.capacity
+        window = window + spec.capacity
     elif prompt_lengths is not None:
         # A prompt past the capacity cannot be held, so its share must not pass the ring that is allocated.
         prompt = jnp.minimum(jnp.asarray(prompt_lengths, jnp.int32), spec.capacity)
         window = ring_length(spec.razor, prompt)
     layers = tuple(tuple(group(*g) for g in spec.groups(layer)) for layer in range(len(spec.counts)))
-    return KVCache(layers, zeros, window, jnp.zeros((batch,), bool), spec)
+    return KVCache(layers, length, window, jnp.zeros((batch,), bool), spec)
 
 
 class Call(flax.struct.PyTreeNode):
@@ -181,7 +182,7 @@ class Call(flax.struct.PyTreeNode):
         return dropped(self.spec, self.length, self.window)
 
 
-def begin(cache: KVCache, lengths: jax.Array, T: int) -> tuple[Call, KVCache]:
+def begin(cache: KVCache, lengths: Int[jax.Array | np.ndarray, " B"], T: int) -> tuple[Call, KVCache]:
     """Settle windows and overflow for a call of `lengths` int32 [B] valid tokens out of T.
 
     A row that would overflow gets no tokens and its flag; the cache comes back with its new lengths.
@@ -198,7 +199,9 @@ def begin(cache: KVCache, lengths: jax.Array, T: int) -> tuple[Call, KVCache]:
     return call, cache.replace(length=cache.length + new, window=window, overflow=cache.overflow | ~fits)
 
 
-def write(layer: tuple[Group, ...], k: jax.Array, v: jax.Array, call: Call) -> tuple[Group, ...]:
+def write(
+    layer: tuple[Group, ...], k: Float[jax.Array, "B K T H"], v: Float[jax.Array, "B K T H"], call: Call
+) -> tuple[Group, ...]:
     """Write a call's k, v [B, K, T, H], heads in held order: evict, fold into the means, store."""
     groups, first = [], 0
     for group in layer:

@@ -6,7 +6,9 @@ from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jaxtyping import Bool, Float32, Int
 
 from . import cache as kv
 from .attention import after, attend, attend_and_write
@@ -17,6 +19,7 @@ from .models.transformer import Block, Transformer
 from .params import Params
 
 Logits = Literal["last", "all", "none"]
+Ids = jax.Array | np.ndarray
 
 # Tokens that pass through a layer together. A longer call goes layer by layer in chunks, so that what it
 # needs above weights, cache and hidden states is one layer's K/V and one chunk of activations.
@@ -29,7 +32,7 @@ def init_cache(
     batch: int,
     capacity: int,
     razor: RazorConfig | None,
-    prompt_lengths: jax.Array | None = None,
+    prompt_lengths: Int[Ids, " B"] | None = None,
 ) -> KVCache:
     """An empty cache of `batch` rows of `capacity` tokens under a policy; None for dense attention.
 
@@ -60,8 +63,12 @@ def require_split(params: Params, razor: RazorConfig | None) -> None:
 
 
 def extend(
-    params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array, logits: Logits = "last"
-) -> tuple[jax.Array | None, KVCache]:
+    params: Params,
+    cache: KVCache,
+    tokens: Int[Ids, "B T"],
+    lengths: Int[Ids, " B"],
+    logits: Logits = "last",
+) -> tuple[Float32[jax.Array, "B *T V"] | None, KVCache]:
     """Append tokens to every row of the cache.
 
     Args:
@@ -78,7 +85,7 @@ def extend(
     check_cache(params, cache)
     T = tokens.shape[1]
     run = _whole if T <= CHUNK else _in_chunks
-    tokens = tokens.astype(jnp.int32)
+    tokens = jnp.asarray(tokens, jnp.int32)
     if T > CHUNK:
         tokens = jnp.pad(tokens, ((0, 0), (0, -T % CHUNK)))
     call, cache = kv.begin(cache, lengths, T)
@@ -104,8 +111,8 @@ def extend(
 
 
 def decode(
-    params: Params, cache: KVCache, token: jax.Array, active: jax.Array | None = None
-) -> tuple[jax.Array, KVCache]:
+    params: Params, cache: KVCache, token: Int[Ids, " B"], active: Bool[Ids, " B"] | None = None
+) -> tuple[Float32[jax.Array, "B V"], KVCache]:
     """Append one token int32 [B] to every active row: float32 logits [B, V] and the new cache.
 
     `active` bool [B], None for all; an inactive row is left untouched and its logits are zeros.
@@ -116,7 +123,7 @@ def decode(
     return logits, cache
 
 
-def _check_call(cache: KVCache, tokens: jax.Array, lengths: jax.Array, logits: Logits) -> None:
+def _check_call(cache: KVCache, tokens: Ids, lengths: Ids, logits: Logits) -> None:
     if logits not in ("last", "all", "none"):
         raise ValueError(f"logits={logits!r}: use 'last', 'all' or 'none'")
     B = cache.batch

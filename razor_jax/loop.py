@@ -94,6 +94,7 @@ def read_prompt(
         part = lax.dynamic_slice_in_dim(tokens, index * chunk, chunk, axis=1)
         new = jnp.clip(lengths - index * chunk, 0, chunk)
         fresh, cache = extend(params, cache, part, new)
+        assert fresh is not None
         return jnp.where((new > 0)[:, None], fresh, logits), cache
 
     logits = jnp.zeros((tokens.shape[0], params.config.vocab_size), jnp.float32)

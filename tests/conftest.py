@@ -11,3 +11,19 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # Compiling is most of the suite's time and tiny models run fast anyway. This is machine code, not the graph:
 # fusion, copies and buffers are those of a real run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+# Shape annotations are executed: every call in the suite is checked against them.
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+import tests.typecheck  # noqa: E402,F401  (the hook names it, and does not import it)
+
+jaxtyping.install_import_hook("razor_jax", "tests.typecheck.check")
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations at rest, for what they would refuse: inputs wrong on purpose, and trees of shapes."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -187,7 +187,9 @@ class TestText:
         for _ in session.run():
             pass
         count = len(session.rows[0].tokens)
-        exact = razor_jax.generate.__globals__["Session"](tiny.params(), prompt, count, WINDOW, capacity=session.spec.capacity)
+        exact = razor_jax.generate.__globals__["Session"](
+            tiny.params(), prompt, count, WINDOW, capacity=session.spec.capacity
+        )
         for _ in exact.run():
             pass
         assert exact.rows[0].tokens == session.rows[0].tokens
@@ -205,7 +207,9 @@ class TestText:
     def test_stream_is_generate(self):
         stop = self.stop_string()
         for options in ({}, {"stop": stop}, {"sampling": Temperature(1.0), "seed": 4}):
-            pieces = list(razor_jax.stream(tiny.params(), "Hello there. " * 9, max_new_tokens=NEW, razor=WINDOW, **options))
+            pieces = list(
+                razor_jax.stream(tiny.params(), "Hello there. " * 9, max_new_tokens=NEW, razor=WINDOW, **options)
+            )
             result = razor_jax.generate(tiny.params(), "Hello there. " * 9, max_new_tokens=NEW, razor=WINDOW, **options)
             assert "".join(p.text for p in pieces) == result.text
             assert tuple(t for p in pieces for t in p.tokens) == result.tokens

@@ -47,7 +47,9 @@ def params(seed: int = 0, text: bool = True) -> Params:
     """Random float32 weights, large enough that attention and next tokens depend on the context."""
     rng = np.random.default_rng(seed)
     weights = jax.tree.map(
-        lambda a: np.asarray(1 + 0.1 * rng.normal(size=a.shape) if a.ndim == 1 else 0.3 * rng.normal(size=a.shape), np.float32),
+        lambda a: np.asarray(
+            1 + 0.1 * rng.normal(size=a.shape) if a.ndim == 1 else 0.3 * rng.normal(size=a.shape), np.float32
+        ),
         abstract_weights(CONFIG),
     )
     return with_heads(Params.from_flax({"params": weights}, CONFIG, assets() if text else None), SPLIT)

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int
 
 NEG = -1e30
 
-State = tuple[jax.Array, jax.Array, jax.Array]
+State = tuple[
+    Float32[jax.Array, "B K R H"],  # acc
+    Float32[jax.Array, "B K R"],  # m
+    Float32[jax.Array, "B K R"],  # l
+]
 
 
 def empty(q: jax.Array) -> State:
@@ -22,7 +27,13 @@ def empty(q: jax.Array) -> State:
     return jnp.zeros(q.shape, jnp.float32), m, jnp.zeros_like(m)
 
 
-def compensation(q: jax.Array, k_mean: jax.Array, v_mean: jax.Array, n: jax.Array, scale: float) -> State:
+def compensation(
+    q: Float[jax.Array, "B K R H"],
+    k_mean: Float32[jax.Array, "B K 1 H"],
+    v_mean: Float32[jax.Array, "B K 1 H"],
+    n: Int[jax.Array, " B"],
+    scale: float,
+) -> State:
     """One key with logit bias ln n that stands for n dropped tokens (RazorAttention, eq. 4 to 6).
 
     q [B,K,R,H]; k_mean, v_mean float32 [B,K,1,H], unread where n is 0; n int32 [B].

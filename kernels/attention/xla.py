@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Int
 
 from .state import NEG, State, empty, finish
 
@@ -20,15 +21,15 @@ _FEW_ROWS = 32
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lengths: jax.Array,
+    q: Float[jax.Array, "B K R H"],
+    k: Float[jax.Array, "B K S H"],
+    v: Float[jax.Array, "B K S H"],
+    lengths: Int[jax.Array, " B"],
     *,
     scale: float,
     state: State | None = None,
     return_state: bool = False,
-) -> jax.Array | State:
+) -> Float[jax.Array, "B K R H"] | State:
     """Every query row sees slots [0, lengths[b]): decode, and a chunk against the cache.
 
     Args:
@@ -47,17 +48,17 @@ def attend(
 
 
 def attend_causal(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lengths: jax.Array,
+    q: Float[jax.Array, "B K R H"],
+    k: Float[jax.Array, "B K S H"],
+    v: Float[jax.Array, "B K S H"],
+    lengths: Int[jax.Array, " B"],
     *,
     start: jax.Array | int,
     group_size: int,
     scale: float,
     state: State | None = None,
     return_state: bool = False,
-) -> jax.Array | State:
+) -> Float[jax.Array, "B K R H"] | State:
     """Query token t, at index start + t of a chunk, sees the chunk's tokens up to its own.
 
     Args:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+import platform
 
+import jax
 import numpy as np
 
 from ..config import RazorConfig
@@ -56,6 +58,14 @@ def measure(
     )
 
 
-def compare(params: Params, policies: Mapping[str, RazorConfig | None], *, context: int, new_tokens: int = 32) -> dict:
-    """`measure` for each policy by name."""
-    return {name: measure(params, razor, context=context, new_tokens=new_tokens) for name, razor in policies.items()}
+def machine() -> dict[str, str]:
+    """What the figures were measured on: chip, JAX, Python."""
+    device = jax.devices()[0]
+    return {
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "devices": str(jax.device_count()),
+        "cores": str(os.cpu_count()),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }

@@ -15,13 +15,13 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..kernels.attention import attend_causal, finish
+from ..kernels.attention import State, attend_causal, finish
 from ..models.config import ModelConfig
 from ..models.rope import Tables, tables
 from ..models.transformer import Block
@@ -151,6 +151,7 @@ def probe_layer(
         here, cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, C, axis=1) for a in (x, *rope))
         q = part("queries", here, (cos, sin))
         state = attend_causal(q, k, v, lengths, start=start, group_size=G, scale=scale, return_state=True)
+        state = cast(State, state)
         _, m, l = state
         out = finish(state, q.dtype)
         q = q.reshape(K, C, G, H).astype(jnp.float32) * scale

@@ -1,0 +1,394 @@
+"""`razor-jax demo | generate | chat | heads | bench`: the library from a shell.
+
+Answers go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import razor_jax
+from razor_jax import Chat, HeadSplit, Params, RazorConfig, Result, Sampling, demo, terminal
+from razor_jax.evals.bench import Speed, machine, measure
+from razor_jax.heads import find_heads, store
+from razor_jax.questions import split
+from razor_jax.terminal import note
+
+app = typer.Typer(cls=terminal.Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="razor-mini, a checkpoint folder, or a Hugging Face id.")
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Type of the weights; the checkpoint's own by default."),
+]
+HeadsOption = Annotated[
+    str, typer.Option(help="A razor.json; auto: the one beside the model, else found once and remembered.")
+]
+DenseOption = Annotated[bool, typer.Option("--dense", help="No compression: every head keeps every token.")]
+WindowOption = Annotated[
+    int | None, typer.Option(min=1, help="Newest tokens that a windowed head keeps; fixes the window.")
+]
+SinksOption = Annotated[int | None, typer.Option(min=0, help="First tokens that a windowed head keeps.")]
+ChunkOption = Annotated[
+    int | None, typer.Option(min=1, help="Streaming prefill by so many tokens: less memory, not exact.")
+]
+NewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+TemperatureOption = Annotated[
+    float | None, typer.Option(help="0: the most likely token, the default unless a filter is given.")
+]
+TopKOption = Annotated[int | None, typer.Option(help="Draw from the k most likely tokens.")]
+TopPOption = Annotated[float | None, typer.Option(help="Draw from the most likely tokens of this probability.")]
+MinPOption = Annotated[
+    float | None, typer.Option(help="Draw from tokens at least so likely, as a share of the likeliest.")
+]
+PenaltyOption = Annotated[float, typer.Option(help="Above 1: tokens seen before become less likely.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends an answer; repeatable.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Answers and warnings only.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=lambda v: _version(v))] = False,
+) -> None:
+    """Long-context inference with a really compressed KV cache (RazorAttention, in JAX)."""
+    terminal.listen(quiet)
+
+
+@app.command("demo")
+def demo_command(
+    model: ModelOption = "razor-mini",
+    tokens: Annotated[int, typer.Option(min=256, help="Length of the document.")] = 2000,
+    facts: Annotated[int, typer.Option(min=1, max=32, help="Facts hidden in it.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of document and facts.")] = 0,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hide facts in a long document, compress it, then ask: dense, Razor and all-windowed side by side."""
+    params = _load(model, None, "auto")
+    policy = _policy(params, dense=False, window=window, sinks=sinks, prefill_chunk=None)
+    assert policy is not None
+    report = demo.run(params, policy, tokens=tokens, facts=facts, seed=seed, show=not as_json)
+    if as_json:
+        _print_json({"model": model, **report.to_dict()})
+    else:
+        Console().print(report.table())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue, or to ask about.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="The same from a UTF-8 file; - for stdin.")] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option("--question", "-Q", help="Asked about the prompt, which is compressed once, before; repeatable."),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the chat template. Default: for questions, if there is one."),
+    ] = None,
+    model: ModelOption = "razor-mini",
+    max_new_tokens: NewTokensOption = 256,
+    dense: DenseOption = False,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    prefill_chunk: ChunkOption = None,
+    heads: HeadsOption = "auto",
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = 0,
+    stop: StopOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt, or answer questions about a document."""
+    text = _prompt(prompt, prompt_file)
+    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    params = _load(model, dtype, None if dense else heads)
+    policy = _policy(params, dense=dense, window=window, sinks=sinks, prefill_chunk=prefill_chunk)
+    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed, "stop": stop or ()}
+    if question:
+        has_template = params.assets is not None and params.assets.chat_template is not None
+        asked = split(params.assets, text, question, has_template if chat is None else chat)
+        with terminal.working("reading the document"):
+            options["cache"] = razor_jax.prefill(params, asked.document, razor=policy)
+        prompts = list(zip(question, asked.questions, strict=True))
+    else:
+        options["razor"] = policy
+        prompts = [(text, [{"role": "user", "content": text}] if chat else text)]
+    results = []
+    for name, ids in prompts:
+        if question and not as_json:
+            note(f"— {name}")
+        results.append(terminal.answer(razor_jax.stream(params, ids, **options), show=not as_json))
+    _report(results)
+    if as_json:
+        key = "question" if question else "prompt"
+        answers = [{key: name, **_plain(result)} for (name, _), result in zip(prompts, results, strict=True)]
+        _print_json({"model": model, "results": answers})
+
+
+@app.command("chat")
+def chat_command(
+    model: ModelOption = "razor-mini",
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    system_file: Annotated[Path | None, typer.Option(help="The same from a UTF-8 file, such as a document.")] = None,
+    max_new_tokens: NewTokensOption = 512,
+    dense: DenseOption = False,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    prefill_chunk: ChunkOption = None,
+    heads: HeadsOption = "auto",
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = 0,
+    stop: StopOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Talk to a model. /reset forgets, /exit leaves; Ctrl-C ends an answer, or leaves at the prompt."""
+    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if system is not None and system_file is not None:
+        raise typer.BadParameter("give --system or --system-file, not both")
+    params = _load(model, dtype, None if dense else heads)
+    policy = _policy(params, dense=dense, window=window, sinks=sinks, prefill_chunk=prefill_chunk)
+    conversation = Chat(params, system=_read(system_file) if system_file else system, razor=policy)
+    if params.assets is not None:
+        # a template that is missing or broken fails here, not at the first line
+        params.assets.apply_chat([*conversation.messages, {"role": "user", "content": "hello"}])
+    note("/reset forgets the conversation, /exit leaves; Ctrl-C ends an answer")
+    while (line := _line()) != "/exit":
+        if line == "/reset":
+            conversation.reset()
+            note("forgotten")
+        elif line.startswith("/"):
+            note(f"{line.split()[0]} is no command: /reset or /exit")
+        elif line:
+            _turn(
+                conversation,
+                line,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seed=seed,
+                stop=stop or (),
+            )
+
+
+@app.command("heads")
+def heads_command(
+    model: ModelOption = "razor-mini",
+    induction: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of KV heads kept by induction score.")
+    ] = None,
+    echo: Annotated[float | None, typer.Option(min=0, max=1, help="Share of KV heads kept by echo score.")] = None,
+    share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share kept in all, instead of the other two.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Probes; scores are their mean.")] = 1,
+    preset: Annotated[Literal["paper", "vendor"], typer.Option(help="Which probe.")] = "paper",
+    save: Annotated[Path | None, typer.Option(help="Write the split as razor.json here.")] = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find a model's retrieval heads: the scores of every KV head, and which to keep."""
+    if share is not None and (induction is not None or echo is not None):
+        raise typer.BadParameter("give --share, or --induction and --echo, not both")
+    params = _load(model, dtype, None)
+    with terminal.working(model) as progress:
+        scores = find_heads(params, seeds=tuple(range(seeds)), preset=preset, progress=progress)
+    chosen = scores.select(induction, echo, share=share)
+    if save is not None:
+        note(f"saved {store.write(save, chosen)}")
+    if as_json:
+        _print_json({"model": model, "scores": scores.to_json(), "split": dataclasses.asdict(chosen)})
+    else:
+        for name, values in (("induction", scores.induction), ("echo", scores.echo)):
+            Console().print(_head_table(name, values, chosen))
+        typer.echo(f"● {sum(chosen.counts)} of {scores.echo.size} KV heads keep every token: {chosen.note}")
+
+
+@app.command("bench")
+def bench_command(
+    model: ModelOption = "razor-mini",
+    context: Annotated[list[int] | None, typer.Option(min=1, help="Prompt length in tokens; repeatable.")] = None,
+    new_tokens: NewTokensOption = 32,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    prefill_chunk: ChunkOption = None,
+    heads: HeadsOption = "auto",
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time prefill and decode on a random prompt, dense beside Razor, compilation apart."""
+    params = _load(model, dtype, heads)
+    policy = _policy(params, dense=False, window=window, sinks=sinks, prefill_chunk=prefill_chunk)
+    rows: list[tuple[str, Speed]] = []
+    for length in context or [1024]:
+        for name, razor in (("dense", None), ("Razor", policy)):
+            with terminal.working(f"{name}, {length:,} tokens"):
+                rows.append((name, measure(params, razor, context=length, new_tokens=new_tokens)))
+    if as_json:
+        _print_json({"model": model, "machine": machine(), "rows": [{"cache": n, **r.to_dict()} for n, r in rows]})
+        return
+    Console().print(_speed_table(rows))
+    note(f"{policy.describe() if policy else ''}; {', '.join(f'{k} {v}' for k, v in machine().items())}")
+
+
+def main() -> None:
+    """Entry point of the `razor-jax` program."""
+    warnings.showwarning = lambda message, *place: note(f"warning: {message}")
+    logging.getLogger("razor_jax").propagate = False  # libraries set up the root logger: no line twice
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(razor_jax.__version__)
+        raise typer.Exit
+
+
+def _load(model: str, dtype: str | None, heads: str | None) -> Params:
+    with terminal.working(f"loading {model}") as progress:
+        return razor_jax.load(model, dtype=dtype, heads=heads, progress=progress)
+
+
+def _policy(
+    params: Params, *, dense: bool, window: int | None, sinks: int | None, prefill_chunk: int | None
+) -> RazorConfig | None:
+    """The checkpoint's recommendation or the paper's setting, with what the options change."""
+    given = {"window": window, "sinks": sinks, "prefill_chunk": prefill_chunk}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if not dense:
+        return dataclasses.replace(params.razor or RazorConfig(), **changes)
+    if changes:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in changes)
+        raise typer.BadParameter(f"--dense compresses nothing: leave out {names}")
+    return None
+
+
+def _sampling(
+    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None, penalty: float
+) -> Sampling:
+    """Greedy unless a temperature or a filter is given."""
+    if temperature is None:
+        temperature = 0.0 if top_k is None and top_p is None and min_p is None else 1.0
+    try:
+        return Sampling.of(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        raise typer.BadParameter("give --prompt or --prompt-file, one of the two")
+    return prompt if file is None else _read(file)  # type: ignore[return-value]
+
+
+def _read(file: Path) -> str:
+    data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text (byte {error.start}): convert it first") from error
+
+
+def _turn(
+    conversation: Chat, line: str, *, max_new_tokens: int, sampling: Sampling, seed: int, stop: Sequence[str]
+) -> None:
+    """One turn; Ctrl-C ends the answer, and what was said stays said. Refused input changes nothing."""
+    try:
+        pieces = conversation.stream(line, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop)
+        with contextlib.closing(pieces):  # type: ignore[type-var]
+            note(str(terminal.answer(pieces).kv))
+    except KeyboardInterrupt:
+        typer.echo()
+        note("interrupted")
+    except ValueError as error:
+        terminal.fail(str(error))
+
+
+def _line() -> str:
+    """The user's next line; /exit at the end of the input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return "/exit"
+
+
+def _report(results: list[Result]) -> None:
+    """What the cache held and how long it took, after the answers."""
+    note(str(results[-1].kv))
+    times = [result.timings for result in results]
+    prompt_tokens, read = sum(t.prompt_tokens for t in times), sum(t.prefill_seconds for t in times)
+    new, spent = sum(t.generated_tokens for t in times), sum(t.decode_seconds for t in times)
+    rate = f", {new / spent:,.1f} tokens/s" if spent else ""
+    compiled = sum(t.compile_seconds for t in times)
+    note(f"read {prompt_tokens:,} tokens in {read:.2f} s{rate}; compiled for {compiled:.1f} s")
+
+
+def _plain(result: Result) -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "tokens": list(result.tokens),
+        "finish_reason": result.finish_reason,
+        "kv": result.kv.to_dict(),
+        "timings": result.timings.to_dict(),
+    }
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    typer.echo(json.dumps(content, indent=1))
+
+
+def _head_table(name: str, scores: np.ndarray, chosen: HeadSplit) -> Table:
+    """Layers × KV heads of one score [L, K] in per cent, the chosen heads marked; narrow, for there may be many."""
+    table = Table(title=f"{name} score of each KV head, %", box=box.SIMPLE, padding=0, title_justify="left")
+    for column in ("layer", *map(str, range(scores.shape[1]))):
+        table.add_column(column, justify="right", min_width=5, no_wrap=True)
+    for layer, row in enumerate(scores):
+        cells = (f"{'[bold]●' if head in chosen.retrieval[layer] else ''}{100 * s:.0f}" for head, s in enumerate(row))
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _speed_table(rows: list[tuple[str, Speed]]) -> Table:
+    """One row a policy and context, rates and bytes with their ratios to the dense row before it."""
+    table = Table()
+    for column in ("context", "cache", "prefill tok/s", "decode tok/s", "KV bytes", "compile s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    dense = rows[0][1]
+    for name, row in rows:
+        dense = row if name == "dense" else dense
+        table.add_row(
+            f"{row.context:,}",
+            name,
+            f"{row.context / row.prefill_seconds:,.0f} ({dense.prefill_seconds / row.prefill_seconds:.2f}×)",
+            f"{1 / row.decode_seconds:,.1f} ({dense.decode_seconds / row.decode_seconds:.2f}×)",
+            f"{row.kv.allocated_bytes:,} ({dense.kv.allocated_bytes / row.kv.allocated_bytes:.2f}×)",
+            f"{row.compile_seconds:.1f}",
+        )
+    return table
