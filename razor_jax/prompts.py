@@ -62,10 +62,10 @@ def prompt_bucket(tokens: int) -> int:
 
 
 def capacity_bucket(tokens: int) -> int:
-    """Cache capacity: powers of two and the halves between them, from 64."""
+    """Cache capacity on a ladder from 64: two rungs an octave, eight from 512 on, where slack is real memory."""
     power = max(64, 1 << (tokens - 1).bit_length())
-    between = power * 3 // 4
-    return between if tokens <= between else power
+    rung = power // 16 if power > 512 else power // 4
+    return max(64, -(-tokens // rung) * rung)
 
 
 def warn_beyond_trained(config: ModelConfig, tokens: int) -> None:

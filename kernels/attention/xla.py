@@ -128,5 +128,6 @@ def _fold(q, k, v, valid, visible, scale: float, state: State) -> State:
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """float32 result; HIGHEST because a TPU's default for float32 operands is one bfloat16 pass."""
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST)
+    """float32 result; float32 operands at HIGHEST, because a TPU's default for them is one bfloat16 pass."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision=precision)
