@@ -49,7 +49,7 @@ def make_checkpoint(folder: Path) -> None:
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in CONFIG.items()}))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
     model.save_pretrained(folder)
 
 
@@ -113,7 +113,8 @@ def machine() -> dict:
     import torch
     import transformers
 
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return {
         "date": date.today().isoformat(),
         "cpu": cpu or platform.processor(),
@@ -146,9 +147,7 @@ def main(context: list[int] = [4096, 16384], new_tokens: int = 16, side: str = "
                 report["rows"].append({"side": name, "context": length, **rows[name]})
                 show(name, length, rows)
     RESULTS.write_text(json.dumps(report, indent=2) + "\n")
-    print(
-        f"\n{report['machine']}\nwritten to {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}"
-    )
+    print(f"\n{report['machine']}\nwritten to {RESULTS}")
 
 
 def show(name: str, context: int, rows: dict) -> None:

@@ -67,7 +67,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on s
 def common(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Answers and warnings only.")] = False,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=lambda v: _version(v))] = False,
+    version: Annotated[bool | None, typer.Option("--version", is_eager=True, callback=lambda v: _version(v))] = None,
 ) -> None:
     """Long-context inference with a really compressed KV cache (RazorAttention, in JAX)."""
     terminal.listen(quiet)
@@ -265,7 +265,7 @@ def main() -> None:
     app()
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool | None) -> None:
     if wanted:
         typer.echo(razor_jax.__version__)
         raise typer.Exit

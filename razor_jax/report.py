@@ -73,10 +73,10 @@ class KVReport:
         if self.setting == "dense":
             return f"{size}: dense attention, {self.ratio:.2f}× ({where})"
         if not self.engaged:
-            return (
-                f"{size}: compression did not engage, nothing was long enough to be dropped ({self.setting}; {where})"
-            )
-        return f"{size}: {self.ratio:.2f}× smaller, up to {max(self.dropped_tokens):,} tokens dropped a head ({self.setting}; {where})"
+            why = "compression did not engage, nothing was long enough to be dropped"
+            return f"{size}: {why} ({self.setting}; {where})"
+        saved = f"{self.ratio:.2f}× smaller, up to {max(self.dropped_tokens):,} tokens dropped a head"
+        return f"{size}: {saved} ({self.setting}; {where})"
 
     def to_dict(self) -> dict:
         """All fields with the derived ones, for JSON."""

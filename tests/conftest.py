@@ -27,3 +27,13 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The largest of each error that tests recorded by `record_property`: the figures that docs quote."""
+    worst: dict[str, float] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            worst[name] = max(value, worst.get(name, 0.0))
+    for name, value in sorted(worst.items()):
+        terminalreporter.write_line(f"{name}: {value:.1e}")

@@ -266,6 +266,7 @@ def test_an_interrupted_save_leaves_what_was_there(folder, tmp_path, monkeypatch
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == there
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_unknown_format_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"format='gguf'.*huggingface.*orbax"):
         checkpoint.save(checkpoint.read(folder), tmp_path / "out", "gguf")  # type: ignore[arg-type]

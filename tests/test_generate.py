@@ -11,6 +11,7 @@ from numpy.testing import assert_array_equal
 
 import razor_jax
 from razor_jax import Greedy, RazorConfig, Temperature, TopP, compilation
+from razor_jax.generate import Session
 from tests import tiny
 
 WINDOW = RazorConfig.compact(window=24)
@@ -129,10 +130,11 @@ def test_a_session_compiles_at_most_three_programs():
 def test_prefill_once_ask_many_leaves_the_cache_as_it_was():
     params = tiny.params(text=False)
     cache = razor_jax.prefill(params, tiny.prompt(100), razor=WINDOW)
-    before = jax.tree.map(np.array, cache)
+    before = [np.array(leaf) for leaf in jax.tree.leaves(cache)]
     questions = [tiny.prompt(9, seed=1), tiny.prompt(14, seed=2)]
     together = razor_jax.generate(params, questions, cache=cache, max_new_tokens=12)
-    jax.tree.map(assert_array_equal, before, cache)
+    for old, leaf in zip(before, jax.tree.leaves(cache), strict=True):
+        assert_array_equal(old, leaf)
     for question, row in zip(questions, together, strict=True):
         assert razor_jax.generate(params, question, cache=cache, max_new_tokens=12).tokens == row.tokens
         state = razor_jax.init_cache(params, batch=1, capacity=192, razor=WINDOW)
@@ -183,13 +185,11 @@ class TestText:
     def test_cache_after_a_stop_string_is_that_of_a_run_that_never_overshot(self):
         stop = self.stop_string()
         prompt = "The quick brown fox jumps over the lazy dog. " * 3
-        session = razor_jax.generate.__globals__["Session"](tiny.params(), prompt, NEW, WINDOW, stop=stop)
+        session = Session(tiny.params(), prompt, NEW, WINDOW, stop=stop)
         for _ in session.run():
             pass
         count = len(session.rows[0].tokens)
-        exact = razor_jax.generate.__globals__["Session"](
-            tiny.params(), prompt, count, WINDOW, capacity=session.spec.capacity
-        )
+        exact = Session(tiny.params(), prompt, count, WINDOW, capacity=session.spec.capacity)
         for _ in exact.run():
             pass
         assert exact.rows[0].tokens == session.rows[0].tokens
@@ -227,22 +227,23 @@ class TestText:
         assert by_messages.tokens == self.run(np.asarray(ids), max_new_tokens=8).tokens
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_inputs_are_named_before_anything_runs():
     params = tiny.params(text=False)
     ok = tiny.prompt(10)
     cases = [
-        (dict(prompt=[]), ValueError, "empty list"),
-        (dict(prompt=np.zeros(0, np.int32)), ValueError, "prompt is empty"),
-        (dict(prompt=[ok, np.zeros(0, np.int32)]), ValueError, "prompt 1 is empty"),
-        (dict(prompt=np.asarray([3, 264])), ValueError, "token id 264, outside the vocabulary 0..263"),
-        (dict(prompt=np.asarray([-1])), ValueError, "token id -1"),
-        (dict(prompt=np.ones(3)), TypeError, "token ids are integers"),
-        (dict(prompt=b"bytes"), TypeError, "bytes"),
-        (dict(prompt="text"), ValueError, "no tokenizer"),
-        (dict(prompt=ok, max_new_tokens=0), ValueError, "max_new_tokens=0"),
-        (dict(prompt=ok, capacity=20), ValueError, "do not fit capacity=20"),
-        (dict(prompt=ok, razor="compact"), ValueError, "razor='compact'"),
-        (dict(prompt=ok, stop="x"), ValueError, "no tokenizer"),
+        ({"prompt": []}, ValueError, "empty list"),
+        ({"prompt": np.zeros(0, np.int32)}, ValueError, "prompt is empty"),
+        ({"prompt": [ok, np.zeros(0, np.int32)]}, ValueError, "prompt 1 is empty"),
+        ({"prompt": np.asarray([3, 264])}, ValueError, "token id 264, outside the vocabulary 0..263"),
+        ({"prompt": np.asarray([-1])}, ValueError, "token id -1"),
+        ({"prompt": np.ones(3)}, TypeError, "token ids are integers"),
+        ({"prompt": b"bytes"}, TypeError, "bytes"),
+        ({"prompt": "text"}, ValueError, "no tokenizer"),
+        ({"prompt": ok, "max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
+        ({"prompt": ok, "capacity": 20}, ValueError, "do not fit capacity=20"),
+        ({"prompt": ok, "razor": "compact"}, ValueError, "razor='compact'"),
+        ({"prompt": ok, "stop": "x"}, ValueError, "no tokenizer"),
     ]
     before = compilation.totals()[0]
     for options, error, message in cases:

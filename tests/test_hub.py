@@ -159,6 +159,7 @@ def test_split_of_other_weights_warns(model):
         assert load(model).heads is not None
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_heads_are_refused(model):
     with pytest.raises(FileNotFoundError, match="no head split at"):
         load(model, heads="automatic")

@@ -164,28 +164,32 @@ def _assert_same_choices(ours, theirs):
     np.testing.assert_array_equal(ours.argmax(-1)[decided], theirs.argmax(-1)[decided])
 
 
-def _check_logits_and_greedy_tokens(directory, setting):
+def _check_logits_and_greedy_tokens(directory, setting, record_property):
     params, model = checkpoint.read(directory), hf.oracle(directory)
     lengths = np.asarray(setting["lengths"], np.int32)
     tokens = np.random.default_rng(0).integers(0, setting["vocab"], (len(lengths), LONG), np.int32)
     forward = functools.partial(_forward, params.config, params.weights)
     prompt = np.asarray(forward(tokens, lengths))
-    steps = _greedy(forward, tokens, lengths)
+    steps, worst = _greedy(forward, tokens, lengths), 0.0
     for b, (row, length) in enumerate(zip(tokens, lengths, strict=True)):
-        np.testing.assert_allclose(prompt[b, :length], hf.logits(model, row[:length]), rtol=0, atol=1e-4)
+        want = hf.logits(model, row[:length])
+        np.testing.assert_allclose(prompt[b, :length], want, rtol=0, atol=1e-4)
+        worst = max(worst, float(np.abs(prompt[b, :length] - want).max()))
         want = _greedy_of_oracle(model, row, length, setting["rope"] == "dynamic")
         _assert_same_choices(steps[:, b], want)
+        worst = max(worst, float(np.abs(steps[:, b] - want).max()))
+    record_property(f"largest logit error against transformers, {setting['family']}", worst)
 
 
 @pytest.mark.parametrize("setting", PAIRWISE, ids=_name)
-def test_logits_and_greedy_tokens_equal_transformers(tmp_path, setting):
-    _check_logits_and_greedy_tokens(_write(tmp_path, setting), setting)
+def test_logits_and_greedy_tokens_equal_transformers(tmp_path, setting, record_property):
+    _check_logits_and_greedy_tokens(_write(tmp_path, setting), setting, record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", PRODUCT, ids=_name)
-def test_logits_and_greedy_tokens_equal_transformers_everywhere(tmp_path, setting):
-    _check_logits_and_greedy_tokens(_write(tmp_path, setting), setting)
+def test_logits_and_greedy_tokens_equal_transformers_everywhere(tmp_path, setting, record_property):
+    _check_logits_and_greedy_tokens(_write(tmp_path, setting), setting, record_property)
 
 
 ONE_OF_EACH = [
@@ -206,10 +210,12 @@ def test_hidden_states_equal_transformers_layer_by_layer(tmp_path, setting):
     positions = jnp.arange(PROMPT)[None]
     rope = tables(config.rope, config.head_dim, positions, jnp.full((1,), PROMPT))
     # Layers of the oracle's own input each, so that an error is found where it is made.
-    embedded = Transformer(config).apply({"params": params.weights}, tokens[None], method="embed")
+    embedded = Transformer(config).apply({"params": params.weights}, jnp.asarray(tokens)[None], method="embed")
     np.testing.assert_array_equal(embedded[0], want[0])
     for i in range(config.num_layers):
-        x, _ = Block(config).apply({"params": params.weights[f"blocks_{i}"]}, want[i][None], rope, _attend, None)
+        x, _ = Block(config).apply(
+            {"params": params.weights[f"blocks_{i}"]}, jnp.asarray(want[i])[None], rope, _attend, None
+        )
         if i < config.num_layers - 1:
             np.testing.assert_allclose(x[0], want[i + 1], rtol=0, atol=2e-5, err_msg=f"layer {i}")
     last = Transformer(config).apply({"params": params.weights}, x, method=lambda m, x: m.norm(x))

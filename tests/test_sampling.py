@@ -160,6 +160,7 @@ def test_temperature_zero_is_greedy():
     assert jax.tree.structure(Sampling.of(temperature=0.0)) == jax.tree.structure(Greedy())
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

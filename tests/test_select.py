@@ -69,6 +69,7 @@ def test_halves_round_to_even():
     assert [sum(flat.select(induction=n, echo=0).counts) for n in (0.25, 0.35)] == [2, 4]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("shares", "words"),
     [

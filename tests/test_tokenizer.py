@@ -337,6 +337,7 @@ def test_broken_templates(template, message):
         assets.apply_chat([{"role": "user", "content": "hi"}])
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -386,6 +387,7 @@ def test_broken_files_are_named(tmp_path):
         Assets.read(tmp_path)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("text", ["half \ud83d", b"bytes"])
 def test_text_must_be_unicode(text):
     with pytest.raises(ValueError, match="is not Unicode text"):
