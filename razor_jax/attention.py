@@ -45,6 +45,13 @@ def attend(
       [B, K, G·Tq, H] in q's type. Rows past a row's new tokens are finite and meaningless.
     """
     scale = 1.0 / math.sqrt(q.shape[-1])
+    state = None if call.fresh else _attend_cache(q, layer, call, scale)
+    out = kernel.attend_causal(q, k, v, call.new, start=start, group_size=group_size, scale=scale, state=state)
+    return cast(jax.Array, out)
+
+
+def _attend_cache(q: jax.Array, layer: tuple[Group, ...], call: Call, scale: float) -> kernel.State:
+    """The state of having seen the cache: each group's compensation token, then its slots."""
     states, first = [], 0
     for group in layer:
         heads = slice(first, first + group.k.shape[1])
@@ -55,9 +62,7 @@ def attend(
             state = kernel.compensation(rows, group.k_mean, group.v_mean, call.dropped, scale)
         valid = call.valid(group.windowed)
         states.append(kernel.attend(rows, group.k, group.v, valid, scale=scale, state=state, return_state=True))
-    state = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *states)
-    out = kernel.attend_causal(q, k, v, call.new, start=start, group_size=group_size, scale=scale, state=state)
-    return cast(jax.Array, out)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *states)
 
 
 def attend_and_write(q, k, v, layer: tuple[Group, ...], call: Call) -> tuple[jax.Array, tuple[Group, ...]]:

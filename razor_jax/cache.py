@@ -165,12 +165,14 @@ class Call(flax.struct.PyTreeNode):
       length: int32 [B], tokens before the call.
       new: int32 [B], valid tokens of the call; 0 leaves a row bit-identical.
       window: int32 [B], W.
+      fresh: every row is known to be empty, so there is no cache to attend to.
     """
 
     length: jax.Array
     new: jax.Array
     window: jax.Array
     spec: CacheSpec = flax.struct.field(pytree_node=False)
+    fresh: bool = flax.struct.field(pytree_node=False, default=False)
 
     def valid(self, windowed: bool) -> jax.Array:
         """int32 [B], valid slots before the call."""
@@ -182,7 +184,9 @@ class Call(flax.struct.PyTreeNode):
         return dropped(self.spec, self.length, self.window)
 
 
-def begin(cache: KVCache, lengths: Int[jax.Array | np.ndarray, " B"], T: int) -> tuple[Call, KVCache]:
+def begin(
+    cache: KVCache, lengths: Int[jax.Array | np.ndarray, " B"], T: int, fresh: bool = False
+) -> tuple[Call, KVCache]:
     """Settle windows and overflow for a call of `lengths` int32 [B] valid tokens out of T.
 
     A row that would overflow gets no tokens and its flag; the cache comes back with its new lengths.
@@ -195,7 +199,7 @@ def begin(cache: KVCache, lengths: Int[jax.Array | np.ndarray, " B"], T: int) ->
     if spec.razor is not None:
         # A row's first tokens are its prompt.
         window = jnp.where((window == 0) & (new > 0), ring_length(spec.razor, new), window)
-    call = Call(cache.length, new, window, spec)
+    call = Call(cache.length, new, window, spec, fresh)
     return call, cache.replace(length=cache.length + new, window=window, overflow=cache.overflow | ~fits)
 
 
@@ -327,6 +331,11 @@ def rollback(cache: KVCache, saved: KVCache) -> KVCache:
         for layer, kept in zip(cache.layers, saved.layers, strict=True)
     )
     return saved.replace(layers=layers)
+
+
+def deleted(cache: KVCache) -> bool:
+    """Whether the cache was donated to a call, so that its memory is no longer its own."""
+    return cache.length.is_deleted()
 
 
 def allocated_bytes(cache: KVCache) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from . import cache as kv
 from .cache import KVCache
 from .generate import Piece, Policy, Session, pieces
 from .params import Params
@@ -86,9 +87,11 @@ class Chat:
         """`send`, piece by piece. Leaving the loop early keeps the part of the answer that was generated."""
         messages = [*self.messages, {"role": "user", "content": text}]
         new = self._new_tokens(messages)
+        # A conversation that lost its cache is read again.
+        before = self._tokens if self._cache is None else self._tokens[-1:]
         session = Session(
             self._params,
-            np.asarray(self._tokens[-1:] + new, np.int32),
+            np.asarray(before + new, np.int32),
             max_new_tokens=max_new_tokens,
             razor=self._razor if self._cache is None else "auto",
             sampling=sampling,
@@ -101,17 +104,20 @@ class Chat:
         return self._run(session, messages, new)
 
     def _run(self, session: Session, messages: list[dict[str, str]], new: list[int]) -> Iterator[Piece]:
-        # The session writes into the cache from here on, so an early end has to keep what it did.
+        if messages[:-1] != self.messages:
+            raise RuntimeError("the conversation went on, or was reset, after this turn was asked for: ask again")
+        # The session writes into the cache from here on, so an early end has to keep what it did. A cache lost
+        # on the way, or by a second interruption in here, is None.
         self._cache = None
         try:
             yield from pieces(session)
         finally:
             if session.state is None:
-                self.reset()
+                source = session.source
+                self._cache = None if source is None or kv.deleted(source) else source
             else:
-                session.settle()
-                row = session.rows[0]
-                self._cache = session.cache
+                cache, row = session.settle(), session.rows[0]
+                self._cache = cache
                 self._tokens += [*new, *row.tokens]
                 self.messages = [*messages, {"role": "assistant", "content": row.text}]
 
@@ -123,9 +129,11 @@ class Chat:
         if not self._tokens:
             return assets.encode(assets.apply_chat(messages), add_special=False)
         self._notice_rewrite(assets.encode(assets.apply_chat(messages), add_special=False))
-        answer = len(messages) - 2
-        asked = [*messages[:answer], {"role": "assistant", "content": _ANSWER}, messages[-1]]
-        _, _, after = assets.apply_chat(asked).rpartition(_ANSWER)
+        answer, mark = len(messages) - 2, _ANSWER
+        while any(mark in message["content"] for message in messages):
+            mark += "!"
+        asked = [*messages[:answer], {"role": "assistant", "content": mark}, messages[-1]]
+        _, _, after = assets.apply_chat(asked).rpartition(mark)
         new = assets.encode(after, add_special=False)
         # An answer that ended by itself has already brought the template's end-of-turn token.
         return new[1:] if new and new[0] == self._tokens[-1] else new

@@ -12,6 +12,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,7 +59,7 @@ MinPOption = Annotated[
     float | None, typer.Option(help="Draw from tokens at least so likely, as a share of the likeliest.")
 ]
 PenaltyOption = Annotated[float, typer.Option(help="Above 1: tokens seen before become less likely.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends an answer; repeatable.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 
@@ -219,7 +220,7 @@ def heads_command(
         raise typer.BadParameter("give --share, or --induction and --echo, not both")
     params = _load(model, dtype, None)
     with terminal.working(model) as progress:
-        scores = find_heads(params, seeds=tuple(range(seeds)), preset=preset, progress=progress)
+        scores = find_heads(params, seeds=tuple(range(seeds)), preset=preset, progress=partial(progress, "probed"))
     chosen = scores.select(induction, echo, share=share)
     if save is not None:
         note(f"saved {store.write(save, chosen)}")
@@ -377,8 +378,8 @@ def _head_table(name: str, scores: np.ndarray, chosen: HeadSplit) -> Table:
 
 def _speed_table(rows: list[tuple[str, Speed]]) -> Table:
     """One row a policy and context, rates and bytes with their ratios to the dense row before it."""
-    table = Table()
-    for column in ("context", "cache", "prefill tok/s", "decode tok/s", "KV bytes", "compile s"):
+    table = Table(box=box.SIMPLE)
+    for column in ("tokens", "cache", "prefill tok/s", "decode tok/s", "KV MiB", "compiling"):
         table.add_column(column, justify="right", no_wrap=True)
     dense = rows[0][1]
     for name, row in rows:
@@ -388,7 +389,7 @@ def _speed_table(rows: list[tuple[str, Speed]]) -> Table:
             name,
             f"{row.context / row.prefill_seconds:,.0f} ({dense.prefill_seconds / row.prefill_seconds:.2f}×)",
             f"{1 / row.decode_seconds:,.1f} ({dense.decode_seconds / row.decode_seconds:.2f}×)",
-            f"{row.kv.allocated_bytes:,} ({dense.kv.allocated_bytes / row.kv.allocated_bytes:.2f}×)",
-            f"{row.compile_seconds:.1f}",
+            f"{row.kv.allocated_bytes / 2**20:,.1f} ({dense.kv.allocated_bytes / row.kv.allocated_bytes:.2f}×)",
+            f"{row.compile_seconds:.1f} s",
         )
     return table

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 KV_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -35,20 +37,25 @@ class RazorConfig:
     prefill_chunk: int | None = None
 
     def __post_init__(self):
-        _at_least("sinks", self.sinks, 0)
-        if self.window is not None:
-            _at_least("window", self.window, 1)
-        _at_least("min_window", self.min_window, 1)
-        _at_least("window_divisor", self.window_divisor, 1)
-        if self.prefill_chunk is not None:
-            _at_least("prefill_chunk", self.prefill_chunk, 1)
+        least = {"sinks": 0, "window": 1, "min_window": 1, "window_divisor": 1, "prefill_chunk": 1}
+        for name, value in ((name, getattr(self, name)) for name in least):
+            if value is not None or name not in ("window", "prefill_chunk"):
+                object.__setattr__(self, name, whole_number(name, value, least[name]))
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype={self.kv_dtype!r}: use one of {', '.join(KV_DTYPES)}, or None")
 
     @classmethod
-    def compact(cls, window: int = 4096, **policy) -> RazorConfig:
+    def compact(
+        cls,
+        window: int = 4096,
+        *,
+        sinks: int = 4,
+        compensation: bool = True,
+        kv_dtype: str | None = None,
+        prefill_chunk: int | None = None,
+    ) -> RazorConfig:
         """A fixed window: more bytes saved than the paper's rule on long prompts."""
-        return cls(window=window, **policy)
+        return cls(sinks, window, compensation=compensation, kv_dtype=kv_dtype, prefill_chunk=prefill_chunk)
 
     def describe(self) -> str:
         """One line for reports: `sinks 4, window max(4000, n/5), compensation on`."""
@@ -90,14 +97,23 @@ class HeadSplit:
                 )
 
     @classmethod
-    def of(cls, num_layers: int, num_kv_heads: int, heads: Iterable[tuple[int, int]], **about) -> HeadSplit:
+    def of(
+        cls,
+        num_layers: int,
+        num_kv_heads: int,
+        heads: Iterable[tuple[int, int]],
+        *,
+        architecture: str = "",
+        weights: str = "",
+        note: str = "",
+    ) -> HeadSplit:
         """From (layer, KV head) pairs in any order."""
         rows: list[set[int]] = [set() for _ in range(num_layers)]
         for layer, head in heads:
             if not 0 <= layer < num_layers:
                 raise ValueError(f"layer {layer} is not within 0..{num_layers - 1}")
             rows[layer].add(head)
-        return cls(tuple(tuple(sorted(row)) for row in rows), num_kv_heads, **about)
+        return cls(tuple(tuple(sorted(row)) for row in rows), num_kv_heads, architecture, weights, note)
 
     @classmethod
     def all(cls, num_layers: int, num_kv_heads: int) -> HeadSplit:
@@ -138,9 +154,16 @@ def check_split(split: HeadSplit, num_layers: int, num_kv_heads: int) -> None:
         )
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: must be an integer, at least {least}")
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value` as an int, NumPy's integers included; ValueError if it is none or out of range."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least or (most is not None and number > most):
+        upwards = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}={value!r}: must be an integer, {upwards}")
+    return number
 
 
-__all__: Sequence[str] = ("KV_DTYPES", "HeadSplit", "RazorConfig", "check_split")
+__all__: Sequence[str] = ("KV_DTYPES", "HeadSplit", "RazorConfig", "check_split", "whole_number")

@@ -72,8 +72,8 @@ def extend(
     """Append tokens to every row of the cache.
 
     Args:
-      tokens: int32 [B, T], right-padded.
-      lengths: int32 [B], valid new tokens of each row; 0 leaves the row bit-identical.
+      tokens: int32 [B, T], right-padded. Ids outside the vocabulary are not caught here: under jit nothing can raise.
+      lengths: int32 [B], valid new tokens of each row, clipped to 0..T; 0 leaves the row bit-identical.
       logits: "last" for float32 [B, V] of each row's last valid token (zeros for a row without one),
         "all" for [B, T, V] (meaningless past a row's length), "none" for None.
 
@@ -81,6 +81,13 @@ def extend(
       The logits and the new cache. A row that would pass the capacity is left untouched and flagged in
       `cache.overflow`.
     """
+    return extend_known(params, cache, tokens, lengths, logits, fresh=False)
+
+
+def extend_known(
+    params: Params, cache: KVCache, tokens: Ids, lengths: Ids, logits: Logits, *, fresh: bool
+) -> tuple[jax.Array | None, KVCache]:
+    """`extend`, told statically whether the cache is `fresh` from `init_cache`: then only the call is attended to."""
     _check_call(cache, tokens, lengths, logits)
     check_cache(params, cache)
     T = tokens.shape[1]
@@ -88,7 +95,7 @@ def extend(
     tokens = jnp.asarray(tokens, jnp.int32)
     if T > CHUNK:
         tokens = jnp.pad(tokens, ((0, 0), (0, -T % CHUNK)))
-    call, cache = kv.begin(cache, lengths, T)
+    call, cache = kv.begin(cache, lengths, T, fresh)
     model = Transformer(params.config)
 
     x = cast(jax.Array, model.apply({"params": params.weights}, tokens, method="embed"))

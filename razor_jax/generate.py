@@ -16,7 +16,7 @@ import numpy as np
 from . import cache as kv
 from . import compilation, loop, prompts
 from .cache import CacheSpec, KVCache
-from .config import RazorConfig
+from .config import RazorConfig, whole_number
 from .functional import check_cache, require_split
 from .params import Params
 from .prompts import Prompts
@@ -52,7 +52,8 @@ def generate(
 
     Args:
       prompt: a string, a list of strings, a chat-message list ([{"role": …, "content": …}]), a list of
-        those, or token ids ([T], [B, T] or a list of such). With `cache` it follows what is cached.
+        those, or token ids ([T], [B, T] or a list of such). With `cache` it follows what is cached: a string gets no
+        beginning-of-text token; messages are a conversation of their own (`questions.split` cuts one in two).
       max_new_tokens: limit for each prompt.
       razor: cache policy; None for dense attention; "auto" for the checkpoint's recommendation, else the
         paper's setting.
@@ -121,6 +122,8 @@ def choose_policy(params: Params, razor: Policy) -> RazorConfig | None:
         if razor != "auto":
             raise ValueError(f"razor={razor!r}: give a RazorConfig, None for dense attention, or 'auto'")
         razor = params.razor or RazorConfig()
+    if not isinstance(razor, RazorConfig | None):
+        raise TypeError(f"razor={razor!r}: give a RazorConfig, None for dense attention, or 'auto'")
     require_split(params, razor)
     return razor
 
@@ -142,16 +145,17 @@ class Session:
         owns_cache: bool = False,
     ):
         compilation.watch()
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
         self.params = params
         self.prompts: Prompts = prompts.read(params, prompt, continues=cache is not None)
-        self.sampling = sampling or Greedy()
-        self.seed = np.uint32(seed)
+        self.sampling = Greedy() if sampling is None else sampling
+        if not isinstance(self.sampling, Sampling):
+            raise TypeError(f"sampling={sampling!r}: give Greedy(), Temperature(…), TopK(…), TopP(…), MinP(…) or None")
+        self.seed = np.uint32(whole_number("seed", seed, 0, 2**32 - 1))
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(self.stop):
             raise ValueError(f"stop={stop!r}: a stop string has at least one character")
-        if self.stop and params.assets is None:
+        if self.stop and (params.assets is None or params.assets.tokenizer_json is None):
             raise ValueError(f"stop={stop!r}: these params carry no tokenizer, so there is no text to stop at")
         self.source, self._owns_source = cache, owns_cache
         self.spec = self._settle(razor, max_new_tokens, capacity)
@@ -160,7 +164,10 @@ class Session:
         self._stop_ids = np.asarray(eos or (-1,), np.int32)
         self.rows = [_Row(params, self.stop, frozenset(eos)) for _ in self.prompts.rows]
         self.state: loop.LoopState | None = None
+        # The newest block's tokens, how many each row had before it, and the state to go back to.
         self._unread: jax.Array | None = None
+        self._before = [0] * len(self.rows)
+        self._saved: loop.LoopState | None = None
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
 
     def _settle(self, razor: Policy, max_new_tokens: int, capacity: int | None) -> CacheSpec:
@@ -185,7 +192,8 @@ class Session:
         seen = np.broadcast_to(np.asarray(source.length), (len(self.prompts.rows),))
         total = int(max(n + len(row) for n, row in zip(seen, self.prompts.rows, strict=True))) + max_new_tokens - 1
         prompts.warn_beyond_trained(self.params.config, total)
-        room = _capacity(total, capacity) if total > source.spec.capacity or capacity else source.spec.capacity
+        fits = capacity is None and total <= source.spec.capacity
+        room = source.spec.capacity if fits else _capacity(total, capacity)
         return dataclasses.replace(source.spec, capacity=max(room, source.spec.capacity))
 
     @property
@@ -206,12 +214,13 @@ class Session:
 
     def _begin(self) -> None:
         tokens, lengths = prompts.pad(self.prompts.rows, prompts.prompt_bucket(self.prompts.longest))
-        program = loop.resume if self._owns_source else loop.begin
-        source, self.source = self.source, None
+        # A cache that has to grow cannot be written in place.
+        in_place = self._owns_source and self.source is not None and self.source.spec == self.spec
+        program = loop.resume if in_place else loop.begin
         with self._timed("prefill"):
             self.state = program(
                 self.params,
-                source,
+                self.source,
                 tokens,
                 lengths,
                 self._stop_ids,
@@ -221,53 +230,54 @@ class Session:
                 spec=self.spec,
                 chunk=_chunk(self.spec.razor),
             )
-            first = np.asarray(self._live.token)
-        for row, token in zip(self.rows, first, strict=True):
-            row.push([int(token)], int(self.limit[0]))
-        self._lower_limits()
+            self.source = None
+            self._collect()
+        self._replay(loop.BLOCK)
 
     def _decode(self, steps: int) -> None:
         with self._timed("decode"):
-            saved = self._block(steps)
+            self._block(steps)
             self._collect()
-        if self._lower_limits() and saved is not None:
-            # A stop string was seen after tokens past it had been written: go back, and come again as far
-            # as it. The draws are keyed by token count, so the other rows repeat themselves.
-            with self._timed("decode"):
-                self.state = loop.rewind(self._live, saved)
-                self._block(steps)
-                self._unread = None
+            self._replay(steps)
 
-    def _block(self, steps: int) -> loop.LoopState | None:
-        self.state, self._unread, saved = loop.decode_block(
+    def _block(self, steps: int) -> None:
+        before = [len(row.tokens) for row in self.rows]
+        out = loop.decode_block(
             self.params, self._live, self._stop_ids, self.limit, np.int32(steps), self.sampling, keep=bool(self.stop)
         )
-        return saved
+        (self.state, self._unread, self._saved), self._before = out, before
 
     def _collect(self) -> None:
-        """Hand the tokens of the last block to the rows."""
-        if self._unread is None:
-            return
-        new, counts = np.asarray(self._unread), np.asarray(self._live.count)
-        self._unread = None
-        for row, tokens, count in zip(self.rows, new, counts, strict=True):
-            row.push([int(token) for token in tokens[: count - len(row.tokens)]], int(self.limit.max()))
+        """Hand to the rows what they lack of the last block, or of the prefill, which chose one token."""
+        new = np.asarray(self._live.token)[:, None] if self._unread is None else np.asarray(self._unread)
+        counts = np.asarray(self._live.count)
+        for row, tokens, count, before in zip(self.rows, new, counts, self._before, strict=True):
+            row.push(tokens[len(row.tokens) - before : count - before].tolist(), int(self.limit.max()))
 
-    def settle(self) -> None:
-        """Bring device and host to the same token after an interruption, which may fall between their steps."""
-        self._collect()
-        if np.any(np.asarray(self._live.count) < [len(row.tokens) for row in self.rows]):
-            self._block(loop.BLOCK)
-            self._unread = None
-
-    def _lower_limits(self) -> bool:
-        """Hold each row that met a stop string to the token that completed it; True if any row is past it."""
-        overshot = False
+    def _replay(self, steps: int) -> None:
+        """Undo what was written past a stop string, for it is seen only afterwards: go back, and come again as
+        far as it. The draws are keyed by token count, so the other rows repeat themselves."""
+        taken = [len(row.tokens) for row in self.rows]
         for index, row in enumerate(self.rows):
-            if row.stopped_at is not None and row.stopped_at < self.limit[index]:
+            if row.stopped_at is not None:
                 self.limit[index] = row.stopped_at
-                overshot |= int(self._live.count[index]) > row.stopped_at
-        return overshot
+        if np.any(np.asarray(self._live.count) > taken):
+            assert self._saved is not None, "only a stop string ends a row on the host alone"
+            self.state = loop.rewind(self._live, self._saved)
+        if np.any(np.asarray(self._live.count) < taken):
+            self._block(steps)
+        self._saved = None  # a copy of the windowed groups, of no more use
+
+    def settle(self) -> KVCache | None:
+        """The cache of all but the rows' last tokens, after an interruption between any two steps.
+
+        None if it is lost: given away to a step whose result never arrived.
+        """
+        if self.state is None or kv.deleted(self.state.cache):
+            return None
+        self._collect()
+        self._replay(loop.BLOCK)
+        return self.state.cache
 
     @property
     def _live(self) -> loop.LoopState:
@@ -371,6 +381,7 @@ def _chunk(policy: RazorConfig | None) -> int | None:
 def _capacity(tokens: int, capacity: int | None) -> int:
     if capacity is None:
         return prompts.capacity_bucket(tokens)
+    capacity = whole_number("capacity", capacity, 1)
     if tokens > capacity:
         raise ValueError(
             f"{tokens:,} tokens (prompt and new tokens) do not fit capacity={capacity:,}: "

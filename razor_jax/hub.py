@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -44,7 +45,7 @@ def load(
     *,
     dtype: Any = None,
     heads: str | os.PathLike[str] | HeadSplit | None = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Params:
     """A model ready for `generate`.
 
@@ -54,17 +55,28 @@ def load(
       heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, else the
         user's cache folder, else probes once and remembers; or a HeadSplit, the path of a razor.json, or
         None for dense attention only.
-      progress: called with (layers done, layers to do) where heads have to be probed.
+      progress: called with ("read", bytes done, bytes to do), then, where heads have to be probed, with
+        ("probed", layers done, layers to do).
 
     Raises FileNotFoundError, PermissionError or ConnectionError where there is no such model, ValueError
     where model and head split do not fit.
     """
     directory = find(model)
-    params = checkpoint.read(directory, dtype)
-    found = _heads(params, directory, heads, progress)
+    params = checkpoint.read(directory, dtype, _stage(progress, "read"))
+    found = _heads(params, directory, heads, _stage(progress, "probed"))
     if found is None:
         return params
-    return dataclasses.replace(with_heads(params, found.split), razor=found.recommended)
+    try:
+        params = with_heads(params, found.split)
+    except ValueError as error:
+        if isinstance(heads, HeadSplit):
+            raise
+        raise ValueError(f"{directory / store.NAME if heads == 'auto' else heads}: {error}") from error
+    return dataclasses.replace(params, razor=found.recommended)
+
+
+def _stage(progress: Callable[[str, int, int], None] | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else functools.partial(progress, name)
 
 
 def find(model: str | os.PathLike[str]) -> Path:
@@ -102,8 +114,7 @@ def _download(name: str) -> Path:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
     except errors.GatedRepoError as error:
         raise PermissionError(
-            f"{name} is gated on the Hugging Face Hub: accept its licence on https://huggingface.co/{name}, "
-            "then `hf auth login`"
+            f"{name} is gated on the Hugging Face Hub: accept its licence on the model's page, then `hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(

@@ -15,7 +15,7 @@ from jax import lax
 
 from . import cache as kv
 from .cache import CacheSpec, KVCache
-from .functional import decode, extend
+from .functional import decode, extend, extend_known
 from .params import Params
 from .sampling import Sampling, sample
 
@@ -57,7 +57,7 @@ def _begin(
     """Read prompts int32 [B, T] into a new cache, or a copy of `source`, and choose each row's first token."""
     B = tokens.shape[0]
     cache = kv.init(spec, B, lengths) if source is None else kv.broadcast(source, B, spec.capacity)
-    logits, cache = read_prompt(params, cache, tokens, lengths, chunk)
+    logits, cache = read_prompt(params, cache, tokens, lengths, chunk, fresh=source is None)
     seen = _seen(tokens, lengths, logits.shape[-1]) if sampling.penalised else None
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(B, dtype=jnp.int32))
     zeros = jnp.zeros((B,), jnp.int32)
@@ -75,16 +75,16 @@ def prefill(
     params: Params, tokens: jax.Array, lengths: jax.Array, *, spec: CacheSpec, chunk: int | None
 ) -> tuple[jax.Array, KVCache]:
     """Read prompts int32 [B, T] into a new cache: float32 logits [B, V] after each row, and the cache."""
-    return read_prompt(params, kv.init(spec, tokens.shape[0], lengths), tokens, lengths, chunk)
+    return read_prompt(params, kv.init(spec, tokens.shape[0], lengths), tokens, lengths, chunk, fresh=True)
 
 
 def read_prompt(
-    params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array, chunk: int | None
+    params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array, chunk: int | None, *, fresh: bool
 ) -> tuple[jax.Array, KVCache]:
     """Exact prefill in one call, or streaming prefill by calls of `chunk` tokens inside one loop."""
     T = tokens.shape[1]
     if chunk is None or chunk >= T:
-        logits, cache = extend(params, cache, tokens, lengths)
+        logits, cache = extend_known(params, cache, tokens, lengths, "last", fresh=fresh)
         assert logits is not None
         return logits, cache
     tokens = jnp.pad(tokens, ((0, 0), (0, -T % chunk)))

@@ -60,11 +60,13 @@ class Params(flax.struct.PyTreeNode):
     def from_flax(cls, variables: Mapping[str, Any], config: ModelConfig, tokenizer: Assets | None = None) -> Params:
         """From linen variables of `models.transformer.Transformer`, `{"params": tree}` or the tree itself.
 
-        Raises ValueError that lists every missing, unexpected and mis-shaped array.
+        Raises ValueError that lists every missing, unexpected, mis-shaped and non-float array.
         """
         weights = variables.get("params", variables)
         _check_tree(weights, config)
-        return cls(weights=jax.tree.map(jnp.asarray, dict(weights)), config=config, assets=tokenizer)
+        # Plain dictionaries whatever came in: a FrozenDict is another pytree, so another compilation.
+        flat = {path: jnp.asarray(x) for path, x in flax.traverse_util.flatten_dict(dict(weights)).items()}
+        return cls(weights=flax.traverse_util.unflatten_dict(flat), config=config, assets=tokenizer)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -129,7 +131,8 @@ def architecture_fingerprint(config: ModelConfig) -> str:
 
 
 def weights_fingerprint(params: Params) -> str:
-    """SHA-256 of samples of every layer, rounded to bfloat16: the same for each type and head order."""
+    """SHA-256 of samples of every layer, rounded to bfloat16: the same in each head order, and whether loaded as
+    float32 or bfloat16. (float32 weights loaded as float16 are rounded twice, and may differ.)"""
     return hashlib.sha256(np.asarray(_sample_weights(params.weights)).tobytes()).hexdigest()
 
 
@@ -169,6 +172,11 @@ def _check_tree(weights: Any, config: ModelConfig) -> None:
         f"{name} has shape {tuple(have[name].shape)}, expected {want[name].shape}"
         for name in sorted(want.keys() & have.keys())
         if tuple(have[name].shape) != want[name].shape
+    ]
+    problems += [
+        f"{name} has type {have[name].dtype}, expected floating point"
+        for name in sorted(want.keys() & have.keys())
+        if not jnp.issubdtype(have[name].dtype, jnp.floating)
     ]
     if problems:
         raise ValueError("these weights do not fit the config:\n  " + "\n  ".join(problems))

@@ -33,6 +33,8 @@ def read(params: Params, prompt: Any, *, continues: bool = False, what: str = "p
     Raises ValueError or TypeError that names the prompt and the fix.
     """
     single, items = _items(prompt, what)
+    if not items:
+        raise ValueError(f"{what} has no rows: a batch has at least 1 prompt")
     rows = tuple(tuple(_encode(params.assets, item, continues)) for item in items)
     for index, row in enumerate(rows):
         name = what if single else f"{what} {index}"

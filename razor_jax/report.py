@@ -73,8 +73,8 @@ class KVReport:
         if self.setting == "dense":
             return f"{size}: dense attention, {self.ratio:.2f}× ({where})"
         if not self.engaged:
-            why = "compression did not engage, nothing was long enough to be dropped"
-            return f"{size}: {why} ({self.setting}; {where})"
+            why = "every KV head keeps everything" if self.share == 1 else "nothing was long enough to be dropped"
+            return f"{size}: compression did not engage, {why} ({self.setting}; {where})"
         saved = f"{self.ratio:.2f}× smaller, up to {max(self.dropped_tokens):,} tokens dropped a head"
         return f"{size}: {saved} ({self.setting}; {where})"
 

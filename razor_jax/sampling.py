@@ -2,7 +2,7 @@
 
 The filters are those of transformers' logits processors, in its order: repetition penalty, temperature,
 top-k, top-p, min-p. Only whether anything is drawn at all is static; every number is traced, so that one
-compilation serves all settings, and each may be a scalar or one value a row [B].
+compilation serves all settings.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def _teacher_force(params: Params, tokens, lengths, targets, target_lengths, *, 
     B, C = targets.shape
     cache = kv.init(spec, B, lengths)
     prefill_chunk = spec.razor.prefill_chunk if spec.razor else None
-    logits, cache = loop.read_prompt(params, cache, tokens, lengths, prefill_chunk)
+    logits, cache = loop.read_prompt(params, cache, tokens, lengths, prefill_chunk, fresh=True)
 
     def judge(logits, target):
         logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]

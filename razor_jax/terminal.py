@@ -18,6 +18,8 @@ from .report import Result
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells write it
 
+_UNITS = {"read": "bytes", "probed": "layers"}
+
 console = Console(stderr=True, highlight=False)
 
 
@@ -63,17 +65,17 @@ def listen(quiet: bool) -> None:
 
 
 @contextlib.contextmanager
-def working(message: str) -> Iterator[Callable[[int, int], None]]:
+def working(message: str) -> Iterator[Callable[[str, int, int], None]]:
     """A spinner with the time passed while something long is under way; nothing where no one looks.
 
-    Yields a function to call with (layers done, layers to do), where the work can tell.
+    Yields a function to call with (stage, done, to do), where the work can tell.
     """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(escape(message), total=None)
 
-        def told(done: int, total: int) -> None:
-            words = escape(f"{message}: probed {done} of {total} layers")
+        def told(stage: str, done: int, total: int) -> None:
+            words = escape(f"{message}: {stage} {done:,} of {total:,} {_UNITS[stage]}")
             progress.update(task, completed=done, total=total, description=words)
 
         yield told

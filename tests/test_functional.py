@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -484,8 +485,17 @@ def test_from_flax_lists_every_problem():
     tree["norm"] = {"scale": np.zeros(3, np.float32)}
     tree["extra"] = np.zeros(1, np.float32)
     tree["blocks_1"] = {k: v for k, v in tree["blocks_1"].items() if k != "gate"}
+    tree["embedding"] = {"embedding": tree["embedding"]["embedding"].astype(np.int32)}
     with pytest.raises(ValueError, match=r"(?s)missing blocks_1/gate.*unexpected extra.*norm/scale has shape \(3,\)"):
         Params.from_flax({"params": tree}, CONFIG)
+    with pytest.raises(ValueError, match="embedding/embedding has type int32, expected floating point"):
+        Params.from_flax({"params": tree}, CONFIG)
+
+
+def test_frozen_variables_give_the_same_pytree():
+    frozen = flax.core.freeze({"params": weights()})
+    made, plain = Params.from_flax(frozen, CONFIG), Params.from_flax(weights(), CONFIG)
+    assert jax.tree.structure(made) == jax.tree.structure(plain)
 
 
 @pytest.mark.parametrize(

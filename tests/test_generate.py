@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.testing import assert_array_equal
 import razor_jax
 from razor_jax import Greedy, RazorConfig, Temperature, TopP, compilation
 from razor_jax.generate import Session
+from razor_jax.heads import store
 from tests import tiny
 
 WINDOW = RazorConfig.compact(window=24)
@@ -127,6 +129,19 @@ def test_a_session_compiles_at_most_three_programs():
     assert 2 <= compilation.totals()[0] - before <= 3
 
 
+def test_tracing_counts_as_compilation_and_counts_once():
+    @jax.jit
+    def inner(x):
+        time.sleep(0.2)
+        return x + 1
+
+    outer = jax.jit(lambda x: inner(x) * 2)
+    before, started = compilation.totals()[1], time.perf_counter()
+    outer(np.float32(1)).block_until_ready()
+    spent, wall = compilation.totals()[1] - before, time.perf_counter() - started
+    assert 0.2 <= spent <= wall
+
+
 def test_prefill_once_ask_many_leaves_the_cache_as_it_was():
     params = tiny.params(text=False)
     cache = razor_jax.prefill(params, tiny.prompt(100), razor=WINDOW)
@@ -234,6 +249,7 @@ def test_wrong_inputs_are_named_before_anything_runs():
     cases = [
         ({"prompt": []}, ValueError, "empty list"),
         ({"prompt": np.zeros(0, np.int32)}, ValueError, "prompt is empty"),
+        ({"prompt": np.zeros((0, 5), np.int32)}, ValueError, "prompt has no rows: a batch has at least 1"),
         ({"prompt": [ok, np.zeros(0, np.int32)]}, ValueError, "prompt 1 is empty"),
         ({"prompt": np.asarray([3, 264])}, ValueError, "token id 264, outside the vocabulary 0..263"),
         ({"prompt": np.asarray([-1])}, ValueError, "token id -1"),
@@ -241,6 +257,11 @@ def test_wrong_inputs_are_named_before_anything_runs():
         ({"prompt": b"bytes"}, TypeError, "bytes"),
         ({"prompt": "text"}, ValueError, "no tokenizer"),
         ({"prompt": ok, "max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
+        ({"prompt": ok, "max_new_tokens": 4.0}, ValueError, "max_new_tokens=4.0: must be an integer"),
+        ({"prompt": ok, "seed": -1}, ValueError, "seed=-1: must be an integer, from 0 to 4294967295"),
+        ({"prompt": ok, "capacity": 0}, ValueError, "capacity=0"),
+        ({"prompt": ok, "razor": {"window": 4}}, TypeError, "give a RazorConfig"),
+        ({"prompt": ok, "sampling": "greedy"}, TypeError, "sampling='greedy'"),
         ({"prompt": ok, "capacity": 20}, ValueError, "do not fit capacity=20"),
         ({"prompt": ok, "razor": "compact"}, ValueError, "razor='compact'"),
         ({"prompt": ok, "stop": "x"}, ValueError, "no tokenizer"),
@@ -249,7 +270,35 @@ def test_wrong_inputs_are_named_before_anything_runs():
     for options, error, message in cases:
         with pytest.raises(error, match=message):
             razor_jax.generate(params, **({"max_new_tokens": 40} | options))
+    # A folder without tokenizer.json gives assets all the same.
+    with pytest.raises(ValueError, match="no tokenizer"):
+        razor_jax.generate(params.replace(assets=razor_jax.Assets()), ok, stop="x")
     assert compilation.totals()[0] == before
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numpy_integers_are_integers():
+    policy = RazorConfig(window=np.int64(24), sinks=np.int32(4))
+    assert policy == WINDOW
+    assert type(policy.window) is int
+    result = generate(tiny.prompt(100), max_new_tokens=np.int64(4), seed=np.int32(3), razor=policy)
+    assert result.tokens == by_hand(100)[:4]
+
+
+def test_two_loads_of_a_folder_share_their_programs(tmp_path):
+    razor_jax.save(tiny.params(), tmp_path / "model")
+    store.write(tmp_path / "model", tiny.SPLIT, WINDOW)
+    first, second = razor_jax.load(tmp_path / "model"), razor_jax.load(tmp_path / "model")
+    once = razor_jax.generate(first, "hello", max_new_tokens=5)
+    before = compilation.totals()[0]
+    assert razor_jax.generate(second, "hello", max_new_tokens=5).tokens == once.tokens
+    assert compilation.totals()[0] == before
+
+
+def test_report_says_why_nothing_was_dropped():
+    params = razor_jax.with_heads(tiny.params(text=False), razor_jax.HeadSplit.all(2, 2))
+    kept = razor_jax.generate(params, tiny.prompt(100), max_new_tokens=2, razor=WINDOW).kv
+    assert "did not engage, every KV head keeps everything" in str(kept)
 
 
 def test_wrong_policies_and_caches_are_named():

@@ -73,8 +73,10 @@ def test_no_heads_is_the_checkpoint_as_it_is(model):
 
 def test_auto_probes_once_remembers_and_says_so(model, said, monkeypatch):
     seen = []
-    first = load(model, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, L), (2, L)]
+    first = load(model, progress=lambda stage, done, total: seen.append((stage, done, total)))
+    read = [step for step in seen if step[0] == "read"]
+    assert read[-1][1] == read[-1][2] > 0
+    assert seen[len(read) :] == [("probed", 1, L), ("probed", 2, L)]
     assert first.heads is not None
     assert first.heads.architecture == architecture_fingerprint(first.config)
     assert first.heads.weights == weights_fingerprint(first)
@@ -241,7 +243,7 @@ def hub_error(kind: type[Exception]) -> Exception:
         (errors.OfflineModeIsEnabled, ConnectionError, "hf download owner/name"),
         (errors.HfHubHTTPError, ConnectionError, "cannot be reached"),
         (errors.RepositoryNotFoundError, FileNotFoundError, "no public model of that name"),
-        (errors.GatedRepoError, PermissionError, "accept its licence on https://huggingface.co/owner/name"),
+        (errors.GatedRepoError, PermissionError, "accept its licence on the model's page"),
     ],
 )
 def test_hub_errors_say_what_to_do(monkeypatch, kind, raised, words):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from ..compilation import user_cache
 from ..config import HeadSplit, RazorConfig
 from ..params import Params, architecture_fingerprint, weights_fingerprint
 
@@ -96,10 +97,8 @@ def cache_path(params: Params) -> Path:
     """Where the split of this very model is remembered: one file a pair of fingerprints, under
     $XDG_CACHE_HOME/razor_jax (~/.cache/razor_jax where that is unset).
     """
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(base) if base else Path.home() / ".cache"
     name = f"{architecture_fingerprint(params.config)[:16]}-{weights_fingerprint(params)[:16]}.json"
-    return folder / "razor_jax" / "heads" / name
+    return user_cache() / "heads" / name
 
 
 def _policy(data: Any) -> RazorConfig | None:
