@@ -13,7 +13,6 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Float
 
 from . import cache as kv
@@ -68,18 +67,5 @@ def _attend_cache(q: jax.Array, layer: tuple[Group, ...], call: Call, scale: flo
 def attend_and_write(q, k, v, layer: tuple[Group, ...], call: Call) -> tuple[jax.Array, tuple[Group, ...]]:
     """A whole call at once: the attention output, and the layer with the call's tokens written."""
     out = attend(q, k, v, layer, call, start=0, group_size=q.shape[2] // k.shape[2])
-    k, v = (after(x, out, call) for x in (k, v))
+    k, v = (kv.after(x, out, call) for x in (k, v))
     return out, kv.write(layer, k, v, call)
-
-
-def after(x: jax.Array, earlier: jax.Array, call: Call) -> jax.Array:
-    """x, but not before `earlier` is there.
-
-    Reading a cache and writing it are independent until someone says otherwise, and a compiler that may
-    write first keeps a copy to read from. An optimization barrier says it on TPU and GPU; XLA on CPU drops
-    barriers, so one element of x is also chosen by a condition that always holds but that no compiler knows.
-    """
-    x, earlier = lax.optimization_barrier((x, earlier))
-    corner = (0,) * x.ndim
-    chosen = jnp.where(call.length[0] >= 0, x[corner], earlier[(0,) * earlier.ndim].astype(x.dtype))
-    return x.at[corner].set(chosen)

@@ -19,6 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Float, Int
 
 from .config import HeadSplit, RazorConfig
@@ -232,14 +233,19 @@ def _write_ring_token(group: Group, k: jax.Array, v: jax.Array, call: Call) -> G
     n = call.dropped
     folds = (call.new > 0) & (position >= sinks + call.window)
 
-    def fold(mean, slots):
-        old = jnp.take_along_axis(slots, jnp.minimum(slot, slots.shape[2] - 1)[:, None, None, None], axis=2)
+    def evicted(slots):
+        at = jnp.minimum(slot, slots.shape[2] - 1)[:, None, None, None]
+        return jnp.take_along_axis(slots, at, axis=2)
+
+    def fold(mean, old):
         before = jnp.where((n > 0)[:, None, None, None], mean, 0.0)
-        after = before + (old.astype(jnp.float32) - before) / (n + 1).astype(jnp.float32)[:, None, None, None]
-        return jnp.where(folds[:, None, None, None], after, mean)
+        new = before + (old.astype(jnp.float32) - before) / (n + 1).astype(jnp.float32)[:, None, None, None]
+        return jnp.where(folds[:, None, None, None], new, mean)
 
     if group.k_mean is not None:
-        group = group.replace(k_mean=fold(group.k_mean, group.k), v_mean=fold(group.v_mean, group.v))
+        k_mean, v_mean = fold(group.k_mean, evicted(group.k)), fold(group.v_mean, evicted(group.v))
+        k, v = after(k, k_mean, call), after(v, v_mean, call)
+        group = group.replace(k_mean=k_mean, v_mean=v_mean)
     target = jnp.where(call.new > 0, slot, group.k.shape[2])[:, None]
     return group.replace(k=_scatter(group.k, target, k), v=_scatter(group.v, target, v))
 
@@ -281,6 +287,19 @@ def _write_ring_chunk(group: Group, k: jax.Array, v: jax.Array, call: Call) -> G
     if group.k_mean is not None:
         group = group.replace(k_mean=fold(group.k_mean, group.k, k), v_mean=fold(group.v_mean, group.v, v))
     return group.replace(k=gather(group.k, k), v=gather(group.v, v))
+
+
+def after(x: jax.Array, earlier: jax.Array, call: Call) -> jax.Array:
+    """x, but not before `earlier` is there.
+
+    Reading a cache and writing it are independent until someone says otherwise, and a compiler that may
+    write first keeps a copy to read from. An optimization barrier says it on TPU and GPU; XLA on CPU drops
+    barriers, so one element of x is also chosen by a condition that always holds but that no compiler knows.
+    """
+    x, earlier = lax.optimization_barrier((x, earlier))
+    corner = (0,) * x.ndim
+    chosen = jnp.where(call.length[0] >= 0, x[corner], earlier[(0,) * earlier.ndim].astype(x.dtype))
+    return x.at[corner].set(chosen)
 
 
 def _scatter(cache: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:

@@ -11,8 +11,8 @@ from jax import lax
 from jaxtyping import Bool, Float32, Int
 
 from . import cache as kv
-from .attention import after, attend, attend_and_write
-from .cache import Call, Group, KVCache
+from .attention import attend, attend_and_write
+from .cache import Call, Group, KVCache, after
 from .config import RazorConfig
 from .models import rope
 from .models.transformer import Block, Transformer

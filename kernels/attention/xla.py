@@ -15,7 +15,7 @@ from .state import NEG, State, empty, finish
 
 # Slots a step. Few query rows (decode) are bound by memory and want long steps; many rows (prefill) keep
 # a block of logits in cache.
-_BLOCK_FEW_ROWS = 4096
+_BLOCK_FEW_ROWS = 2048
 _BLOCK_MANY_ROWS = 256
 _FEW_ROWS = 32
 
@@ -84,20 +84,20 @@ def attend_causal(
 
 
 def _scan(q, k, v, lengths, visible, end, scale: float, state: State | None) -> State:
-    """Fold the blocks that hold slots [0, end) into the state.
+    """Fold slots [0, end) into the state.
 
     `visible(slots)` gives the pairs that may meet, bool [R, s], or None for all; `end` is traced.
     """
     state = empty(q) if state is None else state
-    S = k.shape[2]
-    block = min(S, _BLOCK_FEW_ROWS if q.shape[2] <= _FEW_ROWS else _BLOCK_MANY_ROWS)
+    S, few = k.shape[2], q.shape[2] <= _FEW_ROWS
+    block = min(S, _BLOCK_FEW_ROWS if few else _BLOCK_MANY_ROWS)
 
-    def fold(k, v, slots, state, fresh=True):
+    def fold(k, v, slots, state, fresh=True, clean=True):
         valid = (slots[None, :] < lengths[:, None]) & fresh
-        return _fold(q, k, v, valid, visible(slots), scale, state)
+        return _fold(q, k, v, valid, visible(slots), scale, state, clean)
 
-    if block == S:
-        return fold(k, v, jnp.arange(S, dtype=jnp.int32), state)
+    def whole(state, clean):
+        return fold(k, v, jnp.arange(S, dtype=jnp.int32), state, clean=clean)
 
     def body(index, state):
         # Where the block does not divide S the last one starts early; its first slots were folded before.
@@ -107,11 +107,28 @@ def _scan(q, k, v, lengths, visible, end, scale: float, state: State | None) -> 
         v_block = lax.dynamic_slice_in_dim(v, start, block, axis=2)
         return fold(k_block, v_block, slots, state, fresh=slots >= index * block)
 
-    return lax.fori_loop(0, (end + block - 1) // block, body, state)
+    def by_blocks(state):
+        if block == S:
+            return whole(state, clean=True)
+        return lax.fori_loop(0, (end + block - 1) // block, body, state)
+
+    def at_once(state):
+        # Blocks are copies, and so are values with the unread ones taken out; a few rows are done before such a
+        # copy is. Unread values weigh exactly zero, so unless one of them is not a number nothing is lost by
+        # reading them, and if one is, the result says so.
+        new = whole(state, clean=False)
+        return lax.cond(jnp.all(jnp.isfinite(new[0])), lambda: new, lambda: by_blocks(state))
+
+    if not few or S <= _BLOCK_MANY_ROWS:
+        return by_blocks(state)
+    return lax.cond(2 * end > S, at_once, by_blocks, state)
 
 
-def _fold(q, k, v, valid, visible, scale: float, state: State) -> State:
-    """One online-softmax step over slots k, v [B,K,s,H]: valid bool [B,s], visible bool [R,s] or None."""
+def _fold(q, k, v, valid, visible, scale: float, state: State, clean: bool) -> State:
+    """One online-softmax step over slots k, v [B,K,s,H]: valid bool [B,s], visible bool [R,s] or None.
+
+    `clean`: take unread values out of the product, for 0 × NaN is NaN.
+    """
     acc, m, l = state
     dtype = jnp.promote_types(q.dtype, k.dtype)
     mask = valid[:, None, None, :] if visible is None else valid[:, None, None, :] & visible
@@ -120,8 +137,8 @@ def _fold(q, k, v, valid, visible, scale: float, state: State) -> State:
     m_new = jnp.maximum(m, jnp.max(logits, axis=-1))
     # A masked logit equals NEG: in a row that has seen nothing, exp(NEG - NEG) would count it.
     p = jnp.where(mask, jnp.exp(logits - m_new[..., None]), 0.0)
-    # 0 × NaN is NaN: unread values must leave the product, not only get no weight.
-    v = jnp.where(valid[:, None, :, None], v, jnp.zeros((), v.dtype))
+    if clean:
+        v = jnp.where(valid[:, None, :, None], v, jnp.zeros((), v.dtype))
     decay = jnp.exp(m - m_new)
     acc = acc * decay[..., None] + _dot("bkrs,bksh->bkrh", p.astype(dtype), v.astype(dtype))
     return acc, m_new, l * decay + jnp.sum(p, axis=-1)
