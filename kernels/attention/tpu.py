@@ -1,0 +1,287 @@
+"""Blockwise attention as one Pallas TPU kernel: decode, a chunk against the cache, and a chunk against itself.
+
+Grid `(B, K, blocks of query rows, blocks of slots)`; the last axis is sequential and ends, at run time, with
+the longest row's last block. How far a block of query rows sees is two numbers, `full` and `end`:
+
+    slots [0, full)      seen by every query row: no mask at all
+    slots [full, end)    seen by some: masked
+    slots from end on    seen by none: the index map repeats the last block, so nothing is loaded
+
+so that a length, a causal diagonal and their combination are the same three kinds of step. A block that reaches
+over the end of S is filled by Pallas with anything at all, which the masks must and do keep out.
+
+A cache [B, K, S, H] is read where it lies, never copied. On TPU the compiler lays one with H = 128 out row by
+row, and one with H = 64 slot by slot, as if it were [B, K, H, S]: rows of 64 would fill half of every tile.
+The kernel follows: for H = 64 its blocks are [H, s], and the transposition before it moves nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
+
+from .state import NEG, State
+
+_LANES = 128
+_HEAD_WIDTHS = (64, 128)
+# Up to so many query rows the loads of K and V are the cost, and a step must be long enough to hide its own
+# overhead; above, the arithmetic is, and a step is a tile of logits in fast memory. By the compiler's own
+# schedule, 512 × 1,024 needs a third less time for a logit than 512 × 512; 256 rows would load K and V twice
+# as often, which v5e cannot hide.
+_FEW_ROWS = 64
+_BYTES_FEW_ROWS = 1 << 20  # of K (and of V) a step: 4,096 slots of 128 in bfloat16
+_MANY_ROWS = (512, 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Query rows and slots of a grid step. `rows` divides by 128, or is all of them."""
+
+    rows: int
+    slots: int
+
+
+def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
+    """Why the kernel cannot take queries q [B,K,R,H] and caches k, v [B,K,S,H], or None: it can."""
+    H = q.shape[-1]
+    if H not in _HEAD_WIDTHS:
+        return f"head width H={H}: the kernel reads caches of H={' or '.join(map(str, _HEAD_WIDTHS))}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} is {x.dtype}: the kernel takes float32 and bfloat16"
+    return None
+
+
+def choose_blocks(R: int, S: int, H: int, itemsize: int) -> Blocks:
+    """The blocks for R query rows over S slots of H elements of `itemsize` bytes."""
+    if R > _FEW_ROWS:
+        return Blocks(min(R, _MANY_ROWS[0]), min(S, _MANY_ROWS[1]))
+    longest = _BYTES_FEW_ROWS // (H * itemsize)
+    # As few blocks as allowed, of equal length: a ring of 4,100 slots is 2 × 2,176 and not 4,096 + 4.
+    slots = pl.cdiv(pl.cdiv(S, pl.cdiv(S, longest)), _LANES) * _LANES
+    return Blocks(R, min(S, slots))
+
+
+def attend(
+    q: Float[jax.Array, "B K R H"],
+    k: Float[jax.Array, "B K S H"],
+    v: Float[jax.Array, "B K S H"],
+    lengths: Int[jax.Array, " B"],
+    *,
+    scale: float,
+    state: State | None = None,
+    return_state: bool = False,
+    blocks: Blocks | None = None,
+    interpret: Any = False,
+) -> Float[jax.Array, "B K R H"] | State:
+    """`xla.attend` as a kernel: every query row of q [B,K,R,H] sees slots [0, lengths[b]) of k, v [B,K,S,H]."""
+    call = _Call(None, scale, return_state, interpret)
+    return _run(call, q, k, v, lengths, jnp.zeros((1,), jnp.int32), state, blocks)
+
+
+def attend_causal(
+    q: Float[jax.Array, "B K R H"],
+    k: Float[jax.Array, "B K S H"],
+    v: Float[jax.Array, "B K S H"],
+    lengths: Int[jax.Array, " B"],
+    *,
+    start: jax.Array | int,
+    group_size: int,
+    scale: float,
+    state: State | None = None,
+    return_state: bool = False,
+    blocks: Blocks | None = None,
+    interpret: Any = False,
+) -> Float[jax.Array, "B K R H"] | State:
+    """`xla.attend_causal` as a kernel: row t·G + g of q [B,K,G·T,H] sees slots [0, start + t] below lengths[b]."""
+    call = _Call(group_size, scale, return_state, interpret)
+    return _run(call, q, k, v, lengths, jnp.asarray(start, jnp.int32).reshape(1), state, blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """All that is static about a call; `group_size` None is no causal mask."""
+
+    group_size: int | None
+    scale: float
+    return_state: bool
+    interpret: Any
+
+
+def _run(call: _Call, q, k, v, lengths, start, state: State | None, blocks: Blocks | None):
+    """q [B,K,R,H], k, v [B,K,S,H], lengths int32 [B], start int32 [1]: the output or the state, as asked."""
+    (B, K, R, H), S = q.shape, k.shape[2]
+    dtype = jnp.promote_types(q.dtype, k.dtype)
+    blocks = blocks or choose_blocks(R, S, H, k.dtype.itemsize)
+    lengths = jnp.clip(lengths.astype(jnp.int32), 0, S)
+    across = H < _LANES  # slots lie along the lanes
+    if across:
+        k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
+    reach = functools.partial(_reach, call, blocks.rows, R)
+    rows, slots, stats = _specs(reach, blocks, H, across)
+    acc_shape = jax.ShapeDtypeStruct(q.shape, jnp.float32 if call.return_state else q.dtype)
+    stats_shape = jax.ShapeDtypeStruct((B, K, 2, R), jnp.float32)
+    column = pltpu.VMEM((blocks.rows, 1), jnp.float32)
+    # At least one step, or nothing would write the output of rows that see nothing.
+    steps = pl.cdiv(jnp.maximum(_longest(call, R, lengths, start[0]), 1), blocks.slots)
+    (out,) = pl.pallas_call(
+        functools.partial(_kernel, call=call, reach=reach, block=blocks.slots, across=across),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(B, K, pl.cdiv(R, blocks.rows), steps),
+            in_specs=(rows, slots, slots, () if state is None else (rows, stats)),
+            out_specs=((rows, stats) if call.return_state else (rows,),),
+            scratch_shapes=(pltpu.VMEM((blocks.rows, H), jnp.float32), column, column),
+        ),
+        out_shape=((acc_shape, stats_shape) if call.return_state else (acc_shape,),),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
+        cost_estimate=_cost(q.shape, S, k.dtype.itemsize, call.group_size is not None),
+        interpret=call.interpret,
+        name="razor_attend" if call.group_size is None else "razor_attend_causal",
+    )(lengths, start, q.astype(dtype), k, v, () if state is None else (state[0], jnp.stack(state[1:], axis=2)))
+    if not call.return_state:
+        return out[0]
+    acc, stats_out = out
+    return acc, stats_out[:, :, 0], stats_out[:, :, 1]
+
+
+def _specs(reach, blocks: Blocks, H: int, across: bool) -> tuple[pl.BlockSpec, ...]:
+    """The blocks of q, acc and out; of k and v; of m and l."""
+
+    def at_rows(b, h, i, j, lengths, start):
+        return b, h, i, 0
+
+    def at_stats(b, h, i, j, lengths, start):
+        return b, h, 0, i
+
+    def at_slots(b, h, i, j, lengths, start):
+        _, end = reach(i, lengths[b], start[0])
+        # Past the end the last block again: a block that is already there is not loaded.
+        block = jnp.minimum(j, jnp.maximum(pl.cdiv(end, blocks.slots) - 1, 0))
+        return (b, h, 0, block) if across else (b, h, block, 0)
+
+    slots = (H, blocks.slots) if across else (blocks.slots, H)
+    return (
+        pl.BlockSpec((None, None, blocks.rows, H), at_rows),
+        pl.BlockSpec((None, None, *slots), at_slots),
+        # m and l travel as two lane-dense lines: a [..., R, 1] array would take 128 times its size.
+        pl.BlockSpec((None, None, 2, blocks.rows), at_stats),
+    )
+
+
+def _reach(call: _Call, block: int, R: int, i, length, start):
+    """(full, end) of query block i: slots that all its rows see, and that any of them sees."""
+    if call.group_size is None:
+        return length, length
+    first = i * block
+    last = jnp.minimum(first + block, R) - 1
+    full, end = (start + lax.div(row, jnp.int32(call.group_size)) + 1 for row in (first, last))
+    return jnp.minimum(length, full), jnp.minimum(length, end)
+
+
+def _longest(call: _Call, R: int, lengths, start):
+    """The number of slots that any query of the call sees."""
+    longest = jnp.max(lengths)
+    return longest if call.group_size is None else jnp.minimum(longest, start + R // call.group_size)
+
+
+def _cost(q_shape: tuple[int, ...], S: int, itemsize: int, causal: bool) -> pl.CostEstimate:
+    """For the compiler's scheduler: as if every cache were full."""
+    B, K, R, H = q_shape
+    pairs = B * K * R * S // (2 if causal else 1)
+    moved = 2 * B * K * (S + R) * H * itemsize
+    return pl.CostEstimate(flops=4 * pairs * H, transcendentals=pairs, bytes_accessed=moved)
+
+
+def _kernel(lengths, start, q, k, v, state, out, acc, m, l, *, call: _Call, reach, block: int, across: bool):
+    """A block of query rows q [r, H] meets one of slots k, v [s, H] ([H, s] across); acc [r, H], m, l [r, 1] stay."""
+    i, step = pl.program_id(2), pl.program_id(3)
+    length = lengths[pl.program_id(0)]
+    full, end = reach(i, length, start[0])
+    first = step * block
+    fold = functools.partial(_fold, q, k, v, acc, m, l, call.scale, across)
+
+    @pl.when(step == 0)
+    def begin():
+        if state:
+            acc[...] = state[0][...]
+            m[...], l[...] = (_column(state[1][line : line + 1, :]) for line in (0, 1))
+        else:
+            acc[...] = jnp.zeros(acc.shape, acc.dtype)
+            m[...] = jnp.full(m.shape, NEG, m.dtype)
+            l[...] = jnp.zeros(l.shape, l.dtype)
+
+    @pl.when(first + block <= full)
+    def seen_by_all():
+        fold(None, None)
+
+    @pl.when((first + block > full) & (first < end))
+    def edge():
+        fold(*_masks(call.group_size, q.shape[0], block, across, i, first, length, start[0]))
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def finish():
+        if len(out) == 1:
+            out[0][...] = (acc[...] / jnp.where(l[...] == 0, 1.0, l[...])).astype(out[0].dtype)
+        else:
+            out[0][...] = acc[...]
+            out[1][0:1, :], out[1][1:2, :] = _line(m[...]), _line(l[...])
+
+
+def _masks(group_size: int | None, rows: int, block: int, across: bool, i, first, length, start):
+    """Which pairs meet, bool [r, s] or [1, s], and which slots hold anything, bool [s, 1] ([1, s] across)."""
+    slot = first + lax.broadcasted_iota(jnp.int32, (1, block), 1)
+    held = slot < length if across else first + lax.broadcasted_iota(jnp.int32, (block, 1), 0) < length
+    if group_size is None:
+        return slot < length, held
+    row = i * rows + lax.broadcasted_iota(jnp.int32, (rows, block), 0)
+    # slot <= start + row // G, without dividing a vector.
+    return (slot < length) & ((slot - start) * group_size <= row), held
+
+
+def _fold(q, k, v, acc, m, l, scale: float, across: bool, meets, held):
+    """One online-softmax step over the block; `meets`, `held` as `_masks` gives them, or None for all."""
+    dtype = q.dtype
+    values = v[...].astype(dtype)
+    logits = _dot(q[...], k[...].astype(dtype), 0 if across else 1) * scale
+    if meets is not None:
+        logits = jnp.where(meets, logits, NEG)
+        # 0 × NaN is NaN: memory past the end must leave the product, not only get no weight.
+        values = jnp.where(held, values, jnp.zeros((), dtype))
+    m_old = m[...]
+    m_new = jnp.maximum(m_old, jnp.max(logits, axis=1, keepdims=True))
+    # A masked weight is exp(NEG - m_new) = 0: every row sees slot 0, in the first block, so m_new is a logit.
+    p = jnp.exp(logits - m_new)
+    decay = jnp.exp(m_old - m_new)
+    m[...] = m_new
+    l[...] = l[...] * decay + jnp.sum(p, axis=1, keepdims=True)
+    acc[...] = acc[...] * decay + _dot(p.astype(dtype), values, 1 if across else 0)
+
+
+def _dot(a, b, axis: int):
+    """a [r, n] with axis `axis` of b, float32. Only float32 operands have more than one pass to choose."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dimensions = (((1,), (axis,)), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _diagonal(n: int):
+    return lax.broadcasted_iota(jnp.int32, (n, n), 0) == lax.broadcasted_iota(jnp.int32, (n, n), 1)
+
+
+def _column(line):
+    """[1, n] as [n, 1], through a select that every compiler takes; once a block of query rows."""
+    return jnp.sum(jnp.where(_diagonal(line.shape[1]), line, 0.0), axis=1, keepdims=True)
+
+
+def _line(column):
+    """[n, 1] as [1, n]."""
+    return jnp.sum(jnp.where(_diagonal(column.shape[0]), column, 0.0), axis=0, keepdims=True)

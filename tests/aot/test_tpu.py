@@ -1,0 +1,91 @@
+"""The TPU kernel through the real TPU compiler, on a machine without a TPU.
+
+    pip install -e '.[aot]'
+    pytest tests/aot
+
+Every case compiles in a process of its own generation: libtpu reads its environment once, before JAX starts,
+and a suite that runs elsewhere in this process must not see it. A compiled kernel fits fast memory, or the
+compiler refuses it; `memory_analysis` then shows a cache that was copied to be read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("libtpu", reason="the TPU compiler is in the extra 'aot': pip install -e '.[aot]'")
+
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+FULL, RING = 32768, 4112  # slots: a retrieval head's, and of 4 sinks and a ring of 4,096, made whole tiles
+
+# kind, B, K, R, S, H, type, state in and out. Groups of 1, 3, 5 and 8 of Llama-3's KV heads; G = 4.
+CASES = [
+    ("attend", 1, 1, 4, FULL, 128, "bfloat16", False),
+    ("attend", 4, 8, 4, FULL, 128, "bfloat16", True),
+    ("attend", 8, 5, 4, RING, 128, "bfloat16", True),
+    ("attend", 2, 3, 64, FULL, 128, "bfloat16", True),  # T = 8, G = 8
+    ("attend", 2, 3, 4, FULL, 128, "float32", True),
+    ("attend", 2, 3, 64, RING, 128, "float32", False),
+    ("attend", 4, 8, 7, FULL, 64, "bfloat16", True),
+    ("attend", 2, 3, 4, RING, 64, "float32", True),
+    ("attend", 1, 5, 16384, RING, 128, "bfloat16", True),  # a chunk of 4,096 against the ring
+    ("attend", 1, 8, 1000, FULL, 128, "float32", False),
+    ("attend_causal", 1, 8, 16384, 4096, 128, "bfloat16", True),
+    ("attend_causal", 1, 8, 1000, 4096, 128, "float32", True),
+    ("attend_causal", 1, 2, 7168, 4096, 64, "bfloat16", False),
+]
+
+COMPILE = """
+import functools, json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from razor_jax.kernels.attention import dispatch
+
+topology, cases = json.loads(sys.argv[1])
+devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+mesh = Mesh(np.array(devices[:1]), ("x",))
+array = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+temporary = []
+with jax.set_mesh(mesh):
+    for kind, B, K, R, S, H, dtype, carries in cases:
+        q, kv = array((B, K, R, H), dtype), array((B, K, S, H), dtype)
+        line = array((B, K, R), jnp.float32)
+        state = (array((B, K, R, H), jnp.float32), line, line) if carries else None
+        fixed = dict(scale=H**-0.5, return_state=carries, implementation="pallas_tpu")
+        start = ()
+        if kind == "attend_causal":
+            fixed["group_size"], start = 4, (array((), jnp.int32),)
+        def run(q, k, v, lengths, state, *start):
+            return getattr(dispatch, kind)(q, k, v, lengths, state=state, **dict(zip(("start",), start)), **fixed)
+        traced = jax.jit(run).trace(q, kv, kv, array((B,), jnp.int32), state, *start)
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        assert "tpu_custom_call" in compiled.as_text()
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+print(json.dumps(temporary))
+"""
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_kernels_fit_and_copy_no_cache(topology):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    environment.pop("XLA_FLAGS", None)  # the suite's own is for the CPU
+    command = [sys.executable, "-c", COMPILE, json.dumps([topology, CASES])]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    for (kind, B, K, R, S, H, *rest), temporary in zip(CASES, json.loads(run.stdout.splitlines()[-1]), strict=True):
+        # m and l as lines, in and out; and rows of 64, which the kernel takes 128 wide. A cache is far more.
+        lines = 2 * B * K * 8 * max(R, 128) * 4
+        rows = 2 * B * K * R * 128 * 4 if H < 128 else 0
+        cache = B * K * S * H * (4 if "float32" in rest else 2)
+        allowed = min(lines + rows + (1 << 17), cache if R <= 64 else 1 << 30)
+        assert temporary < allowed, (kind, B, K, R, S, H, *rest)
