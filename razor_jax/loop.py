@@ -93,9 +93,9 @@ def read_prompt(
         logits, cache = carry
         part = lax.dynamic_slice_in_dim(tokens, index * chunk, chunk, axis=1)
         new = jnp.clip(lengths - index * chunk, 0, chunk)
-        fresh, cache = extend(params, cache, part, new)
-        assert fresh is not None
-        return jnp.where((new > 0)[:, None], fresh, logits), cache
+        latest, cache = extend(params, cache, part, new)
+        assert latest is not None
+        return jnp.where((new > 0)[:, None], latest, logits), cache
 
     logits = jnp.zeros((tokens.shape[0], params.config.vocab_size), jnp.float32)
     return lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, body, (logits, cache))

@@ -76,6 +76,16 @@ def test_attend_sees_its_prefix_and_nothing_else(rows, H, slots):
     assert got.dtype == q.dtype
 
 
+@pytest.mark.parametrize("leftover", [1e4, np.inf, np.nan])
+def test_what_unread_slots_hold_is_of_no_account(leftover):
+    # Few rows over a cache more than half full read it at once; only what is not finite needs the masked way.
+    lengths = np.array([S - 3, 1, 0], np.int32)
+    q, k, v = inputs(3, 2, 4, S, 16)
+    unread = np.arange(S)[:, None] >= lengths[:, None, None, None]
+    got = attend(q, *(jnp.asarray(np.where(unread, leftover, x), jnp.float32) for x in (k, v)), lengths, scale=0.25)
+    assert error(got, literal(q, k, v, lengths)) < 2e-6
+
+
 @pytest.mark.parametrize(("G", "H", "start"), [(1, 64, 0), (4, 16, 7), (8, 128, 8), (2, 16, 19)])
 def test_attend_causal_sees_the_chunk_up_to_each_token(G, H, start):
     tokens = min(6, S - start)
