@@ -12,6 +12,7 @@ import transformers
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from razor_jax import checkpoint
 from razor_jax.models import rope as rotary
 from razor_jax.models.transformer import Transformer
 from razor_jax.recipes import evaluate, export, tasks, text, training, vocabulary
@@ -28,7 +29,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def params():
     """The shipped weights in the transformer's tree, float32."""
-    return jax.tree.map(jnp.asarray, export.read(SHIPPED, CONFIG))
+    return checkpoint.read(SHIPPED, "float32").weights
 
 
 @pytest.fixture(scope="module")

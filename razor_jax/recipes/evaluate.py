@@ -16,10 +16,11 @@ import numpy as np
 import typer
 from tokenizers import Tokenizer
 
+from .. import checkpoint
 from ..models import rope as rotary
 from ..models.config import ModelConfig
 from ..models.transformer import Transformer
-from . import export, training, vocabulary
+from . import training, vocabulary
 from .tasks import needle_document
 from .text import ASSETS
 
@@ -127,7 +128,7 @@ def main(
     sizes = lengths.split(",")
     if not all(size.strip().isdigit() for size in sizes):
         raise typer.BadParameter(f"{lengths!r} is not a list of token counts such as 512,1024", param_hint="--lengths")
-    config, params = training.MINI, export.read(folder, training.MINI)
+    config, params = training.MINI, checkpoint.read(folder, "float32").weights
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for tokens in map(int, sizes):
         exact, value, asked = needle_accuracy(config, params, tokenizer, tokens, documents)
