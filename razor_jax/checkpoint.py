@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -68,7 +69,7 @@ def read(directory: str | os.PathLike[str], dtype: Any = None, progress: Progres
         what = "is a file, not a folder" if path.exists() else "does not exist"
         raise FileNotFoundError(f"checkpoint folder {str(path)!r} {what}")
     if (path / _ORBAX_RECORD).is_file():
-        weights, config = _read_orbax(path, dtype)
+        weights, config = _read_orbax(path, dtype, progress)
     else:
         weights, config = _read_huggingface(path, dtype, progress)
     return Params(weights=weights, config=config, assets=Assets.read(path))
@@ -316,7 +317,7 @@ def _group(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 # Orbax
 
 
-def _read_orbax(path: Path, dtype: Any) -> tuple[Any, ModelConfig]:
+def _read_orbax(path: Path, dtype: Any, progress: Progress | None) -> tuple[Any, ModelConfig]:
     record = _read_json(path / _ORBAX_RECORD, "it holds the model's config")
     if record.get("version") != _ORBAX_VERSION:
         raise ValueError(
@@ -328,15 +329,57 @@ def _read_orbax(path: Path, dtype: Any) -> tuple[Any, ModelConfig]:
         to = _dtype(dtype, record, record["dtype"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / _ORBAX_RECORD} is damaged: {error!r}") from error
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), abstract_weights(config, to)
-    )
+    wanted = flax.traverse_util.flatten_dict(abstract_weights(config, to), sep="/")
+    folder = path.absolute() / _ORBAX_WEIGHTS
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path.absolute() / _ORBAX_WEIGHTS, target), config
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"Orbax cannot restore {path / _ORBAX_WEIGHTS}: {error}") from error
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored: dict[str, Any] = dict(
+                flax.traverse_util.flatten_dict(checkpointer.metadata(folder).item_metadata.tree, sep="/")
+            )
+            _check_orbax(path, wanted, stored)
+            return flax.traverse_util.unflatten_dict(_restore(checkpointer, folder, wanted, progress), sep="/"), config
+    except _Misfit:
+        raise
+    except Exception as error:  # Orbax raises a bare Exception where a file is damaged
+        cause = error.__cause__ or error
+        raise ValueError(f"Orbax cannot restore {folder}: {cause}; copy it again, or save the model again") from error
+
+
+class _Misfit(ValueError):
+    """Tensors that are not those of the recorded config."""
+
+
+def _check_orbax(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    problems = [f"missing {name} {list(x.shape)}" for name, x in wanted.items() if name not in stored]
+    problems += [f"unexpected {name} {list(stored[name].shape)}" for name in sorted(stored.keys() - wanted.keys())]
+    problems += [
+        f"{name} has shape {list(stored[name].shape)}, expected {list(x.shape)}"
+        for name, x in wanted.items()
+        if name in stored and tuple(stored[name].shape) != tuple(x.shape)
+    ]
+    if problems:
+        raise _Misfit(f"the tensors in {path} do not fit its {_ORBAX_RECORD}:\n  " + "\n  ".join(problems))
+
+
+def _restore(
+    checkpointer: ocp.PyTreeCheckpointer, folder: Path, wanted: Mapping[str, Any], progress: Progress | None
+) -> dict[str, Any]:
+    """Weights, one tensor after the other: of many read at once one that fails leaves the others' readers
+    behind, which then complain on stderr about an event loop that is gone."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in wanted.values())
+    done, flat = 0, {}
+    for name, x in wanted.items():
+        item = flax.traverse_util.unflatten_dict(
+            {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)}, sep="/"
+        )
+        how = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+        flat[name] = flax.traverse_util.flatten_dict(checkpointer.restore(folder, args=args), sep="/")[name]
+        done += math.prod(x.shape) * x.dtype.itemsize
+        if progress is not None:
+            progress(done, total)
+    return flat
 
 
 def _write_orbax(params: Params, folder: Path) -> None:

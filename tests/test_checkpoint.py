@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -389,5 +390,16 @@ def test_a_damaged_orbax_folder(folder, tmp_path):
         checkpoint.read(tmp_path / "out")
     config = {**json.loads(good)["config"], "hidden_size": 64}
     record.write_text(json.dumps({**json.loads(good), "config": config}))
-    with pytest.raises(ValueError, match="Orbax cannot restore"):
+    with pytest.raises(ValueError, match=r"embedding/embedding has shape \[\d+, 128\], expected \[\d+, 64\]"):
         checkpoint.read(tmp_path / "out")
+    record.write_text(json.dumps({**json.loads(good), "config": {**config, "hidden_size": 128, "num_layers": 3}}))
+    with pytest.raises(ValueError, match=r"missing blocks_2/down/kernel"):
+        checkpoint.read(tmp_path / "out")
+    record.write_text(good)
+    data = max((file for file in (tmp_path / "out").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    whole = data.read_bytes()
+    for damaged in (whole[: len(whole) // 2], bytes(len(whole))):
+        data.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"Orbax cannot restore .*; copy it again, or save the model again"):
+            checkpoint.read(tmp_path / "out")
+    gc.collect()  # what readers left behind would be reported here, as a failure
