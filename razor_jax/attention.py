@@ -45,7 +45,17 @@ def attend(
     """
     scale = 1.0 / math.sqrt(q.shape[-1])
     state = None if call.fresh else _attend_cache(q, layer, call, scale)
-    out = kernel.attend_causal(q, k, v, call.new, start=start, group_size=group_size, scale=scale, state=state)
+    out = kernel.attend_causal(
+        q,
+        k,
+        v,
+        call.new,
+        start=start,
+        group_size=group_size,
+        scale=scale,
+        state=state,
+        implementation=call.spec.implementation,
+    )
     return cast(jax.Array, out)
 
 
@@ -59,8 +69,19 @@ def _attend_cache(q: jax.Array, layer: tuple[Group, ...], call: Call, scale: flo
         state = None
         if group.k_mean is not None and group.v_mean is not None:
             state = kernel.compensation(rows, group.k_mean, group.v_mean, call.dropped, scale)
-        valid = call.valid(group.windowed)
-        states.append(kernel.attend(rows, group.k, group.v, valid, scale=scale, state=state, return_state=True))
+        part = kernel.attend(
+            rows,
+            group.k,
+            group.v,
+            call.valid(group.windowed),
+            scale=scale,
+            state=state,
+            k_scale=group.k_scale,
+            v_scale=group.v_scale,
+            return_state=True,
+            implementation=call.spec.implementation,
+        )
+        states.append(part)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *states)
 
 

@@ -13,16 +13,24 @@ and S cache slots. W is each row's own (`KVCache.window`), inside the static all
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Float, Int
 
-from .config import HeadSplit, RazorConfig
+from .config import HeadSplit, RazorConfig, kv_type
+from .kernels import attention, cache_write
+from .kernels.backend import Implementation, choose
+from .kernels.cache_write import Stored
+from .kernels.ordering import after as _after
+from .kernels.quantize import INT8, quantize
+
+# Slots of a cache that a TPU kernel reads are whole tiles of the smallest type; another length is copied each step.
+_TPU_TILE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +43,8 @@ class CacheSpec:
     num_kv_heads: int  # K
     dtype: str
     razor: RazorConfig | None  # None: dense, every head in one full group
+    windowed_dtype: str = ""  # of the windowed heads, "" for `dtype`
+    implementation: Implementation = "xla"  # of attention and writes
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -48,10 +58,20 @@ class CacheSpec:
 
     @property
     def windowed_slots(self) -> int:
-        """Slots allocated for a windowed head."""
+        """Slots that a windowed head may use."""
         if self.razor is None:
             return self.capacity
         return min(self.capacity, self.sinks + ring_length(self.razor, self.capacity))
+
+    def slots(self, windowed: bool) -> int:
+        """Slots allocated for a head: those it may use, rounded up to whole tiles where a kernel wants them."""
+        slots = self.windowed_slots if windowed else self.capacity
+        tile = _TPU_TILE if self.implementation == "pallas_tpu" else 1
+        return -(-slots // tile) * tile
+
+    def type(self, windowed: bool) -> jnp.dtype:
+        """The type of a head's keys and values."""
+        return jnp.dtype(self.windowed_dtype or self.dtype) if windowed else jnp.dtype(self.dtype)
 
     def groups(self, layer: int) -> tuple[tuple[int, bool], ...]:
         """(KV heads, windowed) of each of the layer's groups, in the order in which heads are held."""
@@ -63,13 +83,14 @@ class CacheSpec:
 
     def kv_bytes(self, batch: int) -> int:
         """Bytes of all groups, as `init` allocates them."""
-        slots, token = 0, 2 * self.head_dim
-        means = 0
+        total = 0
         for layer in range(len(self.counts)):
             for heads, windowed in self.groups(layer):
-                slots += heads * (self.windowed_slots if windowed else self.capacity)
-                means += heads if windowed and self.razor and self.razor.compensation else 0
-        return batch * token * (slots * jnp.dtype(self.dtype).itemsize + means * 4)
+                kind = self.type(windowed)
+                token = self.head_dim * kind.itemsize + (4 if kind == INT8 else 0)
+                means = 4 * self.head_dim if windowed and self.razor and self.razor.compensation else 0
+                total += heads * 2 * (self.slots(windowed) * token + means)
+        return batch * total
 
     def dense_bytes(self, batch: int) -> int:
         """Bytes of a bfloat16 dense cache of the same capacity and batch, the denominator of every ratio."""
@@ -83,6 +104,7 @@ class Group(flax.struct.PyTreeNode):
       k, v: [B, K_group, S, H].
       k_mean, v_mean: float32 [B, K_group, 1, H], or None without a compensation token.
       windowed: sinks and a ring, or every token.
+      k_scale, v_scale: float32 [B, K_group, 1, S] of an int8 cache, or None.
     """
 
     k: jax.Array
@@ -90,6 +112,19 @@ class Group(flax.struct.PyTreeNode):
     k_mean: jax.Array | None
     v_mean: jax.Array | None
     windowed: bool = flax.struct.field(pytree_node=False)
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
+
+    @property
+    def stored(self) -> Stored:
+        """The arrays, as the kernels take them."""
+        return Stored(self.k, self.v, self.k_scale, self.v_scale, self.k_mean, self.v_mean)
+
+    def with_slots(self, change) -> Group:
+        """The group with `change(x, axis)` made to every array that has slots, on `axis`."""
+        scales = (x if x is None else change(x, 3) for x in (self.k_scale, self.v_scale))
+        k_scale, v_scale = scales
+        return self.replace(k=change(self.k, 2), v=change(self.v, 2), k_scale=k_scale, v_scale=v_scale)
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -126,26 +161,74 @@ def ring_length(razor: RazorConfig, tokens: Any) -> Any:
     return larger(tokens // razor.window_divisor, razor.min_window)
 
 
-def make_spec(split: HeadSplit, head_dim: int, capacity: int, razor: RazorConfig | None, dtype: Any) -> CacheSpec:
-    """The spec of a cache for a model of that split and head width; `dtype` where razor names none."""
+def make_spec(
+    split: HeadSplit,
+    head_dim: int,
+    capacity: int,
+    razor: RazorConfig | None,
+    dtype: Any,
+    implementation: Implementation | None = None,
+) -> CacheSpec:
+    """The spec of a cache for a model of that split, head width and weight type, which is the cache's too where
+    razor names none.
+
+    `implementation` None chooses by the device; where no kernel takes the model's shapes or types the XLA path runs
+    and a warning says so. Raises ValueError where a forced one cannot run.
+    """
     if capacity < 1:
         raise ValueError(f"capacity={capacity}: a cache holds at least 1 token")
-    kv_dtype = razor.kv_dtype if razor is not None and razor.kv_dtype else dtype
-    return CacheSpec(capacity, head_dim, split.retrieval, split.num_kv_heads, jnp.dtype(kv_dtype).name, razor)
+    full = windowed = jnp.dtype(dtype)
+    if razor is not None:
+        full = kv_type(razor.kv_dtype) if razor.kv_dtype else full
+        windowed = kv_type(razor.windowed_kv_dtype) if razor.windowed_kv_dtype else full
+    return CacheSpec(
+        capacity,
+        head_dim,
+        split.retrieval,
+        split.num_kv_heads,
+        full.name,
+        razor,
+        windowed_dtype="" if windowed == full else windowed.name,
+        implementation=_choose(implementation, head_dim, jnp.dtype(dtype), {full, windowed}),
+    )
+
+
+def _choose(asked: Implementation | None, H: int, dtype: jnp.dtype, cached: set[jnp.dtype]) -> Implementation:
+    """The implementation that runs for queries and new tokens of `dtype` and caches of the types `cached`."""
+
+    def of(kind):
+        return jax.ShapeDtypeStruct((1, 1, _TPU_TILE, H), kind)
+
+    reasons: dict[str, str | None] = {}
+    for kind in sorted(cached | {dtype}, key=str):
+        for found in (
+            attention.unsupported(of(dtype), of(kind), of(kind)),
+            cache_write.unsupported(Stored(of(kind), of(kind))),
+        ):
+            reasons = {name: reasons.get(name) or reason for name, reason in found.items()}
+    chosen = choose(asked, reasons)
+    home = choose(None, dict.fromkeys(reasons))
+    if asked is None and chosen != home:
+        # Python shows a warning from one place once.
+        warnings.warn(f"attention runs without its {home} kernels, on XLA: {reasons[home]}", stacklevel=3)
+    return chosen
 
 
 def init(spec: CacheSpec, batch: int, prompt_lengths: jax.Array | np.ndarray | None = None) -> KVCache:
     """An empty cache. `prompt_lengths` int32 [B] fixes each row's window; None leaves it to the first extend."""
 
     def group(heads: int, windowed: bool) -> Group:
-        slots = spec.windowed_slots if windowed else spec.capacity
-        shape = (batch, heads, slots, spec.head_dim)
+        slots, kind = spec.slots(windowed), spec.type(windowed)
+
         # Zeros, not empty: memory never written must not hold NaN (0 × NaN is NaN).
-        k, v = jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)
-        if not (windowed and spec.razor and spec.razor.compensation):
-            return Group(k, v, None, None, windowed)
-        mean = (batch, heads, 1, spec.head_dim)
-        return Group(k, v, jnp.zeros(mean, jnp.float32), jnp.zeros(mean, jnp.float32), windowed)
+        def pair(*shape, dtype):
+            return jnp.zeros((batch, heads, *shape), dtype), jnp.zeros((batch, heads, *shape), dtype)
+
+        k, v = pair(slots, spec.head_dim, dtype=kind)
+        k_scale, v_scale = pair(1, slots, dtype=jnp.float32) if kind == INT8 else (None, None)
+        compensated = windowed and spec.razor and spec.razor.compensation
+        k_mean, v_mean = pair(1, spec.head_dim, dtype=jnp.float32) if compensated else (None, None)
+        return Group(k, v, k_mean, v_mean, windowed, k_scale, v_scale)
 
     # Buffers of their own: a cache is donated, and no buffer can be given away twice.
     length, window = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
@@ -212,105 +295,23 @@ def write(
     for group in layer:
         heads = slice(first, first + group.k.shape[1])
         first = heads.stop
-        store = _write_full
-        if group.windowed:
-            store = _write_ring_token if k.shape[2] == 1 else _write_ring_chunk
-        groups.append(store(group, k[:, heads].astype(group.k.dtype), v[:, heads].astype(group.v.dtype), call))
+        (new_k, k_scale), (new_v, v_scale) = (quantize(x[:, heads], group.k.dtype) for x in (k, v))
+        held = cache_write.write(
+            group.stored,
+            Stored(new_k, new_v, k_scale, v_scale),
+            call.length,
+            call.new,
+            call.window if group.windowed else None,
+            call.spec.sinks,
+            implementation=call.spec.implementation,
+        )
+        groups.append(group.replace(**held._asdict()))
     return tuple(groups)
 
 
-def _write_full(group: Group, k: jax.Array, v: jax.Array, call: Call) -> Group:
-    tokens = jnp.arange(k.shape[2], dtype=jnp.int32)
-    # Invalid tokens aim past the end, each at a slot of its own, and are dropped.
-    slots = jnp.where(tokens < call.new[:, None], call.length[:, None], group.k.shape[2]) + tokens
-    return group.replace(k=_scatter(group.k, slots, k), v=_scatter(group.v, slots, v))
-
-
-def _write_ring_token(group: Group, k: jax.Array, v: jax.Array, call: Call) -> Group:
-    """One token a row: one slot read, folded, overwritten."""
-    sinks, position = call.spec.sinks, call.length
-    slot = jnp.where(position < sinks, position, sinks + (position - sinks) % jnp.maximum(call.window, 1))
-    n = call.dropped
-    folds = (call.new > 0) & (position >= sinks + call.window)
-
-    def evicted(slots):
-        at = jnp.minimum(slot, slots.shape[2] - 1)[:, None, None, None]
-        return jnp.take_along_axis(slots, at, axis=2)
-
-    def fold(mean, old):
-        before = jnp.where((n > 0)[:, None, None, None], mean, 0.0)
-        new = before + (old.astype(jnp.float32) - before) / (n + 1).astype(jnp.float32)[:, None, None, None]
-        return jnp.where(folds[:, None, None, None], new, mean)
-
-    if group.k_mean is not None:
-        k_mean, v_mean = fold(group.k_mean, evicted(group.k)), fold(group.v_mean, evicted(group.v))
-        k, v = after(k, k_mean, call), after(v, v_mean, call)
-        group = group.replace(k_mean=k_mean, v_mean=v_mean)
-    target = jnp.where(call.new > 0, slot, group.k.shape[2])[:, None]
-    return group.replace(k=_scatter(group.k, target, k), v=_scatter(group.v, target, v))
-
-
-def _write_ring_chunk(group: Group, k: jax.Array, v: jax.Array, call: Call) -> Group:
-    """T tokens a row: each slot gathers its newest position, so no slot is written twice."""
-    sinks = call.spec.sinks
-    window = jnp.maximum(call.window, 1)[:, None]
-    length, end = call.length[:, None], (call.length + call.new)[:, None]
-    slots = jnp.arange(group.k.shape[2], dtype=jnp.int32)[None, :]
-    held = slots < sinks + window
-
-    def newest(length):
-        """Position that each slot holds once `length` tokens were seen; below 0 where it is empty."""
-        laps = jnp.where(slots < sinks, 0, (length - 1 - slots) // window)
-        return jnp.where(held & (slots < length), slots + laps * window, -1)
-
-    source = newest(end) - length
-    arrives = (source >= 0) & (call.new > 0)[:, None]
-    tokens = jnp.arange(k.shape[2], dtype=jnp.int32)[None, :]
-    n_before, n_after = call.dropped, dropped(call.spec, call.length + call.new, call.window)
-    first_kept = (sinks + n_after)[:, None]
-    old = newest(length)
-    leaves_ring = (old >= sinks) & (old < first_kept)
-    position = length + tokens
-    leaves_chunk = (tokens < call.new[:, None]) & (position >= sinks) & (position < first_kept)
-
-    def fold(mean, ring, chunk):
-        total = _masked_sum(ring, leaves_ring) + _masked_sum(chunk, leaves_chunk)
-        count = jnp.maximum(n_after, 1).astype(jnp.float32)
-        before = jnp.where((n_before > 0)[:, None, None, None], mean, 0.0)
-        after = before * (n_before / count)[:, None, None, None] + total / count[:, None, None, None]
-        return jnp.where((n_after > n_before)[:, None, None, None], after, mean)
-
-    def gather(ring, chunk):
-        index = jnp.clip(source, 0, chunk.shape[2] - 1)[:, None, :, None]
-        return jnp.where(arrives[:, None, :, None], jnp.take_along_axis(chunk, index, axis=2), ring)
-
-    if group.k_mean is not None:
-        group = group.replace(k_mean=fold(group.k_mean, group.k, k), v_mean=fold(group.v_mean, group.v, v))
-    return group.replace(k=gather(group.k, k), v=gather(group.v, v))
-
-
 def after(x: jax.Array, earlier: jax.Array, call: Call) -> jax.Array:
-    """x, but not before `earlier` is there.
-
-    Reading a cache and writing it are independent until someone says otherwise, and a compiler that may
-    write first keeps a copy to read from. An optimization barrier says it on TPU and GPU; XLA on CPU drops
-    barriers, so one element of x is also chosen by a condition that always holds but that no compiler knows.
-    """
-    x, earlier = lax.optimization_barrier((x, earlier))
-    corner = (0,) * x.ndim
-    chosen = jnp.where(call.length[0] >= 0, x[corner], earlier[(0,) * earlier.ndim].astype(x.dtype))
-    return x.at[corner].set(chosen)
-
-
-def _scatter(cache: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
-    """cache [B,K,S,H] with rows [B,K,T,H] at slots [B,T], distinct in a row; slots past S are dropped."""
-    batch = jnp.arange(cache.shape[0], dtype=jnp.int32)[:, None]
-    return cache.at[batch, :, slots].set(rows.transpose(0, 2, 1, 3), mode="drop", unique_indices=True)
-
-
-def _masked_sum(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Float32 [B,K,1,H] sum of x [B,K,s,H] over mask [B,s]; NaN outside the mask stays outside."""
-    return jnp.sum(jnp.where(mask[:, None, :, None], x.astype(jnp.float32), 0.0), axis=2, keepdims=True)
+    """x, but not before `earlier` is there: `kernels.ordering`."""
+    return _after(x, earlier, call.length)
 
 
 def dropped(spec: CacheSpec, length: Any, window: Any) -> Any:
@@ -332,9 +333,8 @@ def broadcast(cache: KVCache, batch: int, capacity: int) -> KVCache:
         return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
     def grow(group: Group) -> Group:
-        extra = (spec.windowed_slots if group.windowed else spec.capacity) - group.k.shape[2]
-        pad = ((0, 0), (0, 0), (0, extra), (0, 0))
-        return group.replace(k=jnp.pad(group.k, pad), v=jnp.pad(group.v, pad))
+        extra = spec.slots(group.windowed) - group.k.shape[2]
+        return group.with_slots(lambda x, axis: jnp.pad(x, [(0, extra if i == axis else 0) for i in range(4)]))
 
     layers = tuple(tuple(grow(g) for g in layer) for layer in cache.layers)
     return jax.tree.map(rows, cache.replace(layers=layers, spec=spec))

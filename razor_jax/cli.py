@@ -49,6 +49,14 @@ SinksOption = Annotated[int | None, typer.Option(min=0, help="First tokens that 
 ChunkOption = Annotated[
     int | None, typer.Option(min=1, help="Streaming prefill by so many tokens: less memory, not exact.")
 ]
+KvDtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None,
+    typer.Option(help="Type of the compressed cache; the weights' own by default."),
+]
+ImplementationOption = Annotated[
+    Literal["xla", "pallas_tpu", "pallas_gpu"] | None,
+    typer.Option(help="Attention and cache writes; the device's kernels by default, XLA where it has none."),
+]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 TemperatureOption = Annotated[
     float | None, typer.Option(help="0: the most likely token, the default unless a filter is given.")
@@ -122,13 +130,15 @@ def generate(
     seed: SeedOption = 0,
     stop: StopOption = None,
     dtype: DtypeOption = None,
+    kv_dtype: KvDtypeOption = None,
+    implementation: ImplementationOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt, or answer questions about a document."""
     text = _prompt(prompt, prompt_file)
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    params = _load(model, dtype, None if dense else heads)
-    policy = _policy(params, dense=dense, window=window, sinks=sinks, prefill_chunk=prefill_chunk)
+    params = _load(model, dtype, None if dense else heads, implementation)
+    policy = _policy(params, dense=dense, window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed, "stop": stop or ()}
     if question:
         has_template = params.assets is not None and params.assets.chat_template is not None
@@ -170,13 +180,15 @@ def chat_command(
     seed: SeedOption = 0,
     stop: StopOption = None,
     dtype: DtypeOption = None,
+    kv_dtype: KvDtypeOption = None,
+    implementation: ImplementationOption = None,
 ) -> None:
     """Talk to a model. /reset forgets, /exit leaves; Ctrl-C ends an answer, or leaves at the prompt."""
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if system is not None and system_file is not None:
         raise typer.BadParameter("give --system or --system-file, not both")
-    params = _load(model, dtype, None if dense else heads)
-    policy = _policy(params, dense=dense, window=window, sinks=sinks, prefill_chunk=prefill_chunk)
+    params = _load(model, dtype, None if dense else heads, implementation)
+    policy = _policy(params, dense=dense, window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
     conversation = Chat(params, system=_read(system_file) if system_file else system, razor=policy)
     if params.assets is not None:
         # a template that is missing or broken fails here, not at the first line
@@ -242,11 +254,13 @@ def bench_command(
     prefill_chunk: ChunkOption = None,
     heads: HeadsOption = "auto",
     dtype: DtypeOption = None,
+    kv_dtype: KvDtypeOption = None,
+    implementation: ImplementationOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time prefill and decode on a random prompt, dense beside Razor, compilation apart."""
-    params = _load(model, dtype, heads)
-    policy = _policy(params, dense=False, window=window, sinks=sinks, prefill_chunk=prefill_chunk)
+    params = _load(model, dtype, heads, implementation)
+    policy = _policy(params, dense=False, window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
     rows: list[tuple[str, Speed]] = []
     for length in context or [1024]:
         for name, razor in (("dense", None), ("Razor", policy)):
@@ -272,16 +286,22 @@ def _version(wanted: bool | None) -> None:
         raise typer.Exit
 
 
-def _load(model: str, dtype: str | None, heads: str | None) -> Params:
+def _load(model: str, dtype: str | None, heads: str | None, implementation: Any = None) -> Params:
     with terminal.working(f"loading {model}") as progress:
-        return razor_jax.load(model, dtype=dtype, heads=heads, progress=progress)
+        return razor_jax.load(model, dtype=dtype, heads=heads, implementation=implementation, progress=progress)
 
 
 def _policy(
-    params: Params, *, dense: bool, window: int | None, sinks: int | None, prefill_chunk: int | None
+    params: Params,
+    *,
+    dense: bool,
+    window: int | None,
+    sinks: int | None,
+    prefill_chunk: int | None,
+    kv_dtype: str | None = None,
 ) -> RazorConfig | None:
     """The checkpoint's recommendation or the paper's setting, with what the options change."""
-    given = {"window": window, "sinks": sinks, "prefill_chunk": prefill_chunk}
+    given = {"window": window, "sinks": sinks, "prefill_chunk": prefill_chunk, "kv_dtype": kv_dtype}
     changes = {name: value for name, value in given.items() if value is not None}
     if not dense:
         return dataclasses.replace(params.razor or RazorConfig(), **changes)

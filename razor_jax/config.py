@@ -7,7 +7,17 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-KV_DTYPES = ("float32", "bfloat16", "float16")
+import jax.numpy as jnp
+
+# Cache types by the names that users write, and JAX's for them.
+_KV_TYPES = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "int8": "int8",
+    "fp8": "float8_e4m3fn",
+}
+KV_DTYPES = tuple(_KV_TYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +32,9 @@ class RazorConfig:
       window: W, newest tokens kept; None for the paper's rule, by each row's own prompt.
       min_window, window_divisor: the rule's constants, max(min_window, prompt // window_divisor).
       compensation: keep the mean of the dropped keys and values as one token of weight n.
-      kv_dtype: cache type, None for the weights' own.
+      kv_dtype: cache type, None for the weights' own. "int8" keeps a float32 scale a token and head, "fp8" (e4m3)
+        none.
+      windowed_kv_dtype: the windowed heads' own, None for `kv_dtype`.
       prefill_chunk: None for exact prefill (every head sees the whole prompt, the cache is compressed
         as it is written); a number of tokens for streaming prefill, a stated approximation that
         attends to the compressed cache between chunks.
@@ -35,14 +47,17 @@ class RazorConfig:
     compensation: bool = True
     kv_dtype: str | None = None
     prefill_chunk: int | None = None
+    windowed_kv_dtype: str | None = None
 
     def __post_init__(self):
         least = {"sinks": 0, "window": 1, "min_window": 1, "window_divisor": 1, "prefill_chunk": 1}
         for name, value in ((name, getattr(self, name)) for name in least):
             if value is not None or name not in ("window", "prefill_chunk"):
                 object.__setattr__(self, name, whole_number(name, value, least[name]))
-        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
-            raise ValueError(f"kv_dtype={self.kv_dtype!r}: use one of {', '.join(KV_DTYPES)}, or None")
+        for name in ("kv_dtype", "windowed_kv_dtype"):
+            value = getattr(self, name)
+            if value is not None and value not in KV_DTYPES:
+                raise ValueError(f"{name}={value!r}: use one of {', '.join(KV_DTYPES)}, or None")
 
     @classmethod
     def compact(
@@ -52,10 +67,18 @@ class RazorConfig:
         sinks: int = 4,
         compensation: bool = True,
         kv_dtype: str | None = None,
+        windowed_kv_dtype: str | None = None,
         prefill_chunk: int | None = None,
     ) -> RazorConfig:
         """A fixed window: more bytes saved than the paper's rule on long prompts."""
-        return cls(sinks, window, compensation=compensation, kv_dtype=kv_dtype, prefill_chunk=prefill_chunk)
+        return cls(
+            sinks,
+            window,
+            compensation=compensation,
+            kv_dtype=kv_dtype,
+            windowed_kv_dtype=windowed_kv_dtype,
+            prefill_chunk=prefill_chunk,
+        )
 
     def describe(self) -> str:
         """One line for reports: `sinks 4, window max(4000, n/5), compensation on`."""
@@ -65,8 +88,15 @@ class RazorConfig:
             f"window {window}",
             f"compensation {'on' if self.compensation else 'off'}",
         ]
+        if self.windowed_kv_dtype is not None:
+            parts.append(f"windowed heads in {self.windowed_kv_dtype}")
         parts.append("exact prefill" if self.prefill_chunk is None else f"streaming prefill by {self.prefill_chunk}")
         return ", ".join(parts)
+
+
+def kv_type(name: str) -> jnp.dtype:
+    """JAX's type for one of KV_DTYPES."""
+    return jnp.dtype(_KV_TYPES[name])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,4 +196,4 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
     return number
 
 
-__all__: Sequence[str] = ("KV_DTYPES", "HeadSplit", "RazorConfig", "check_split", "whole_number")
+__all__: Sequence[str] = ("KV_DTYPES", "HeadSplit", "RazorConfig", "check_split", "kv_type", "whole_number")

@@ -41,14 +41,15 @@ def init_cache(
         lengths of the first `extend`.
 
     Raises:
-      ValueError: batch or capacity below 1, or a policy without a head split.
+      ValueError: batch or capacity below 1, a policy without a head split, or a forced implementation that cannot
+        run here.
     """
     if batch < 1:
         raise ValueError(f"batch={batch}: a cache has at least 1 row")
     if prompt_lengths is not None and jnp.shape(prompt_lengths) != (batch,):
         raise ValueError(f"prompt_lengths {jnp.shape(prompt_lengths)}: must be [batch] with batch = {batch}")
     require_split(params, razor)
-    spec = kv.make_spec(params.split, params.config.head_dim, capacity, razor, params.dtype)
+    spec = kv.make_spec(params.split, params.config.head_dim, capacity, razor, params.dtype, params.implementation)
     return kv.init(spec, batch, prompt_lengths)
 
 

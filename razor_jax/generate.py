@@ -392,7 +392,14 @@ def _capacity(tokens: int, capacity: int | None) -> int:
 
 def make_spec(params: Params, policy: RazorConfig | None, tokens: int, capacity: int | None = None) -> CacheSpec:
     """The spec of a cache with room for `tokens` a row, on the ladder unless `capacity` is given."""
-    return kv.make_spec(params.split, params.config.head_dim, _capacity(tokens, capacity), policy, params.dtype)
+    return kv.make_spec(
+        params.split,
+        params.config.head_dim,
+        _capacity(tokens, capacity),
+        policy,
+        params.dtype,
+        params.implementation,
+    )
 
 
 __all__ = [

@@ -17,6 +17,7 @@ from huggingface_hub import errors
 from . import checkpoint
 from .config import HeadSplit
 from .heads import find_heads, store
+from .kernels.backend import Implementation, check_name
 from .params import Params, with_heads
 
 log = logging.getLogger("razor_jax")
@@ -45,6 +46,7 @@ def load(
     *,
     dtype: Any = None,
     heads: str | os.PathLike[str] | HeadSplit | None = "auto",
+    implementation: Implementation | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Params:
     """A model ready for `generate`.
@@ -55,14 +57,17 @@ def load(
       heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, else the
         user's cache folder, else probes once and remembers; or a HeadSplit, the path of a razor.json, or
         None for dense attention only.
+      implementation: of attention and cache writes: "xla", "pallas_tpu" or "pallas_gpu"; None for the kernels of the
+        device where it has any that take the model's shapes, else XLA.
       progress: called with ("read", bytes done, bytes to do), then, where heads have to be probed, with
         ("probed", layers done, layers to do).
 
     Raises FileNotFoundError, PermissionError or ConnectionError where there is no such model, ValueError
-    where model and head split do not fit.
+    where model and head split do not fit, or the implementation cannot run here.
     """
+    check_name(implementation)
     directory = find(model)
-    params = checkpoint.read(directory, dtype, _stage(progress, "read"))
+    params = checkpoint.read(directory, dtype, _stage(progress, "read")).replace(implementation=implementation)
     found = _heads(params, directory, heads, _stage(progress, "probed"))
     if found is None:
         return params

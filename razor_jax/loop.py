@@ -121,7 +121,9 @@ def decode_block(
     saved = None
     if keep:
         layers = tuple(
-            tuple(g if g.windowed else g.replace(k=g.k[:, :, :0], v=g.v[:, :, :0]) for g in layer)
+            tuple(
+                g if g.windowed else g.with_slots(lambda x, axis: lax.slice_in_dim(x, 0, 0, axis=axis)) for g in layer
+            )
             for layer in state.cache.layers
         )
         saved = state.replace(cache=state.cache.replace(layers=layers))

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .config import HeadSplit, RazorConfig, check_split
+from .kernels.backend import Implementation
 from .models.config import ModelConfig
 from .models.transformer import Transformer
 from .tokenizer import Assets
@@ -48,6 +49,7 @@ class Params(flax.struct.PyTreeNode):
       heads: which KV heads keep the whole cache, None if nobody has said.
       razor: cache policy recommended beside the checkpoint, None for the paper's.
       assets: tokenizer, chat template and stop ids, None for token arrays only.
+      implementation: of attention and cache writes: "xla", "pallas_tpu" or "pallas_gpu"; None chooses by the device.
     """
 
     weights: Any
@@ -55,6 +57,7 @@ class Params(flax.struct.PyTreeNode):
     heads: HeadSplit | None = flax.struct.field(pytree_node=False, default=None)
     razor: RazorConfig | None = flax.struct.field(pytree_node=False, default=None)
     assets: Assets | None = flax.struct.field(pytree_node=False, default=None)
+    implementation: Implementation | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
     def from_flax(cls, variables: Mapping[str, Any], config: ModelConfig, tokenizer: Assets | None = None) -> Params:

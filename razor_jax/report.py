@@ -25,6 +25,7 @@ class KVReport:
       allocated_bytes: the cache's key, value and mean arrays.
       dense_bytes: a bfloat16 dense cache of the same batch and capacity, the denominator of every ratio.
       dropped_tokens: tokens that each windowed head has folded away, one number a row.
+      implementation: of attention and cache writes.
     """
 
     setting: str
@@ -35,6 +36,7 @@ class KVReport:
     allocated_bytes: int
     dense_bytes: int
     dropped_tokens: tuple[int, ...]
+    implementation: str = "xla"
 
     @classmethod
     def of(cls, cache: KVCache, split: HeadSplit) -> KVReport:
@@ -51,6 +53,7 @@ class KVReport:
             allocated_bytes=kv.allocated_bytes(cache),
             dense_bytes=spec.dense_bytes(cache.batch),
             dropped_tokens=tuple(int(n) for n in dropped),
+            implementation=spec.implementation,
         )
 
     def row(self, index: int) -> KVReport:

@@ -1,34 +1,33 @@
-"""Which backend runs an attention call: `implementation=None` picks, a name forces.
-
-    "xla"         everywhere, the reference
-    "pallas_tpu"  one kernel on TPU (v5e, v5p, v6e, 7x), only where it is asked for by name
-
-The kernel is proven against float64 in interpret mode and compiled by the real TPU compiler, but no TPU has run it
-yet, and a cache of 4,100 slots is no whole number of its tiles: until both are settled, None is XLA.
-"""
+"""The public attention calls: shapes checked, then the backend that `kernels/backend.py` chooses."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from types import ModuleType
+from typing import Any
 
 import jax
-from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from ..backend import Implementation, choose
+from ..quantize import INT8
 from . import tpu, xla
 from .state import State
 
-Implementation = Literal["xla", "pallas_tpu"]
+_MODULES: dict[str, ModuleType] = {"xla": xla, "pallas_tpu": tpu}
 
 
 def attend(
     q: Float[jax.Array, "B K R H"],
-    k: Float[jax.Array, "B K S H"],
-    v: Float[jax.Array, "B K S H"],
+    k: jax.Array,
+    v: jax.Array,
     lengths: Int[jax.Array, " B"],
     *,
     scale: float,
     state: State | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    block_table: Int[jax.Array, "B pages"] | None = None,
     return_state: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[jax.Array, "B K R H"] | State:
@@ -40,14 +39,34 @@ def attend(
       lengths: int32 [B], valid slots.
       scale: factor on the logits.
       state: what was seen before, None for nothing.
+      k_scale, v_scale: float32 [B, K, 1, S] of an int8 cache, which has both; no other type has any.
+      block_table: int32 [B, pages]; k, v are then pools [P, K, page, H] (scales [P, K, 1, page]), and slot s of row
+        b is slot s % page of page block_table[b, s // page]. Entries past the last valid page are never followed.
       return_state: give (acc, m, l) instead of acc / l.
-      implementation: the backend by name, None for XLA.
+      implementation: the backend by name, None to choose by device and shapes.
 
     Returns:
       [B, K, R, H] in q's type, or the state.
+
+    Raises:
+      ValueError: shapes or types that disagree, or a forced backend that cannot run.
     """
-    backend = _backend(implementation, q, k, v)
-    return backend.attend(q, k, v, lengths, scale=scale, state=state, return_state=return_state)
+    _check(q, k, v, lengths, state, paged=block_table is not None)
+    _check_scales(k, v, k_scale, v_scale)
+    if block_table is not None and (block_table.ndim != 2 or block_table.shape[0] != q.shape[0]):
+        raise ValueError(f"block_table {block_table.shape}: must be [B, pages] with q's B = {q.shape[0]}")
+    return _backend(implementation, q, k, v).attend(
+        q,
+        k,
+        v,
+        lengths,
+        scale=scale,
+        state=state,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        block_table=block_table,
+        return_state=return_state,
+    )
 
 
 def attend_causal(
@@ -67,7 +86,7 @@ def attend_causal(
 
     Args:
       q: [B, K, G·Tq, H], rows packed t-major.
-      k, v: [B, K, T, H], the whole chunk.
+      k, v: [B, K, T, H], the whole chunk, in a type that q's can meet without rounding.
       lengths: int32 [B], valid tokens of the chunk.
       start: index in the chunk of q's first token, an int or int32 scalar.
       group_size: G.
@@ -75,25 +94,47 @@ def attend_causal(
 
     Returns:
       [B, K, G·Tq, H] in q's type, or the state.
+
+    Raises:
+      ValueError: as in `attend`.
     """
-    backend = _backend(implementation, q, k, v)
-    return backend.attend_causal(
+    _check(q, k, v, lengths, state, paged=False)
+    if q.shape[2] % group_size:
+        raise ValueError(f"q has {q.shape[2]} rows a KV head, no multiple of group_size={group_size}")
+    return _backend(implementation, q, k, v).attend_causal(
         q, k, v, lengths, start=start, group_size=group_size, scale=scale, state=state, return_state=return_state
     )
 
 
-def _backend(implementation: Implementation | None, q: jax.Array, k: jax.Array, v: jax.Array):
-    """The module that runs the call."""
-    if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(
-            f"implementation={implementation!r}: one of {', '.join(get_args(Implementation))}, or None to choose"
-        )
-    if implementation in (None, "xla"):
-        return xla
-    # The device of the trace, which ahead of time is not one of this machine.
-    reason = tpu.unsupported(q, k, v)
-    if reason is None and not pltpu.is_tpu_device():
-        reason = f"the device is not a TPU (the backend is {jax.default_backend()})"
-    if reason is not None:
-        raise ValueError(f"implementation={implementation!r} cannot run here: {reason}. Pass None or 'xla'")
-    return tpu
+def unsupported(q: Any, k: Any, v: Any) -> dict[str, str | None]:
+    """Of each Pallas implementation why it cannot take such arrays, of which shapes and types are enough, or None."""
+    return {name: module.unsupported(q, k, v) for name, module in _MODULES.items() if module is not xla}
+
+
+def _backend(implementation: Implementation | None, q: jax.Array, k: jax.Array, v: jax.Array) -> ModuleType:
+    return _MODULES[choose(implementation, unsupported(q, k, v))]
+
+
+def _check(q, k, v, lengths, state: State | None, paged: bool) -> None:
+    """Shapes of a call, before anything is launched."""
+    B, K, R, H = q.shape
+    if k.shape != v.shape or k.dtype != v.dtype:
+        raise ValueError(f"k {k.dtype}{list(k.shape)} and v {v.dtype}{list(v.shape)} must agree")
+    if k.ndim != 4 or (k.shape[1], k.shape[3]) != (K, H) or (not paged and k.shape[0] != B):
+        wanted = "pools [P, K, page, H]" if paged else "[B, K, S, H]"
+        raise ValueError(f"k and v {list(k.shape)} must be {wanted} with q's B, K, H = {B}, {K}, {H}")
+    if lengths.shape != (B,):
+        raise ValueError(f"lengths {list(lengths.shape)} must be [B] with q's B = {B}")
+    if state is not None:
+        for name, x, shape in zip(("acc", "m", "l"), state, (q.shape, (B, K, R), (B, K, R)), strict=True):
+            if x.shape != shape or x.dtype != jnp.float32:
+                raise ValueError(f"state's {name} is {x.dtype}{list(x.shape)}, must be float32{list(shape)}")
+
+
+def _check_scales(k, v, k_scale, v_scale) -> None:
+    for name, x, scale in (("k_scale", k, k_scale), ("v_scale", v, v_scale)):
+        shape = (*x.shape[:2], 1, x.shape[2])
+        if (x.dtype == INT8) != (scale is not None):
+            raise ValueError(f"{name} is {'missing' if scale is None else 'given'} for a cache of type {x.dtype}")
+        if scale is not None and (scale.shape != shape or scale.dtype != jnp.float32):
+            raise ValueError(f"{name} is {scale.dtype}{list(scale.shape)}, must be float32{list(shape)}")

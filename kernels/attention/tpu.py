@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int, Shaped
 
+from ..quantize import EIGHT_BIT, FP8, INT8
 from .state import NEG, State
 
 _LANES = 128
@@ -49,19 +50,22 @@ class Blocks:
     slots: int
 
 
-def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
+def unsupported(q: Any, k: Any, v: Any) -> str | None:
     """Why the kernel cannot take queries q [B,K,R,H] and caches k, v [B,K,S,H], or None: it can."""
     H = q.shape[-1]
     if H not in _HEAD_WIDTHS:
         return f"head width H={H}: the kernel reads caches of H={' or '.join(map(str, _HEAD_WIDTHS))}"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in (jnp.float32, jnp.bfloat16):
-            return f"{name} is {x.dtype}: the kernel takes float32 and bfloat16"
+    wide = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+    for name, x, types in (("q", q, wide), ("k", k, wide + EIGHT_BIT), ("v", v, wide + EIGHT_BIT)):
+        if x.dtype not in types:
+            return f"{name} is {x.dtype}: the kernel takes {', '.join(t.name for t in types)}"
     return None
 
 
-def choose_blocks(R: int, S: int, H: int, itemsize: int) -> Blocks:
-    """The blocks for R query rows over S slots of H elements of `itemsize` bytes."""
+def choose_blocks(R: int, S: int, H: int, itemsize: int, page: int | None = None) -> Blocks:
+    """The blocks for R query rows over S slots of H elements of `itemsize` bytes, held in pages or in one piece."""
+    if page is not None:
+        return Blocks(min(R, _MANY_ROWS[0]), page)
     if R > _FEW_ROWS:
         return Blocks(min(R, _MANY_ROWS[0]), min(S, _MANY_ROWS[1]))
     longest = _BYTES_FEW_ROWS // (H * itemsize)
@@ -72,19 +76,28 @@ def choose_blocks(R: int, S: int, H: int, itemsize: int) -> Blocks:
 
 def attend(
     q: Float[jax.Array, "B K R H"],
-    k: Float[jax.Array, "B K S H"],
-    v: Float[jax.Array, "B K S H"],
+    k: Shaped[jax.Array, "P K S H"],
+    v: Shaped[jax.Array, "P K S H"],
     lengths: Int[jax.Array, " B"],
     *,
     scale: float,
     state: State | None = None,
+    k_scale: Float32[jax.Array, "P K 1 S"] | None = None,
+    v_scale: Float32[jax.Array, "P K 1 S"] | None = None,
+    block_table: Int[jax.Array, "B pages"] | None = None,
     return_state: bool = False,
     blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> Float[jax.Array, "B K R H"] | State:
-    """`xla.attend` as a kernel: every query row of q [B,K,R,H] sees slots [0, lengths[b]) of k, v [B,K,S,H]."""
+    """`xla.attend` as a kernel: every query row of q [B,K,R,H] sees slots [0, lengths[b]) of k, v [B,K,S,H].
+
+    With a block table a page is a block of the kernel. Raises ValueError where it is no whole number of tiles.
+    """
+    if block_table is not None:
+        _check_page(k)
+    scales = () if k_scale is None or v_scale is None else (k_scale, v_scale)
     call = _Call(None, scale, return_state, interpret)
-    return _run(call, q, k, v, lengths, jnp.zeros((1,), jnp.int32), state, blocks)
+    return _run(call, q, k, v, scales, lengths, jnp.zeros((1,), jnp.int32), block_table, state, blocks)
 
 
 def attend_causal(
@@ -103,7 +116,7 @@ def attend_causal(
 ) -> Float[jax.Array, "B K R H"] | State:
     """`xla.attend_causal` as a kernel: row t·G + g of q [B,K,G·T,H] sees slots [0, start + t] below lengths[b]."""
     call = _Call(group_size, scale, return_state, interpret)
-    return _run(call, q, k, v, lengths, jnp.asarray(start, jnp.int32).reshape(1), state, blocks)
+    return _run(call, q, k, v, (), lengths, jnp.asarray(start, jnp.int32).reshape(1), None, state, blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,17 +129,22 @@ class _Call:
     interpret: Any
 
 
-def _run(call: _Call, q, k, v, lengths, start, state: State | None, blocks: Blocks | None):
-    """q [B,K,R,H], k, v [B,K,S,H], lengths int32 [B], start int32 [1]: the output or the state, as asked."""
-    (B, K, R, H), S = q.shape, k.shape[2]
-    dtype = jnp.promote_types(q.dtype, k.dtype)
-    blocks = blocks or choose_blocks(R, S, H, k.dtype.itemsize)
+def _run(call: _Call, q, k, v, scales, lengths, start, table, state: State | None, blocks: Blocks | None):
+    """q [B,K,R,H], k, v [B,K,S,H] or pools with a table, scales () or two [B,K,1,S], lengths int32 [B], start [1]."""
+    B, K, R, H = q.shape
+    S = k.shape[2] if table is None else k.shape[2] * table.shape[1]
+    dtype = q.dtype if k.dtype in EIGHT_BIT else jnp.promote_types(q.dtype, k.dtype)
+    if blocks is None:
+        # A float32 query widens what it meets.
+        itemsize = dtype.itemsize if dtype == jnp.float32 else k.dtype.itemsize
+        blocks = choose_blocks(R, S, H, itemsize, None if table is None else k.shape[2])
     lengths = jnp.clip(lengths.astype(jnp.int32), 0, S)
     across = H < _LANES  # slots lie along the lanes
     if across:
         k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
     reach = functools.partial(_reach, call, blocks.rows, R)
-    rows, slots, stats = _specs(reach, blocks, H, across)
+    pages = None if table is None else table.shape[1]
+    rows, slots, slot_scales, stats = _specs(reach, blocks, H, across, pages)
     acc_shape = jax.ShapeDtypeStruct(q.shape, jnp.float32 if call.return_state else q.dtype)
     stats_shape = jax.ShapeDtypeStruct((B, K, 2, R), jnp.float32)
     column = pltpu.VMEM((blocks.rows, 1), jnp.float32)
@@ -135,9 +153,9 @@ def _run(call: _Call, q, k, v, lengths, start, state: State | None, blocks: Bloc
     (out,) = pl.pallas_call(
         functools.partial(_kernel, call=call, reach=reach, block=blocks.slots, across=across),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(B, K, pl.cdiv(R, blocks.rows), steps),
-            in_specs=(rows, slots, slots, () if state is None else (rows, stats)),
+            in_specs=(rows, slots, slots, (slot_scales,) * len(scales), () if state is None else (rows, stats)),
             out_specs=((rows, stats) if call.return_state else (rows,),),
             scratch_shapes=(pltpu.VMEM((blocks.rows, H), jnp.float32), column, column),
         ),
@@ -146,32 +164,63 @@ def _run(call: _Call, q, k, v, lengths, start, state: State | None, blocks: Bloc
         cost_estimate=_cost(q.shape, S, k.dtype.itemsize, call.group_size is not None),
         interpret=call.interpret,
         name="razor_attend" if call.group_size is None else "razor_attend_causal",
-    )(lengths, start, q.astype(dtype), k, v, () if state is None else (state[0], jnp.stack(state[1:], axis=2)))
+    )(
+        lengths,
+        start,
+        jnp.zeros((1,), jnp.int32) if table is None else table.astype(jnp.int32).reshape(-1),
+        q.astype(dtype),
+        k,
+        v,
+        scales,
+        () if state is None else (state[0], jnp.stack(state[1:], axis=2)),
+    )
     if not call.return_state:
         return out[0]
     acc, stats_out = out
     return acc, stats_out[:, :, 0], stats_out[:, :, 1]
 
 
-def _specs(reach, blocks: Blocks, H: int, across: bool) -> tuple[pl.BlockSpec, ...]:
-    """The blocks of q, acc and out; of k and v; of m and l."""
+def _check_page(pool) -> None:
+    """Refuse pages of a pool [P,K,page,H] that are no whole number of the memory's tiles."""
+    page, H = pool.shape[2:]
+    # Scales, and a cache of narrow heads, lie along the lanes; else a tile is 32 bytes of one column.
+    tile = _LANES if H < _LANES or pool.dtype == INT8 else 32 // pool.dtype.itemsize
+    if page % tile:
+        raise ValueError(f"page={page} slots of {pool.dtype}, H={H}: the kernel reads pages of a multiple of {tile}")
 
-    def at_rows(b, h, i, j, lengths, start):
+
+def _specs(reach, blocks: Blocks, H: int, across: bool, pages: int | None) -> tuple[pl.BlockSpec, ...]:
+    """The blocks of q, acc and out; of k and v; of their scales; of m and l."""
+
+    def at_rows(b, h, i, j, lengths, start, table):
         return b, h, i, 0
 
-    def at_stats(b, h, i, j, lengths, start):
+    def at_stats(b, h, i, j, lengths, start, table):
         return b, h, 0, i
 
-    def at_slots(b, h, i, j, lengths, start):
+    def at_block(b, i, j, lengths, start, table):
+        """(first axis, slot axis) of k and v."""
         _, end = reach(i, lengths[b], start[0])
         # Past the end the last block again: a block that is already there is not loaded.
         block = jnp.minimum(j, jnp.maximum(pl.cdiv(end, blocks.slots) - 1, 0))
+        if pages is None:
+            return b, block
+        # A row of nothing has no page; some page has to be named.
+        return jnp.where(end > 0, table[b * pages + block], 0), 0
+
+    def at_slots(b, h, i, j, *prefetched):
+        b, block = at_block(b, i, j, *prefetched)
         return (b, h, 0, block) if across else (b, h, block, 0)
+
+    def at_scales(b, h, i, j, *prefetched):
+        b, block = at_block(b, i, j, *prefetched)
+        return b, h, 0, block
 
     slots = (H, blocks.slots) if across else (blocks.slots, H)
     return (
         pl.BlockSpec((None, None, blocks.rows, H), at_rows),
         pl.BlockSpec((None, None, *slots), at_slots),
+        pl.BlockSpec((None, None, 1, blocks.slots), at_scales),
         # m and l travel as two lane-dense lines: a [..., R, 1] array would take 128 times its size.
         pl.BlockSpec((None, None, 2, blocks.rows), at_stats),
     )
@@ -201,13 +250,15 @@ def _cost(q_shape: tuple[int, ...], S: int, itemsize: int, causal: bool) -> pl.C
     return pl.CostEstimate(flops=4 * pairs * H, transcendentals=pairs, bytes_accessed=moved)
 
 
-def _kernel(lengths, start, q, k, v, state, out, acc, m, l, *, call: _Call, reach, block: int, across: bool):
+def _kernel(
+    lengths, start, table, q, k, v, scales, state, out, acc, m, l, *, call: _Call, reach, block: int, across: bool
+):
     """A block of query rows q [r, H] meets one of slots k, v [s, H] ([H, s] across); acc [r, H], m, l [r, 1] stay."""
     i, step = pl.program_id(2), pl.program_id(3)
     length = lengths[pl.program_id(0)]
     full, end = reach(i, length, start[0])
     first = step * block
-    fold = functools.partial(_fold, q, k, v, acc, m, l, call.scale, across)
+    fold = functools.partial(_fold, q, k, v, scales, acc, m, l, call.scale, across)
 
     @pl.when(step == 0)
     def begin():
@@ -247,15 +298,17 @@ def _masks(group_size: int | None, rows: int, block: int, across: bool, i, first
     return (slot < length) & ((slot - start) * group_size <= row), held
 
 
-def _fold(q, k, v, acc, m, l, scale: float, across: bool, meets, held):
+def _fold(q, k, v, scales, acc, m, l, scale: float, across: bool, meets, held):
     """One online-softmax step over the block; `meets`, `held` as `_masks` gives them, or None for all."""
-    dtype = q.dtype
-    values = v[...].astype(dtype)
-    logits = _dot(q[...], k[...].astype(dtype), 0 if across else 1) * scale
+    keys, values = _operand(k, q.dtype), _operand(v, q.dtype)
+    logits = _dot(q[...], keys, 0 if across else 1) * scale
+    if scales:
+        logits = logits * scales[0][...]
     if meets is not None:
         logits = jnp.where(meets, logits, NEG)
         # 0 × NaN is NaN: memory past the end must leave the product, not only get no weight.
-        values = jnp.where(held, values, jnp.zeros((), dtype))
+        if jnp.issubdtype(v.dtype, jnp.floating):
+            values = jnp.where(held, values, jnp.zeros((), values.dtype))
     m_old = m[...]
     m_new = jnp.maximum(m_old, jnp.max(logits, axis=1, keepdims=True))
     # A masked weight is exp(NEG - m_new) = 0: every row sees slot 0, in the first block, so m_new is a logit.
@@ -263,7 +316,14 @@ def _fold(q, k, v, acc, m, l, scale: float, across: bool, meets, held):
     decay = jnp.exp(m_old - m_new)
     m[...] = m_new
     l[...] = l[...] * decay + jnp.sum(p, axis=1, keepdims=True)
-    acc[...] = acc[...] * decay + _dot(p.astype(dtype), values, 1 if across else 0)
+    if scales:
+        p = p * (scales[1][...] if meets is None else jnp.where(meets, scales[1][...], 0.0))
+    acc[...] = acc[...] * decay + _dot(p.astype(q.dtype), values, 1 if across else 0)
+
+
+def _operand(x, dtype):
+    """A tile of the cache as the product with rows of `dtype` takes it: float8 beside bfloat16 as it lies."""
+    return x[...] if x.dtype == FP8 and dtype == jnp.bfloat16 else x[...].astype(dtype)
 
 
 def _dot(a, b, axis: int):

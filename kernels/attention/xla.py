@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int
 
+from ..quantize import EIGHT_BIT
 from .state import NEG, State, empty, finish
 
 # Slots a step. Few query rows (decode) are bound by memory and want long steps; many rows (prefill) keep
@@ -22,12 +23,15 @@ _FEW_ROWS = 32
 
 def attend(
     q: Float[jax.Array, "B K R H"],
-    k: Float[jax.Array, "B K S H"],
-    v: Float[jax.Array, "B K S H"],
+    k: jax.Array,
+    v: jax.Array,
     lengths: Int[jax.Array, " B"],
     *,
     scale: float,
     state: State | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    block_table: Int[jax.Array, "B pages"] | None = None,
     return_state: bool = False,
 ) -> Float[jax.Array, "B K R H"] | State:
     """Every query row sees slots [0, lengths[b]): decode, and a chunk against the cache.
@@ -38,12 +42,18 @@ def attend(
       lengths: int32 [B], valid slots.
       scale: factor on the logits.
       state: what was seen before, None for nothing.
+      k_scale, v_scale: float32 [B, K, 1, S], of an int8 cache: logits of slot s times k_scale, weights times v_scale.
+      block_table: int32 [B, pages]; k, v are then pools [P, K, page, H] (scales [P, K, 1, page]), and slot s of row
+        b is slot s % page of page block_table[b, s // page]. Entries past the last valid page are never followed.
       return_state: give (acc, m, l) instead of acc / l.
 
     Returns:
       [B, K, R, H] in q's type, or the state. Slots past the longest row's block cost nothing.
     """
-    state = _scan(q, k, v, lengths, lambda slots: None, jnp.max(lengths), scale, state)
+    if block_table is not None:
+        k, v, k_scale, v_scale = (_gather_pages(x, block_table, lengths, k.shape[2]) for x in (k, v, k_scale, v_scale))
+    keys = (k, v, k_scale, v_scale)
+    state = _scan(q, keys, lengths, lambda slots: None, jnp.max(lengths), scale, state)
     return state if return_state else finish(state, q.dtype)
 
 
@@ -79,33 +89,47 @@ def attend_causal(
     def causal(slots):
         return slots[None, :] <= token[:, None]
 
-    state = _scan(q, k, v, lengths, causal, jnp.minimum(jnp.max(lengths), last), scale, state)
+    state = _scan(q, (k, v, None, None), lengths, causal, jnp.minimum(jnp.max(lengths), last), scale, state)
     return state if return_state else finish(state, q.dtype)
 
 
-def _scan(q, k, v, lengths, visible, end, scale: float, state: State | None) -> State:
-    """Fold slots [0, end) into the state.
+def _gather_pages(pool: jax.Array | None, table: jax.Array, lengths: jax.Array, page: int) -> jax.Array | None:
+    """Pool [P,K,page,H] (or scales [P,K,1,page]) as the rows' own [B,K,S,H] ([B,K,1,S])."""
+    if pool is None:
+        return None
+    valid = jnp.arange(table.shape[1], dtype=jnp.int32) * page < lengths[:, None]
+    rows = jnp.moveaxis(pool[jnp.where(valid, table, 0)], 1, 2)  # [B,K,pages,page,H]
+    B, K, pages, first, last = rows.shape
+    if first == 1:
+        return rows.reshape(B, K, 1, pages * last)
+    return rows.reshape(B, K, pages * first, last)
+
+
+def _scan(q, keys, lengths, visible, end, scale: float, state: State | None) -> State:
+    """Fold slots [0, end) of keys (k, v, k_scale, v_scale) into the state.
 
     `visible(slots)` gives the pairs that may meet, bool [R, s], or None for all; `end` is traced.
     """
     state = empty(q) if state is None else state
-    S, few = k.shape[2], q.shape[2] <= _FEW_ROWS
+    S, few = keys[0].shape[2], q.shape[2] <= _FEW_ROWS
     block = min(S, _BLOCK_FEW_ROWS if few else _BLOCK_MANY_ROWS)
 
-    def fold(k, v, slots, state, fresh=True, clean=True):
+    def fold(keys, slots, state, fresh=True, clean=True):
         valid = (slots[None, :] < lengths[:, None]) & fresh
-        return _fold(q, k, v, valid, visible(slots), scale, state, clean)
+        return _fold(q, keys, valid, visible(slots), scale, state, clean)
 
     def whole(state, clean):
-        return fold(k, v, jnp.arange(S, dtype=jnp.int32), state, clean=clean)
+        return fold(keys, jnp.arange(S, dtype=jnp.int32), state, clean=clean)
 
     def body(index, state):
         # Where the block does not divide S the last one starts early; its first slots were folded before.
         start = jnp.minimum(index * block, S - block)
         slots = start + jnp.arange(block, dtype=jnp.int32)
-        k_block = lax.dynamic_slice_in_dim(k, start, block, axis=2)
-        v_block = lax.dynamic_slice_in_dim(v, start, block, axis=2)
-        return fold(k_block, v_block, slots, state, fresh=slots >= index * block)
+        part = [
+            x if x is None else lax.dynamic_slice_in_dim(x, start, block, axis)
+            for x, axis in zip(keys, (2, 2, 3, 3), strict=True)
+        ]
+        return fold(part, slots, state, fresh=slots >= index * block)
 
     def by_blocks(state):
         if block == S:
@@ -124,24 +148,29 @@ def _scan(q, k, v, lengths, visible, end, scale: float, state: State | None) -> 
     return lax.cond(2 * end > S, at_once, by_blocks, state)
 
 
-def _fold(q, k, v, valid, visible, scale: float, state: State, clean: bool) -> State:
+def _fold(q, keys, valid, visible, scale: float, state: State, clean: bool) -> State:
     """One online-softmax step over slots k, v [B,K,s,H]: valid bool [B,s], visible bool [R,s] or None.
 
     `clean`: take unread values out of the product, for 0 × NaN is NaN.
     """
+    k, v, k_scale, v_scale = keys
     acc, m, l = state
-    dtype = jnp.promote_types(q.dtype, k.dtype)
+    dtype = q.dtype if k.dtype in EIGHT_BIT else jnp.promote_types(q.dtype, k.dtype)
     mask = valid[:, None, None, :] if visible is None else valid[:, None, None, :] & visible
-    logits = _dot("bkrh,bksh->bkrs", q.astype(dtype), k.astype(dtype))
-    logits = jnp.where(mask, logits * scale, NEG)
+    logits = _dot("bkrh,bksh->bkrs", q.astype(dtype), k.astype(dtype)) * scale
+    if k_scale is not None:
+        logits = logits * k_scale
+    logits = jnp.where(mask, logits, NEG)
     m_new = jnp.maximum(m, jnp.max(logits, axis=-1))
     # A masked logit equals NEG: in a row that has seen nothing, exp(NEG - NEG) would count it.
     p = jnp.where(mask, jnp.exp(logits - m_new[..., None]), 0.0)
+    l = l * jnp.exp(m - m_new) + jnp.sum(p, axis=-1)
+    if v_scale is not None:
+        p = jnp.where(mask, p * v_scale, 0.0)
     if clean:
         v = jnp.where(valid[:, None, :, None], v, jnp.zeros((), v.dtype))
-    decay = jnp.exp(m - m_new)
-    acc = acc * decay[..., None] + _dot("bkrs,bksh->bkrh", p.astype(dtype), v.astype(dtype))
-    return acc, m_new, l * decay + jnp.sum(p, axis=-1)
+    acc = acc * jnp.exp(m - m_new)[..., None] + _dot("bkrs,bksh->bkrh", p.astype(dtype), v.astype(dtype))
+    return acc, m_new, l
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,0 +1,306 @@
+"""Cache writes as Pallas TPU kernels: in place, whole tiles at a time, nothing else of the cache touched.
+
+The smallest piece of TPU memory that can be written is a tile, and a token is one line of it, so both kernels
+read tiles, change lines and write them back over themselves (`input_output_aliases`):
+
+    one token a row    grid (B,): the tile with the token's slot, of all heads at once; the old line comes back
+    a chunk            grid (B, K, steps): blocks of slots, each filled from a contiguous run of tokens
+
+Means are folded by XLA, from the line that came back or by sums over what leaves, exactly as the reference does.
+
+Slots lie along the sublanes of a tile for H = 128, and along its lanes for H = 64, where the compiler keeps
+[B,K,S,64] as if it were [B,K,64,S] (see `kernels/attention/tpu.py`), and for scales [B,K,1,S].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Int
+
+from ..ordering import after
+from ..quantize import EIGHT_BIT
+from . import xla
+from .stored import Stored
+
+_LANES = 128
+_HEAD_WIDTHS = (64, 128)
+_TYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"), *EIGHT_BIT)
+_LONGEST = 1024  # slots a step of a chunk: some hundred KiB of each array, which hides a step's own cost
+
+
+def unsupported(held: Stored) -> str | None:
+    """Why the kernels cannot write the group `held`, k [B,K,S,H], or None: they can."""
+    H = held.k.shape[-1]
+    if H not in _HEAD_WIDTHS:
+        return f"head width H={H}: the kernel writes caches of H={' or '.join(map(str, _HEAD_WIDTHS))}"
+    if held.k.dtype not in _TYPES:
+        return f"the cache is {held.k.dtype}: the kernel writes {', '.join(map(str, _TYPES))}"
+    return None
+
+
+def write(
+    held: Stored,
+    new: Stored,
+    lengths: Int[jax.Array, " B"],
+    counts: Int[jax.Array, " B"],
+    window: Int[jax.Array, " B"] | None,
+    sinks: int = 0,
+    *,
+    block: int | None = None,
+    interpret: Any = False,
+) -> Stored:
+    """`xla.write` as kernels: tokens 0 … counts[b]-1 of `new` [B,K,T,H] appended to row b of `held` [B,K,S,H].
+
+    `block` slots a step of a chunk, a multiple of 128; None to choose.
+    """
+    T = new.k.shape[2]
+    if T == 1:
+        return _write_token(held, new, lengths, counts, window, sinks, interpret)
+    block = block or min(_LONGEST, max(_LANES, pl.next_power_of_2(T)))
+    return _write_chunk(held, new, lengths, counts, window, sinks, block, interpret)
+
+
+def _turn(x: Stored) -> list[jax.Array]:
+    """k, v and scales if any, as the kernels take them: [B,K,S,H], or [B,K,·,S] where slots lie along the lanes."""
+    k, v = (a.swapaxes(2, 3) if a.shape[3] < _LANES else a for a in (x.k, x.v))
+    return [k, v] if x.k_scale is None else [k, v, x.k_scale, x.v_scale]
+
+
+def _along_lanes(held: Stored) -> list[bool]:
+    """Of each array of `_turn` whether its slots lie along the lanes."""
+    across = held.k.shape[3] < _LANES
+    return [across] * 2 if held.k_scale is None else [across, across, True, True]
+
+
+def _turn_back(arrays: Sequence[jax.Array], lanes: list[bool]) -> Stored:
+    k, v = (x.swapaxes(2, 3) if lane else x for x, lane in zip(arrays[:2], lanes, strict=False))
+    return Stored(k, v, *arrays[2:])
+
+
+def _write_token(held: Stored, new: Stored, lengths, counts, window, sinks: int, interpret) -> Stored:
+    slot = lengths if window is None else xla.ring_slot(lengths, window, sinks)
+    slot = jnp.where((counts > 0) & (slot < held.k.shape[2]), slot, -1)
+    arrays, tokens, lanes = _turn(held), _turn(new), _along_lanes(held)
+    B, K = held.k.shape[:2]
+    folds = held.k_mean is not None
+    # A token along the lanes is one line of [B,·,K] for all heads: [B,K,·,1] would take 128 times its size.
+    tokens = [x[..., 0].swapaxes(1, 2) if lane else x for x, lane in zip(tokens, lanes, strict=True)]
+    tokens = [x.astype(jnp.float32) for x in tokens]
+
+    def block(x, lane: bool) -> pl.BlockSpec:
+        tile = _LANES if lane else 32 // x.dtype.itemsize
+        shape = (None, K, x.shape[2], tile) if lane else (None, K, tile, x.shape[3])
+
+        def at(b, slot):
+            index = jnp.maximum(slot[b], 0) // tile
+            return (b, 0, 0, index) if lane else (b, 0, index, 0)
+
+        return pl.BlockSpec(shape, at)
+
+    def whole(x) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *x.shape[1:]), lambda b, slot: (b, *(0,) * (x.ndim - 1)))
+
+    blocks = [block(x, lane) for x, lane in zip(arrays, lanes, strict=True)]
+    lines = [whole(x) for x in tokens]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    old = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in tokens] if folds else []
+    n = len(arrays)
+    written, evicted = pl.pallas_call(
+        functools.partial(_token_kernel, lanes=lanes),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B,),
+            in_specs=(lines, blocks),
+            out_specs=(blocks, lines if folds else []),
+        ),
+        out_shape=(shapes, old),
+        input_output_aliases={1 + n + i: i for i in range(n)},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=interpret,
+        name="razor_write_token",
+    )(slot, tokens, arrays)
+    held = _turn_back(written, lanes)._replace(k_mean=held.k_mean, v_mean=held.v_mean)
+    if not folds:
+        return held
+    evicted = [x.swapaxes(1, 2)[..., None] if lane else x for x, lane in zip(evicted, lanes, strict=True)]
+    return xla.fold_token(held, _turn_back(evicted, lanes), lengths, counts, window, sinks)
+
+
+def _token_kernel(slot, tokens, held, out, old, *, lanes: list[bool]):
+    at = slot[pl.program_id(0)]
+    for i, lane in enumerate(lanes):
+        K = held[i].shape[0]
+        for h in range(K):
+            tile = held[i][h]
+            axis = 1 if lane else 0
+            here = lax.broadcasted_iota(jnp.int32, tile.shape, axis) == jnp.where(at < 0, -1, at % tile.shape[axis])
+            token = tokens[i][:, h : h + 1] if lane else tokens[i][h]
+            out[i][h] = jnp.where(here, jnp.broadcast_to(token, tile.shape).astype(tile.dtype), tile)
+            if not old:
+                continue
+            line = jnp.sum(jnp.where(here, tile.astype(jnp.float32), 0.0), axis=axis, keepdims=True)
+            if lane:
+                old[i][:, h : h + 1] = line
+            else:
+                old[i][h] = line
+
+
+class _Steps(NamedTuple):
+    """Grid steps of each row, int32 [B, steps]: one block of slots each, and the tokens that go there.
+
+    Attributes:
+      block: index of the block of slots; ascending, and at most one apart in neighbouring steps of a run.
+      token: the token of the block's slot 0, were its run to reach so far; may be negative or past the end.
+      first, last: slots [first, last) of the block take tokens; none in steps past a row's own.
+      read: the block to have loaded: this one, or, where no slot of it survives, the one that is already there.
+    """
+
+    block: jax.Array
+    token: jax.Array
+    first: jax.Array
+    last: jax.Array
+    read: jax.Array
+
+
+def _runs(lengths, counts, window, sinks: int, S: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Slots [begin, end) of a row take tokens slot + offset, int32 [B, runs] each: ascending and disjoint.
+
+    A full group has one run. A windowed one has its sinks, the ring up to the newest token, and, a lap
+    older, the ring behind it.
+    """
+    start, stop = lengths, lengths + counts
+    if window is None:
+        runs = [(start, jnp.minimum(stop, S), -start)]
+    else:
+        ring = jnp.maximum(window, 1)
+        laps = jnp.maximum(stop - 1 - sinks, 0) // ring
+        turn = jnp.where(stop > sinks, xla.ring_slot(jnp.maximum(stop - 1, sinks), window, sinks) + 1, sinks)
+        newer, older = laps * ring - start, (laps - 1) * ring - start
+        runs = [
+            (start, jnp.minimum(stop, sinks), -start),
+            (jnp.maximum(sinks, -newer), turn, newer),
+            (jnp.maximum(turn, -older), jnp.where(laps > 0, sinks + window, 0), older),
+        ]
+    begin, end, offset = (jnp.stack(x, axis=1) for x in zip(*runs, strict=True))
+    # Rows without tokens have no run at all, whatever their window says.
+    return begin, jnp.where((counts > 0)[:, None], jnp.maximum(begin, end), begin), offset
+
+
+def _steps(runs, block: int, most: int) -> tuple[_Steps, jax.Array]:
+    """Runs (begin, end, offset) [B, runs] as steps over blocks, at most `most` a row, and the longest row's number."""
+    begin, end, offset = runs
+    first_block = begin // block
+    number = jnp.where(end > begin, (end - 1) // block - first_block + 1, 0)
+    ends = jnp.cumsum(number, axis=1)
+    total = ends[:, -1:]
+    # Steps past a row's own repeat its last one, with no slots left to fill.
+    index = jnp.arange(most, dtype=jnp.int32)[None, :]
+    step = jnp.clip(index, 0, jnp.maximum(total - 1, 0))
+    run = jnp.minimum(jnp.sum(step[:, :, None] >= ends[:, None, :], axis=2), ends.shape[1] - 1)
+
+    def of_run(x):
+        return jnp.take_along_axis(x, run, axis=1)
+
+    at = jnp.where(total > 0, of_run(first_block) + step - of_run(ends - number), 0)
+    first = jnp.clip(of_run(begin) - at * block, 0, block)
+    last = jnp.where(index < total, jnp.clip(of_run(end) - at * block, 0, block), 0)
+    kept = (first > 0) | (last < block) | (index == 0)
+    read = lax.cummax(jnp.where(kept, at, 0), axis=1)
+    return _Steps(*(x.astype(jnp.int32) for x in (at, at * block + of_run(offset), first, last, read))), jnp.max(total)
+
+
+def _write_chunk(held: Stored, new: Stored, lengths, counts, window, sinks: int, block: int, interpret) -> Stored:
+    (B, K, S, _), T = held.k.shape, new.k.shape[2]
+    runs = _runs(lengths, counts, window, sinks, S)
+    # A run of n slots touches at most one block more than n slots need.
+    steps, longest = _steps(runs, block, pl.cdiv(min(S, T), block) + 2 * runs[0].shape[1])
+    if held.k_mean is not None:
+        held = xla.fold_chunk(held, new, lengths, counts, window, sinks)
+        steps = steps._replace(block=after(after(steps.block, held.k_mean, lengths), held.v_mean, lengths))
+    arrays, tokens, lanes = _turn(held), _turn(new), _along_lanes(held)
+
+    def spec(x, lane: bool, index) -> pl.BlockSpec:
+        def at(b, h, j, *steps):
+            i = index(_Steps(*steps), b, j)
+            return (b, h, 0, i) if lane else (b, h, i, 0)
+
+        return pl.BlockSpec((None, None, x.shape[2], block) if lane else (None, None, block, x.shape[3]), at)
+
+    def specs(index) -> list[pl.BlockSpec]:
+        return [spec(x, lane, index) for x, lane in zip(arrays, lanes, strict=True)]
+
+    def source(odd: int):
+        """Of the two neighbouring blocks of tokens that a step needs, the one of even or of odd index.
+
+        From step to step only one of the two changes, so every token is loaded once.
+        """
+
+        def index(steps: _Steps, b, j):
+            before = steps.token[b, j] // block
+            return jnp.clip(before + (before + odd) % 2, 0, pl.cdiv(T, block) - 1)
+
+        return index
+
+    n = len(arrays)
+    written = pl.pallas_call(
+        functools.partial(_chunk_kernel, lanes=lanes, block=block),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(steps),
+            grid=(B, K, jnp.maximum(longest, 1)),
+            in_specs=(specs(source(0)), specs(source(1)), specs(lambda steps, b, j: steps.read[b, j])),
+            out_specs=specs(lambda steps, b, j: steps.block[b, j]),
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
+        input_output_aliases={len(steps) + 2 * n + i: i for i in range(n)},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+        name="razor_write_chunk",
+    )(*steps, tokens, tokens, arrays)
+    return _turn_back(written, lanes)._replace(k_mean=held.k_mean, v_mean=held.v_mean)
+
+
+def _chunk_kernel(*refs, lanes: list[bool], block: int):
+    steps = _Steps(*refs[:5])
+    even, odd, held, *out = refs[5:]
+    b, j = pl.program_id(0), pl.program_id(2)
+    token, first, last = steps.token[b, j], steps.first[b, j], steps.last[b, j]
+    new_block = (j == 0) | (steps.block[b, j] != steps.block[b, jnp.maximum(j - 1, 0)])
+    before, shift = token // block, token % block
+
+    @pl.when(new_block)
+    def begin():
+        for x, old in zip(out, held, strict=True):
+            x[...] = old[...]
+
+    @pl.when(first < last)
+    def fill():
+        for i, lane in enumerate(lanes):
+            axis = 1 if lane else 0
+            place = lax.broadcasted_iota(jnp.int32, out[i].shape, axis)
+            # Lines from `shift` on are of the block before, those below it of the next one: rotated, they join.
+            from_even = (place >= shift) == (before % 2 == 0)
+            joined = _widen(jnp.where(from_even, even[i][...], odd[i][...]))
+            joined = pltpu.roll(joined, (block - shift) % block, axis)
+            fill = (place >= first) & (place < last)
+            out[i][...] = jnp.where(fill, _narrow(joined, out[i].dtype), out[i][...])
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    """x in 32 bits, which is all that rotates; exact."""
+    if x.dtype == jnp.dtype("float8_e4m3fn"):
+        x = pltpu.bitcast(x, jnp.int8)
+    return x.astype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
+
+
+def _narrow(x: jax.Array, dtype) -> jax.Array:
+    if dtype == jnp.dtype("float8_e4m3fn"):
+        return pltpu.bitcast(x.astype(jnp.int8), dtype)
+    return x.astype(dtype)

@@ -1,0 +1,184 @@
+"""Cache writes in plain XLA: the reference of every kernel, and what runs where none does.
+
+A full group holds position p in slot p. A windowed one holds `sinks` first tokens and a ring:
+
+    position p < N0 in slot p, else in slot N0 + (p - N0) mod W_b;   n = max(0, length - N0 - W_b) dropped
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Int
+
+from ..ordering import after
+from ..quantize import dequantize
+from .stored import Stored
+
+
+def write(
+    held: Stored,
+    new: Stored,
+    lengths: Int[jax.Array, " B"],
+    counts: Int[jax.Array, " B"],
+    window: Int[jax.Array, " B"] | None,
+    sinks: int = 0,
+) -> Stored:
+    """The group with tokens 0 … counts[b]-1 of `new` appended to row b, which has seen lengths[b] tokens.
+
+    Args:
+      held: the group, [B,K,S,H].
+      new: T tokens in the cache's own type, [B,K,T,H] and scales [B,K,1,T]; no means.
+      lengths, counts: int32 [B]; a row of count 0 stays bit-identical.
+      window: int32 [B], W of each row; None for a group that keeps every token.
+      sinks: N0.
+
+    Returns:
+      The group: slots as T single writes would leave them, exactly; means to float32 rounding.
+    """
+    if window is None:
+        return _write_full(held, new, lengths, counts)
+    one = new.k.shape[2] == 1
+    return (_write_ring_token if one else _write_ring_chunk)(held, new, lengths, counts, window, sinks)
+
+
+def dropped(lengths: jax.Array, window: jax.Array, sinks: int) -> jax.Array:
+    """n int32 [B]. A window of 0 is one not yet set: nothing was seen, so nothing dropped."""
+    return ((lengths - sinks - window) * (window > 0)).clip(0)
+
+
+def _write_full(held: Stored, new: Stored, lengths, counts) -> Stored:
+    T, S = new.k.shape[2], held.k.shape[2]
+    tokens = jnp.arange(T, dtype=jnp.int32)
+    # Invalid tokens aim past the end, each at a slot of its own, and are dropped.
+    return _scatter(held, jnp.where(tokens < counts[:, None], lengths[:, None], S) + tokens, new)
+
+
+def ring_slot(position: Int[jax.Array, " B"], window: Int[jax.Array, " B"], sinks: int) -> Int[jax.Array, " B"]:
+    """Slot of a position in a windowed group, int32 [B]."""
+    return jnp.where(position < sinks, position, sinks + (position - sinks) % jnp.maximum(window, 1))
+
+
+def _write_ring_token(held: Stored, new: Stored, lengths, counts, window, sinks: int) -> Stored:
+    """One token a row: one slot read, folded, overwritten."""
+    S = held.k.shape[2]
+    slot = ring_slot(lengths, window, sinks)
+    at = jnp.minimum(slot, S - 1)[:, None, None, None]
+
+    def line(x, axis):
+        return None if x is None else jnp.take_along_axis(x, at, axis=axis)
+
+    if held.k_mean is not None:
+        evicted = Stored(line(held.k, 2), line(held.v, 2), line(held.k_scale, 3), line(held.v_scale, 3))
+        held = fold_token(held, evicted, lengths, counts, window, sinks)
+        new = new._replace(k=after(new.k, held.k_mean, lengths), v=after(new.v, held.v_mean, lengths))
+    return _scatter(held, jnp.where(counts > 0, slot, S)[:, None], new)
+
+
+def _write_ring_chunk(held: Stored, new: Stored, lengths, counts, window, sinks: int) -> Stored:
+    """T tokens a row: each slot gathers its newest position, so no slot is written twice."""
+    T = new.k.shape[2]
+    source = _newest(held.k.shape[2], lengths + counts, window, sinks) - lengths[:, None]
+    arrives = (source >= 0) & (counts > 0)[:, None]
+    held = fold_chunk(held, new, lengths, counts, window, sinks)
+
+    def gather(x, chunk, axis: int):
+        shape = [source.shape[0], 1, 1, 1]
+        shape[axis] = source.shape[1]
+        index = jnp.clip(source, 0, T - 1).reshape(shape)
+        return jnp.where(arrives.reshape(shape), jnp.take_along_axis(chunk, index, axis=axis), x)
+
+    held = held._replace(k=gather(held.k, new.k, 2), v=gather(held.v, new.v, 2))
+    if held.k_scale is not None:
+        held = held._replace(
+            k_scale=gather(held.k_scale, new.k_scale, 3), v_scale=gather(held.v_scale, new.v_scale, 3)
+        )
+    return held
+
+
+def fold_token(
+    held: Stored,
+    evicted: Stored,
+    lengths: Int[jax.Array, " B"],
+    counts: Int[jax.Array, " B"],
+    window: Int[jax.Array, " B"],
+    sinks: int,
+) -> Stored:
+    """`held` before one token a row is written, with `evicted`, [B,K,1,H], in the means of rows that drop it.
+
+    `evicted` may hold anything in a row that drops nothing.
+    """
+    n = _rows(dropped(lengths, window, sinks))
+    folds = _rows((counts > 0) & (lengths >= sinks + window))
+
+    def fold(mean, x, scale):
+        before = jnp.where(n > 0, mean, 0.0)
+        return jnp.where(folds, before + (dequantize(x, scale) - before) / (n + 1).astype(jnp.float32), mean)
+
+    return held._replace(
+        k_mean=fold(held.k_mean, evicted.k, evicted.k_scale), v_mean=fold(held.v_mean, evicted.v, evicted.v_scale)
+    )
+
+
+def fold_chunk(
+    held: Stored,
+    new: Stored,
+    lengths: Int[jax.Array, " B"],
+    counts: Int[jax.Array, " B"],
+    window: Int[jax.Array, " B"],
+    sinks: int,
+) -> Stored:
+    """`held` before `new`, T tokens a row, is written, with all that leaves the ring or never enters it in the means."""
+    if held.k_mean is None:
+        return held
+    start, tokens = lengths[:, None], jnp.arange(new.k.shape[2], dtype=jnp.int32)[None, :]
+    n_before, n_after = dropped(lengths, window, sinks), dropped(lengths + counts, window, sinks)
+    first_kept = (sinks + n_after)[:, None]
+    old, position = _newest(held.k.shape[2], lengths, window, sinks), start + tokens
+    leaves_ring = (old >= sinks) & (old < first_kept)
+    leaves_chunk = (tokens < counts[:, None]) & (position >= sinks) & (position < first_kept)
+
+    def fold(mean, x, scale, chunk, chunk_scale):
+        total = _masked_sum(x, scale, leaves_ring) + _masked_sum(chunk, chunk_scale, leaves_chunk)
+        count = jnp.maximum(n_after, 1).astype(jnp.float32)
+        before = jnp.where(_rows(n_before) > 0, mean, 0.0)
+        folded = before * _rows(n_before / count) + total / _rows(count)
+        return jnp.where(_rows(n_after > n_before), folded, mean)
+
+    return held._replace(
+        k_mean=fold(held.k_mean, held.k, held.k_scale, new.k, new.k_scale),
+        v_mean=fold(held.v_mean, held.v, held.v_scale, new.v, new.v_scale),
+    )
+
+
+def _newest(S: int, length: jax.Array, window: jax.Array, sinks: int) -> jax.Array:
+    """int32 [B,S]: the position each slot holds once length [B] tokens were seen; below 0 where it is empty."""
+    slots, ring, length = jnp.arange(S, dtype=jnp.int32)[None, :], jnp.maximum(window, 1)[:, None], length[:, None]
+    laps = jnp.where(slots < sinks, 0, (length - 1 - slots) // ring)
+    return jnp.where((slots < sinks + ring) & (slots < length), slots + laps * ring, -1)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[B] against [B,K,s,H]."""
+    return x[:, None, None, None]
+
+
+def _scatter(held: Stored, slots: jax.Array, new: Stored) -> Stored:
+    """Tokens at slots [B,T], distinct in a row; slots past S are dropped."""
+    batch = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+
+    def tokens(x, rows):
+        return x.at[batch, :, slots].set(rows.transpose(0, 2, 1, 3), mode="drop", unique_indices=True)
+
+    def scales(x, rows):
+        return x.at[batch, :, 0, slots].set(rows[:, :, 0].swapaxes(1, 2), mode="drop", unique_indices=True)
+
+    held = held._replace(k=tokens(held.k, new.k), v=tokens(held.v, new.v))
+    if held.k_scale is not None:
+        held = held._replace(k_scale=scales(held.k_scale, new.k_scale), v_scale=scales(held.v_scale, new.v_scale))
+    return held
+
+
+def _masked_sum(x: jax.Array, scale: jax.Array | None, mask: jax.Array) -> jax.Array:
+    """Float32 [B,K,1,H] sum of x [B,K,s,H] over mask [B,s]; NaN outside the mask stays outside."""
+    return jnp.sum(jnp.where(mask[:, None, :, None], dequantize(x, scale), 0.0), axis=2, keepdims=True)
