@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -11,8 +10,6 @@ from jaxtyping import Int
 from ..backend import Implementation, choose
 from . import tpu, xla
 from .stored import Stored
-
-_MODULES: dict[str, ModuleType] = {"xla": xla, "pallas_tpu": tpu}
 
 
 def write(
@@ -59,12 +56,11 @@ def write(
     for name, x in (("lengths", lengths), ("counts", counts), ("window", window)):
         if x is not None and x.shape != held.k.shape[:1]:
             raise ValueError(f"{name} {list(x.shape)} must be [B] with the cache's B = {held.k.shape[0]}")
-    backend = _MODULES.get(choose(implementation, unsupported(held)), xla)
-    return backend.write(held, new, lengths, counts, window, sinks)
+    chosen = choose(implementation, lambda name: unsupported(name, held))
+    # On a GPU a donated scatter is in place, so there is nothing that a kernel could save.
+    return (tpu if chosen == "pallas_tpu" else xla).write(held, new, lengths, counts, window, sinks)
 
 
-def unsupported(held: Any) -> dict[str, str | None]:
-    """Of each Pallas implementation why it cannot write such a group, or None."""
-    pallas = {name: module.unsupported(held) for name, module in _MODULES.items() if module is not xla}
-    # A donated scatter is in place on a GPU, so there is nothing that a kernel could save.
-    return {"pallas_gpu": None, "pallas_tpu": None} | pallas
+def unsupported(implementation: Implementation, held: Any) -> str | None:
+    """Why an implementation cannot write such a group, of which shapes and types are enough, or None: it can."""
+    return tpu.unsupported(held) if implementation == "pallas_tpu" else None

@@ -26,7 +26,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Int
 
 from ..ordering import after
-from ..quantize import EIGHT_BIT
+from ..quantize import EIGHT_BIT, FP8
+from ..tpu_memory import stay
 from . import xla
 from .stored import Stored
 
@@ -46,6 +47,8 @@ def unsupported(held: Stored) -> str | None:
     return None
 
 
+# jit of its own: `stay` is no word outside of one.
+@functools.partial(jax.jit, static_argnames=("sinks", "block", "interpret"))
 def write(
     held: Stored,
     new: Stored,
@@ -71,7 +74,7 @@ def write(
 def _turn(x: Stored) -> list[jax.Array]:
     """k, v and scales if any, as the kernels take them: [B,K,S,H], or [B,K,·,S] where slots lie along the lanes."""
     k, v = (a.swapaxes(2, 3) if a.shape[3] < _LANES else a for a in (x.k, x.v))
-    return [k, v] if x.k_scale is None else [k, v, x.k_scale, x.v_scale]
+    return [k, v, *(scale for scale in (x.k_scale, x.v_scale) if scale is not None)]
 
 
 def _along_lanes(held: Stored) -> list[bool]:
@@ -80,7 +83,18 @@ def _along_lanes(held: Stored) -> list[bool]:
     return [across] * 2 if held.k_scale is None else [across, across, True, True]
 
 
+def _tile(x: jax.Array, lane: bool) -> int:
+    """Slots of x in a tile of memory."""
+    return _LANES if lane else 32 // x.dtype.itemsize
+
+
+def _moves(size: int) -> pl.CostEstimate:
+    """For the compiler's scheduler, which would else count whole caches: bytes are moved, and nothing is computed."""
+    return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=size)
+
+
 def _turn_back(arrays: Sequence[jax.Array], lanes: list[bool]) -> Stored:
+    """What `_turn` was given."""
     k, v = (x.swapaxes(2, 3) if lane else x for x, lane in zip(arrays[:2], lanes, strict=False))
     return Stored(k, v, *arrays[2:])
 
@@ -96,7 +110,7 @@ def _write_token(held: Stored, new: Stored, lengths, counts, window, sinks: int,
     tokens = [x.astype(jnp.float32) for x in tokens]
 
     def block(x, lane: bool) -> pl.BlockSpec:
-        tile = _LANES if lane else 32 // x.dtype.itemsize
+        tile = _tile(x, lane)
         shape = (None, K, x.shape[2], tile) if lane else (None, K, tile, x.shape[3])
 
         def at(b, slot):
@@ -113,6 +127,7 @@ def _write_token(held: Stored, new: Stored, lengths, counts, window, sinks: int,
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     old = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in tokens] if folds else []
     n = len(arrays)
+    moved = sum(t.size * _tile(x, lane) * x.dtype.itemsize for t, x, lane in zip(tokens, arrays, lanes, strict=True))
     written, evicted = pl.pallas_call(
         functools.partial(_token_kernel, lanes=lanes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -124,24 +139,27 @@ def _write_token(held: Stored, new: Stored, lengths, counts, window, sinks: int,
         out_shape=(shapes, old),
         input_output_aliases={1 + n + i: i for i in range(n)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        cost_estimate=_moves(2 * moved),
         interpret=interpret,
         name="razor_write_token",
-    )(slot, tokens, arrays)
-    held = _turn_back(written, lanes)._replace(k_mean=held.k_mean, v_mean=held.v_mean)
-    if not folds:
-        return held
-    evicted = [x.swapaxes(1, 2)[..., None] if lane else x for x, lane in zip(evicted, lanes, strict=True)]
-    return xla.fold_token(held, _turn_back(evicted, lanes), lengths, counts, window, sinks)
+    )(slot, tokens, [stay(x, interpret) for x in arrays])
+    k_mean, v_mean = held.k_mean, held.v_mean
+    if window is not None and folds:
+        evicted = [x.swapaxes(1, 2)[..., None] if lane else x for x, lane in zip(evicted, lanes, strict=True)]
+        k_mean, v_mean = xla.fold_token(held, _turn_back(evicted, lanes), lengths, counts, window, sinks)
+    return _turn_back(written, lanes)._replace(k_mean=k_mean, v_mean=v_mean)
 
 
 def _token_kernel(slot, tokens, held, out, old, *, lanes: list[bool]):
+    """One row: `out` is the tile `held` with tokens [K,1,H] ([·,K] along lanes) at the slot, `old` what was there."""
     at = slot[pl.program_id(0)]
     for i, lane in enumerate(lanes):
         K = held[i].shape[0]
         for h in range(K):
             tile = held[i][h]
             axis = 1 if lane else 0
-            here = lax.broadcasted_iota(jnp.int32, tile.shape, axis) == jnp.where(at < 0, -1, at % tile.shape[axis])
+            place = lax.broadcasted_iota(jnp.int32, tile.shape, axis)
+            here = (place == at % tile.shape[axis]) & (at >= 0)
             token = tokens[i][:, h : h + 1] if lane else tokens[i][h]
             out[i][h] = jnp.where(here, jnp.broadcast_to(token, tile.shape).astype(tile.dtype), tile)
             if not old:
@@ -222,9 +240,10 @@ def _write_chunk(held: Stored, new: Stored, lengths, counts, window, sinks: int,
     runs = _runs(lengths, counts, window, sinks, S)
     # A run of n slots touches at most one block more than n slots need.
     steps, longest = _steps(runs, block, pl.cdiv(min(S, T), block) + 2 * runs[0].shape[1])
-    if held.k_mean is not None:
-        held = xla.fold_chunk(held, new, lengths, counts, window, sinks)
-        steps = steps._replace(block=after(after(steps.block, held.k_mean, lengths), held.v_mean, lengths))
+    k_mean, v_mean = held.k_mean, held.v_mean
+    if k_mean is not None:
+        k_mean, v_mean = xla.fold_chunk(held, new, lengths, counts, window, sinks)
+        steps = steps._replace(block=after(after(steps.block, k_mean, lengths), v_mean, lengths))
     arrays, tokens, lanes = _turn(held), _turn(new), _along_lanes(held)
 
     def spec(x, lane: bool, index) -> pl.BlockSpec:
@@ -261,13 +280,15 @@ def _write_chunk(held: Stored, new: Stored, lengths, counts, window, sinks: int,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
         input_output_aliases={len(steps) + 2 * n + i: i for i in range(n)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=_moves(2 * sum(x.size * x.dtype.itemsize for x in tokens)),
         interpret=interpret,
         name="razor_write_chunk",
-    )(*steps, tokens, tokens, arrays)
-    return _turn_back(written, lanes)._replace(k_mean=held.k_mean, v_mean=held.v_mean)
+    )(*steps, tokens, tokens, [stay(x, interpret) for x in arrays])
+    return _turn_back(written, lanes)._replace(k_mean=k_mean, v_mean=v_mean)
 
 
 def _chunk_kernel(*refs, lanes: list[bool], block: int):
+    """One head: `out` is the block `held` with its slots [first, last) taken from the blocks of tokens even, odd."""
     steps = _Steps(*refs[:5])
     even, odd, held, *out = refs[5:]
     b, j = pl.program_id(0), pl.program_id(2)
@@ -275,7 +296,8 @@ def _chunk_kernel(*refs, lanes: list[bool], block: int):
     new_block = (j == 0) | (steps.block[b, j] != steps.block[b, jnp.maximum(j - 1, 0)])
     before, shift = token // block, token % block
 
-    @pl.when(new_block)
+    # A block that is filled from end to end was not loaded.
+    @pl.when(new_block & ((first > 0) | (last < block)))
     def begin():
         for x, old in zip(out, held, strict=True):
             x[...] = old[...]
@@ -289,18 +311,19 @@ def _chunk_kernel(*refs, lanes: list[bool], block: int):
             from_even = (place >= shift) == (before % 2 == 0)
             joined = _widen(jnp.where(from_even, even[i][...], odd[i][...]))
             joined = pltpu.roll(joined, (block - shift) % block, axis)
-            fill = (place >= first) & (place < last)
-            out[i][...] = jnp.where(fill, _narrow(joined, out[i].dtype), out[i][...])
+            takes = (place >= first) & (place < last)
+            out[i][...] = jnp.where(takes, _narrow(joined, out[i].dtype), out[i][...])
 
 
 def _widen(x: jax.Array) -> jax.Array:
     """x in 32 bits, which is all that rotates; exact."""
-    if x.dtype == jnp.dtype("float8_e4m3fn"):
+    if x.dtype == FP8:
         x = pltpu.bitcast(x, jnp.int8)
     return x.astype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
 
 
 def _narrow(x: jax.Array, dtype) -> jax.Array:
-    if dtype == jnp.dtype("float8_e4m3fn"):
+    """What `_widen` was given."""
+    if dtype == FP8:
         return pltpu.bitcast(x.astype(jnp.int8), dtype)
     return x.astype(dtype)

@@ -65,13 +65,13 @@ def _write_ring_token(held: Stored, new: Stored, lengths, counts, window, sinks:
     slot = ring_slot(lengths, window, sinks)
     at = jnp.minimum(slot, S - 1)[:, None, None, None]
 
-    def line(x, axis):
-        return None if x is None else jnp.take_along_axis(x, at, axis=axis)
-
     if held.k_mean is not None:
-        evicted = Stored(line(held.k, 2), line(held.v, 2), line(held.k_scale, 3), line(held.v_scale, 3))
-        held = fold_token(held, evicted, lengths, counts, window, sinks)
-        new = new._replace(k=after(new.k, held.k_mean, lengths), v=after(new.v, held.v_mean, lengths))
+        k, v = (jnp.take_along_axis(x, at, axis=2) for x in (held.k, held.v))
+        scales = (None if x is None else jnp.take_along_axis(x, at, axis=3) for x in (held.k_scale, held.v_scale))
+        evicted = Stored(k, v, *scales)
+        k_mean, v_mean = fold_token(held, evicted, lengths, counts, window, sinks)
+        held = held._replace(k_mean=k_mean, v_mean=v_mean)
+        new = new._replace(k=after(new.k, k_mean, lengths), v=after(new.v, v_mean, lengths))
     return _scatter(held, jnp.where(counts > 0, slot, S)[:, None], new)
 
 
@@ -80,7 +80,9 @@ def _write_ring_chunk(held: Stored, new: Stored, lengths, counts, window, sinks:
     T = new.k.shape[2]
     source = _newest(held.k.shape[2], lengths + counts, window, sinks) - lengths[:, None]
     arrives = (source >= 0) & (counts > 0)[:, None]
-    held = fold_chunk(held, new, lengths, counts, window, sinks)
+    if held.k_mean is not None:
+        k_mean, v_mean = fold_chunk(held, new, lengths, counts, window, sinks)
+        held = held._replace(k_mean=k_mean, v_mean=v_mean)
 
     def gather(x, chunk, axis: int):
         shape = [source.shape[0], 1, 1, 1]
@@ -90,9 +92,7 @@ def _write_ring_chunk(held: Stored, new: Stored, lengths, counts, window, sinks:
 
     held = held._replace(k=gather(held.k, new.k, 2), v=gather(held.v, new.v, 2))
     if held.k_scale is not None:
-        held = held._replace(
-            k_scale=gather(held.k_scale, new.k_scale, 3), v_scale=gather(held.v_scale, new.v_scale, 3)
-        )
+        held = held._replace(k_scale=gather(held.k_scale, new.k_scale, 3), v_scale=gather(held.v_scale, new.v_scale, 3))
     return held
 
 
@@ -103,11 +103,8 @@ def fold_token(
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"],
     sinks: int,
-) -> Stored:
-    """`held` before one token a row is written, with `evicted`, [B,K,1,H], in the means of rows that drop it.
-
-    `evicted` may hold anything in a row that drops nothing.
-    """
+) -> tuple[jax.Array, jax.Array]:
+    """k_mean, v_mean once one token a row replaces `evicted`, [B,K,1,H], anything in a row that drops nothing."""
     n = _rows(dropped(lengths, window, sinks))
     folds = _rows((counts > 0) & (lengths >= sinks + window))
 
@@ -115,9 +112,7 @@ def fold_token(
         before = jnp.where(n > 0, mean, 0.0)
         return jnp.where(folds, before + (dequantize(x, scale) - before) / (n + 1).astype(jnp.float32), mean)
 
-    return held._replace(
-        k_mean=fold(held.k_mean, evicted.k, evicted.k_scale), v_mean=fold(held.v_mean, evicted.v, evicted.v_scale)
-    )
+    return fold(held.k_mean, evicted.k, evicted.k_scale), fold(held.v_mean, evicted.v, evicted.v_scale)
 
 
 def fold_chunk(
@@ -127,10 +122,8 @@ def fold_chunk(
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"],
     sinks: int,
-) -> Stored:
-    """`held` before `new`, T tokens a row, is written, with all that leaves the ring or never enters it in the means."""
-    if held.k_mean is None:
-        return held
+) -> tuple[jax.Array, jax.Array]:
+    """k_mean, v_mean of the group `held` once T tokens a row are written: what leaves the ring or never enters it."""
     start, tokens = lengths[:, None], jnp.arange(new.k.shape[2], dtype=jnp.int32)[None, :]
     n_before, n_after = dropped(lengths, window, sinks), dropped(lengths + counts, window, sinks)
     first_kept = (sinks + n_after)[:, None]
@@ -145,9 +138,9 @@ def fold_chunk(
         folded = before * _rows(n_before / count) + total / _rows(count)
         return jnp.where(_rows(n_after > n_before), folded, mean)
 
-    return held._replace(
-        k_mean=fold(held.k_mean, held.k, held.k_scale, new.k, new.k_scale),
-        v_mean=fold(held.v_mean, held.v, held.v_scale, new.v, new.v_scale),
+    return (
+        fold(held.k_mean, held.k, held.k_scale, new.k, new.k_scale),
+        fold(held.v_mean, held.v, held.v_scale, new.v, new.v_scale),
     )
 
 

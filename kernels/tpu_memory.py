@@ -1,0 +1,17 @@
+"""Where a kernel's operands lie on TPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+
+def stay(x: jax.Array | None, interpret: Any) -> jax.Array | None:
+    """A cache, kept in HBM: the compiler may else move all of it to fast memory, and back where it is written.
+
+    Kernels load the blocks that they need themselves, and `memory_analysis` does not count such a copy. Only for
+    operands of a `pallas_call` under jit; the interpreter has one memory, and refuses the word.
+    """
+    return x if x is None or interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)

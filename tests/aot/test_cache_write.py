@@ -1,0 +1,121 @@
+"""The cache-write kernels through the real TPU compiler: nothing but a donated cache is written, and none is copied.
+
+How to run, and why every topology compiles in a process of its own, stands in `test_tpu.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("libtpu", reason="the TPU compiler is in the extra 'aot': pip install -e '.[aot]'")
+
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+FULL, RING = 32768, 4128  # slots: a retrieval head's, and of 4 sinks and a ring of 4,096, made whole tiles
+
+# B, K, slots, tokens, H, type; attention over the old cache first, as a decode step does. A ring is windowed.
+CASES = [
+    (1, 1, FULL, 1, 128, "bfloat16", True),
+    (8, 3, FULL, 1, 128, "float32", True),
+    (1, 8, RING, 1, 128, "bfloat16", True),
+    (8, 8, RING, 1, 128, "int8", True),
+    (1, 3, FULL, 1, 128, "float8_e4m3fn", True),
+    (1, 3, FULL, 1, 64, "bfloat16", True),
+    (8, 3, FULL, 1, 64, "float32", True),
+    (8, 8, RING, 1, 64, "bfloat16", True),
+    (1, 8, RING, 1, 64, "int8", True),
+    (1, 1, RING, 1, 64, "float8_e4m3fn", True),
+    (1, 8, RING, 1, 128, "float8_e4m3fn", False),
+    (8, 8, RING, 1, 64, "float32", False),
+    (1, 3, 4100, 1, 128, "bfloat16", False),  # no whole number of tiles
+    (1, 3, 96, 5, 128, "bfloat16", False),  # a cache shorter than a block
+    (1, 3, FULL, 5, 64, "int8", False),
+    (1, 8, FULL, 2048, 128, "bfloat16", False),
+    (1, 3, FULL, 4096, 64, "bfloat16", False),
+    (8, 3, FULL, 2048, 128, "int8", False),
+    (1, 8, RING, 4096, 128, "bfloat16", False),
+    (1, 3, RING, 2048, 128, "float32", False),
+    (1, 8, RING, 2048, 64, "int8", False),
+    (1, 1, RING, 4096, 64, "float8_e4m3fn", False),
+]
+
+COMPILE = """
+import functools, json, math, re, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from razor_jax.kernels import attention
+from razor_jax.kernels.attention import tpu as attention_tpu
+from razor_jax.kernels.cache_write import Stored, tpu, xla
+from razor_jax.kernels.ordering import after
+
+topology, full_slots, cases = json.loads(sys.argv[1])
+devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+mesh = Mesh(np.array(devices[:1]), ("x",))
+array = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+
+def stored(B, K, S, H, dtype, means):
+    scales = (array((B, K, 1, S), jnp.float32),) * 2 if dtype == "int8" else (None, None)
+    mean = array((B, K, 1, H), jnp.float32) if means else None
+    return Stored(*(array((B, K, S, H), dtype),) * 2, *scales, mean, mean)
+
+def run(held, new, q, lengths, counts, window, sinks):
+    out = None
+    if q is not None:
+        state, valid = None, lengths
+        if window is not None:
+            state = attention.compensation(q, held.k_mean, held.v_mean, xla.dropped(lengths, window, sinks), 0.1)
+            valid = jnp.minimum(lengths, sinks + window)
+        scales = {} if held.k_scale is None else dict(k_scale=held.k_scale, v_scale=held.v_scale)
+        seen = dict(scale=0.1, state=state, return_state=True, **scales)
+        out = attention_tpu.attend(q, held.k, held.v, valid, **seen)
+        new = new._replace(k=after(new.k, out[0], lengths), v=after(new.v, out[0], lengths))
+    return tpu.write(held, new, lengths, counts, window, sinks), out
+
+def copies(text, cache):
+    # Instructions that write so many elements a second time. Some show in no count of bytes: a cache may be loaded
+    # into fast memory, S(1), which is a read and left out here, and stored back, which is not.
+    pattern = r"= \\(?\\w+\\[([\\d,]+)\\]({[^}]*})?[^=]* (?:copy|copy-start|transpose)\\("
+    sizes = [math.prod(map(int, n.split(","))) for n, to in re.findall(pattern, text) if "S(1)" not in to]
+    return sum(size >= cache for size in sizes)
+
+seen = []
+with jax.set_mesh(mesh):
+    for B, K, S, T, H, dtype, attends in cases:
+        ring = S != full_slots
+        held, new, row = stored(B, K, S, H, dtype, ring), stored(B, K, T, H, dtype, False), array((B,), jnp.int32)
+        q = array((B, K, 4, H), dtype if dtype == "float32" else jnp.bfloat16) if attends else None
+        jitted = jax.jit(run, donate_argnums=0, static_argnames="sinks")
+        traced = jitted.trace(held, new, q, row, row, row if ring else None, 4 if ring else 0)
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        assert "razor_write" in text
+        given = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+        seen.append((given, memory.alias_size_in_bytes, memory.temp_size_in_bytes, copies(text, B * K * S * H)))
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_caches_are_written_in_place(topology):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    environment.pop("XLA_FLAGS", None)  # the suite's own is for the CPU
+    command = [sys.executable, "-c", COMPILE, json.dumps([topology, FULL, CASES])]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    for case, (given, alias, temporary, copies) in zip(CASES, json.loads(run.stdout.splitlines()[-1]), strict=True):
+        B, K, *_ = case
+        print(topology, *case, f"cache {given} aliased {alias} temporaries {temporary} copies {copies}")
+        assert alias >= given, case
+        assert copies == 0, case
+        # Queries, means and lines of the call's own tokens, in tiles.
+        assert temporary < B * K * 64 * 128 * 4 + (1 << 20), case
