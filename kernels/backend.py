@@ -2,18 +2,22 @@
 
 "xla"         everywhere, the reference
 "pallas_tpu"  TPU v5e, v5p, v6e, 7x
-"pallas_gpu"  NVIDIA Ampere and later
+"pallas_gpu"  NVIDIA Ampere and later, through Triton
+"mosaic_gpu"  NVIDIA Hopper, through Mosaic GPU; only by name
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
-_HOME = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "mosaic_gpu"]
+_DEVICE = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "mosaic_gpu": "gpu"}
+# What None takes on a device.
+_FIRST: dict[str, Implementation] = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 def platform() -> str:
@@ -33,21 +37,29 @@ def check_name(implementation: str | None) -> None:
         )
 
 
-def choose(implementation: Implementation | None, reasons: dict[str, str | None]) -> Implementation:
-    """The implementation that runs; `reasons` says of each Pallas one why it cannot take the call, or None.
+def choose(
+    implementation: Implementation | None, unsupported: Callable[[Implementation], str | None]
+) -> Implementation:
+    """The implementation that runs; `unsupported(name)` says why a Pallas one cannot take the call, or None: it can.
 
     Raises ValueError where a name is unknown, or forced and cannot run.
     """
     check_name(implementation)
     here = platform()
     if implementation is None:
-        name = _HOME.get(here)
-        return name if name is not None and reasons[name] is None else "xla"  # type: ignore[return-value]
+        first = first_choice()
+        return "xla" if first == "xla" or unsupported(first) is not None else first
     if implementation == "xla":
         return implementation
-    reason = reasons[implementation]
-    if _HOME.get(here) != implementation:
-        reason = f"the device is a {here}, not a {implementation.removeprefix('pallas_')}"
+    if _DEVICE[implementation] == here:
+        reason = unsupported(implementation)
+    else:
+        reason = f"the device is a {here}, not a {_DEVICE[implementation]}"
     if reason is not None:
         raise ValueError(f"implementation={implementation!r} cannot run here: {reason}. Pass None or 'xla'")
     return implementation
+
+
+def first_choice() -> Implementation:
+    """What None takes on this device where the shapes allow it."""
+    return _FIRST.get(platform(), "xla")

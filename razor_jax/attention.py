@@ -19,6 +19,9 @@ from . import cache as kv
 from .cache import Call, Group
 from .kernels import attention as kernel
 
+# Up to so many tokens of a call are a part of attention's initial state, built by XLA; more are a kernel's own work.
+FEW_TOKENS = 16
+
 
 def attend(
     q: Float[jax.Array, "B K R H"],
@@ -44,33 +47,16 @@ def attend(
       [B, K, G·Tq, H] in q's type. Rows past a row's new tokens are finite and meaningless.
     """
     scale = 1.0 / math.sqrt(q.shape[-1])
-    state = None if call.fresh else _attend_cache(q, layer, call, scale)
-    out = kernel.attend_causal(
-        q,
-        k,
-        v,
-        call.new,
-        start=start,
-        group_size=group_size,
-        scale=scale,
-        state=state,
-        implementation=call.spec.implementation,
-    )
-    return cast(jax.Array, out)
+    few = k.shape[2] <= FEW_TOKENS
 
+    def own(q, k, v, state, **options):
+        return kernel.attend_causal(
+            q, k, v, call.new, start=start, group_size=group_size, scale=scale, state=state, **options
+        )
 
-def _attend_cache(q: jax.Array, layer: tuple[Group, ...], call: Call, scale: float) -> kernel.State:
-    """The state of having seen the cache: each group's compensation token, then its slots."""
-    states, first = [], 0
-    for group in layer:
-        heads = slice(first, first + group.k.shape[1])
-        first = heads.stop
-        rows = q[:, heads]
-        state = None
-        if group.k_mean is not None and group.v_mean is not None:
-            state = kernel.compensation(rows, group.k_mean, group.v_mean, call.dropped, scale)
-        part = kernel.attend(
-            rows,
+    def cached(q, group, state, **options):
+        return kernel.attend(
+            q,
             group.k,
             group.v,
             call.valid(group.windowed),
@@ -78,11 +64,27 @@ def _attend_cache(q: jax.Array, layer: tuple[Group, ...], call: Call, scale: flo
             state=state,
             k_scale=group.k_scale,
             v_scale=group.v_scale,
-            return_state=True,
             implementation=call.spec.implementation,
+            **options,
         )
-        states.append(part)
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *states)
+
+    if call.fresh:
+        return cast(jax.Array, own(q, k, v, None, implementation=call.spec.implementation))
+    parts, first = [], 0
+    for group in layer:
+        heads = slice(first, first + group.k.shape[1])
+        first = heads.stop
+        rows, state = q[:, heads], None
+        if group.k_mean is not None and group.v_mean is not None:
+            state = kernel.compensation(rows, group.k_mean, group.v_mean, call.dropped, scale)
+        if few:
+            # A handful of keys is no work for a kernel: with the compensation token they are its initial state.
+            state = own(rows, k[:, heads], v[:, heads], state, return_state=True, implementation="xla")
+        parts.append(cached(rows, group, state, return_state=not few))
+    if few:
+        return jnp.concatenate(parts, axis=1)
+    state = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *parts)
+    return cast(jax.Array, own(q, k, v, state, implementation=call.spec.implementation))
 
 
 def attend_and_write(q, k, v, layer: tuple[Group, ...], call: Call) -> tuple[jax.Array, tuple[Group, ...]]:

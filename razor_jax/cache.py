@@ -24,13 +24,13 @@ from jaxtyping import Float, Int
 
 from .config import HeadSplit, RazorConfig, kv_type
 from .kernels import attention, cache_write
-from .kernels.backend import Implementation, choose
+from .kernels.backend import Implementation, choose, first_choice
 from .kernels.cache_write import Stored
 from .kernels.ordering import after as _after
 from .kernels.quantize import INT8, quantize
 
-# Slots of a cache that a TPU kernel reads are whole tiles of the smallest type; another length is copied each step.
-_TPU_TILE = 32
+# Slots that a kernel reads are whole tiles: on TPU of the smallest type, or the cache is copied each step.
+_TILE = {"pallas_tpu": 32, "mosaic_gpu": 8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class CacheSpec:
     def slots(self, windowed: bool) -> int:
         """Slots allocated for a head: those it may use, rounded up to whole tiles where a kernel wants them."""
         slots = self.windowed_slots if windowed else self.capacity
-        tile = _TPU_TILE if self.implementation == "pallas_tpu" else 1
+        tile = _TILE.get(self.implementation, 1)
         return -(-slots // tile) * tile
 
     def type(self, windowed: bool) -> jnp.dtype:
@@ -197,20 +197,23 @@ def _choose(asked: Implementation | None, H: int, dtype: jnp.dtype, cached: set[
     """The implementation that runs for queries and new tokens of `dtype` and caches of the types `cached`."""
 
     def of(kind):
-        return jax.ShapeDtypeStruct((1, 1, _TPU_TILE, H), kind)
+        return jax.ShapeDtypeStruct((1, 1, 32, H), kind)
 
-    reasons: dict[str, str | None] = {}
-    for kind in sorted(cached | {dtype}, key=str):
-        for found in (
-            attention.unsupported(of(dtype), of(kind), of(kind)),
-            cache_write.unsupported(Stored(of(kind), of(kind))),
-        ):
-            reasons = {name: reasons.get(name) or reason for name, reason in found.items()}
-    chosen = choose(asked, reasons)
-    home = choose(None, dict.fromkeys(reasons))
-    if asked is None and chosen != home:
+    def unsupported(name):
+        for kind in sorted(cached | {dtype}, key=str):
+            keys = of(kind)
+            reason = attention.unsupported(name, of(dtype), keys, keys) or cache_write.unsupported(
+                name, Stored(keys, keys)
+            )
+            if reason is not None:
+                return reason
+        return None
+
+    chosen = choose(asked, unsupported)
+    if asked is None and chosen != first_choice():
         # Python shows a warning from one place once.
-        warnings.warn(f"attention runs without its {home} kernels, on XLA: {reasons[home]}", stacklevel=3)
+        reason = unsupported(first_choice())
+        warnings.warn(f"attention runs without its {first_choice()} kernels, on XLA: {reason}", stacklevel=3)
     return chosen
 
 

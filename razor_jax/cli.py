@@ -54,7 +54,7 @@ KvDtypeOption = Annotated[
     typer.Option(help="Type of the compressed cache; the weights' own by default."),
 ]
 ImplementationOption = Annotated[
-    Literal["xla", "pallas_tpu", "pallas_gpu"] | None,
+    Literal["xla", "pallas_tpu", "pallas_gpu", "mosaic_gpu"] | None,
     typer.Option(help="Attention and cache writes; the device's kernels by default, XLA where it has none."),
 ]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]

@@ -182,6 +182,10 @@ def _in_chunks(params: Params, index: int, x: jax.Array, layer: tuple[Group, ...
     """One layer over x [B, T, D], T a multiple of CHUNK: keys and values of all tokens, then attention and
     MLP chunk by chunk in place, then the cache write. Chunks past the longest row cost nothing."""
     config = params.config
+    name = f"blocks_{index}"
+    # Where a compiler lays a loop's weights out anew (seen for TPU 7x) it would do so for all layers at once.
+    weights, x = lax.optimization_barrier((params.weights[name], x))
+    params = params.replace(weights={name: weights})
     B, T, _ = x.shape
     chunks = (jnp.max(call.new) + CHUNK - 1) // CHUNK
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -11,10 +12,10 @@ from jaxtyping import Float, Int
 
 from ..backend import Implementation, choose
 from ..quantize import INT8
-from . import tpu, xla
 from .state import State
 
-_MODULES: dict[str, ModuleType] = {"xla": xla, "pallas_tpu": tpu}
+# Loaded when first asked for: a Pallas backend that a release of JAX no longer has concerns its own device only.
+_MODULES = {"xla": "xla", "pallas_tpu": "tpu", "pallas_gpu": "triton", "mosaic_gpu": "mosaic_gpu"}
 
 
 def attend(
@@ -106,13 +107,17 @@ def attend_causal(
     )
 
 
-def unsupported(q: Any, k: Any, v: Any) -> dict[str, str | None]:
-    """Of each Pallas implementation why it cannot take such arrays, of which shapes and types are enough, or None."""
-    return {name: module.unsupported(q, k, v) for name, module in _MODULES.items() if module is not xla}
+def unsupported(implementation: Implementation, q: Any, k: Any, v: Any) -> str | None:
+    """Why a Pallas implementation cannot take such arrays, of which shapes and types are enough, or None: it can."""
+    return _module(implementation).unsupported(q, k, v)
+
+
+def _module(implementation: Implementation) -> ModuleType:
+    return importlib.import_module(f".{_MODULES[implementation]}", __package__)
 
 
 def _backend(implementation: Implementation | None, q: jax.Array, k: jax.Array, v: jax.Array) -> ModuleType:
-    return _MODULES[choose(implementation, unsupported(q, k, v))]
+    return _module(choose(implementation, lambda name: unsupported(name, q, k, v)))
 
 
 def _check(q, k, v, lengths, state: State | None, paged: bool) -> None:

@@ -1,0 +1,428 @@
+"""Blockwise attention as one Pallas Mosaic GPU kernel for NVIDIA Hopper (H100, H200): decode and prefill.
+
+A program is three warpgroups. One streams blocks of 64 slots of K and V into a ring of shared memory by the tensor
+memory accelerator; two consume them with tensor cores, whose smallest tile is 64 query rows:
+
+    few query rows (decode)     one tile; the consumers take turns with its blocks and add up their sums at the end
+    many query rows (prefill)   two tiles, one each; both consumers read every block
+
+How far a program's query rows see is two numbers: slots [0, full) are seen by all of them and need no mask, slots
+from `end` on by none and are not loaded. `splits` programs share the slots of a row in equal parts of its real
+length, and XLA merges their sums and the initial state. Caches [B, K, S, H] are read where they lie.
+
+What is known. The interpreter of JAX 0.12.0 runs the whole kernel (ring, barriers, masks, sums), with NaN in all
+that must not be read and its race detector on, and agrees with float64; that of 0.10.2 does with the product of q
+and K replaced, for it lacks transposed operands. The compiler takes it to SASS for sm_90a without spills. No GPU has
+run it: no interpreter shows memory fences, the order of asynchronous copies and products, or what an address past
+the end of an array does. Until a GPU has run it, it is for whoever asks for it by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Float32, Int
+
+from .state import NEG, State, finish
+
+_HEAD_WIDTHS = (64, 128)
+_TYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+_ROWS = _SLOTS = 64  # of a tile of logits
+_CONSUMERS = 2
+_REGISTERS = (40, 232)  # a thread's, loading and consuming; (40 + 2 × 232) × 128 threads fill the register file
+_MULTIPROCESSORS = 132  # each holds one program
+_START = 3  # blocks that could be read while a program starts: an estimate
+_SHORTEST_SPLIT = 8  # blocks: partial sums are then a small part of the bytes
+_LOG2E = math.log2(math.e)
+
+
+def unsupported(q: Any, k: Any, v: Any) -> str | None:
+    """Why the kernel cannot take queries q [B,K,R,H] and caches k, v [B,K,S,H], or None: it can."""
+    H, S = q.shape[-1], k.shape[2]
+    if H not in _HEAD_WIDTHS:
+        return f"head width H={H}: the kernel reads caches of H={' or '.join(map(str, _HEAD_WIDTHS))}"
+    if q.dtype not in _TYPES or not q.dtype == k.dtype == v.dtype:
+        types = " or ".join(map(str, _TYPES))
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: the kernel takes all three as one of {types}"
+    if S % 8:
+        return f"S={S} slots: the kernel reads caches of a multiple of 8"
+    return _not_hopper()
+
+
+def _not_hopper() -> str | None:
+    try:
+        device, *_ = jax.local_devices(backend="gpu")
+    except RuntimeError:  # ahead of time: the compiler will say
+        return None
+    capability = getattr(device, "compute_capability", None)
+    return None if capability == "9.0" else f"the GPU has compute capability {capability}: the kernel is for 9.0"
+
+
+def choose_splits(heads: int, R: int, S: int) -> int:
+    """Programs that share the slots of a row, for R query rows of each of `heads` (B·K) KV heads over S slots.
+
+    The number that ends first when every row is full.
+    """
+    if R > _ROWS:
+        return 1
+    blocks = pl.cdiv(S, _SLOTS)
+
+    def time(splits: int) -> int:
+        return pl.cdiv(heads * splits, _MULTIPROCESSORS) * (pl.cdiv(blocks, splits) + _START)
+
+    return min(range(1, max(1, blocks // _SHORTEST_SPLIT) + 1), key=time)
+
+
+def attend(
+    q: Float[jax.Array, "B K R H"],
+    k: Float[jax.Array, "B K S H"],
+    v: Float[jax.Array, "B K S H"],
+    lengths: Int[jax.Array, " B"],
+    *,
+    scale: float,
+    state: State | None = None,
+    k_scale: Float32[jax.Array, "B K 1 S"] | None = None,
+    v_scale: Float32[jax.Array, "B K 1 S"] | None = None,
+    block_table: Int[jax.Array, "B pages"] | None = None,
+    return_state: bool = False,
+    splits: int | None = None,
+    interpret: Any = None,
+) -> Float[jax.Array, "B K R H"] | State:
+    """`xla.attend` as a kernel: every query row of q [B,K,R,H] sees slots [0, lengths[b]) of k, v [B,K,S,H].
+
+    Raises NotImplementedError for the scales of an 8-bit cache and for pages.
+    """
+    if any(x is not None for x in (k_scale, v_scale, block_table)):
+        raise NotImplementedError("the Mosaic GPU kernel reads neither 8-bit caches nor pages")
+    start = jnp.zeros((1,), jnp.int32)
+    return _run(_Call(None, scale, return_state, interpret), q, k, v, lengths, start, state, splits)
+
+
+def attend_causal(
+    q: Float[jax.Array, "B K R H"],
+    k: Float[jax.Array, "B K S H"],
+    v: Float[jax.Array, "B K S H"],
+    lengths: Int[jax.Array, " B"],
+    *,
+    start: jax.Array | int,
+    group_size: int,
+    scale: float,
+    state: State | None = None,
+    return_state: bool = False,
+    splits: int | None = None,
+    interpret: Any = None,
+) -> Float[jax.Array, "B K R H"] | State:
+    """`xla.attend_causal` as a kernel: row t·G + g of q [B,K,G·T,H] sees slots [0, start + t] below lengths[b]."""
+    start = jnp.asarray(start, jnp.int32).reshape(1)
+    return _run(_Call(group_size, scale, return_state, interpret), q, k, v, lengths, start, state, splits)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """All that is static about a call; `group_size` None is no causal mask."""
+
+    group_size: int | None
+    scale: float
+    return_state: bool
+    interpret: Any
+
+
+class _Shared(NamedTuple):
+    """What a program keeps in shared memory, and its barriers."""
+
+    q: Any  # [tiles, 64, H]
+    k: Any  # [stages, 64, H]
+    v: Any  # [stages, 64, H]
+    p: Any  # [2, 64, 64], of each consumer
+    acc: Any  # [tiles, 64, H]
+    m: Any  # [tiles, 64]
+    l: Any  # [tiles, 64]
+    q_ready: Any
+    k_ready: Any  # [stages]
+    v_ready: Any  # [stages]
+    free: Any  # [stages]
+    handover: Any  # from one consumer to the other, once: its sums, or a cleaned tail
+
+
+class _Work(NamedTuple):
+    """A program's `steps` blocks of slots from block `begin` on, the first `clean` of them without a mask."""
+
+    begin: Any
+    steps: Any
+    clean: Any
+    length: Any
+    start: Any
+    row: Any  # the first of the program's query rows
+
+
+def _run(call: _Call, q, k, v, lengths, start, state: State | None, splits: int | None):
+    """q [B,K,R,H], k, v [B,K,S,H], lengths int32 [B], start int32 [1]: the output or the state, as asked."""
+    (B, K, R, H), S = q.shape, k.shape[2]
+    splits = splits or choose_splits(B * K, R, S)
+    tiles = 1 if R <= _ROWS else _CONSUMERS
+    # Copies move eight rows or more. A tile's other rows come in as zeros, and none of them is anyone's.
+    rows = pl.cdiv(R, 8) * 8
+    written = rows if tiles == 1 else pl.cdiv(R, _ROWS * tiles) * _ROWS * tiles
+    line = jax.ShapeDtypeStruct((B, K, splits, written), jnp.float32)
+    run = plgpu.kernel(
+        functools.partial(_kernel, call, R),
+        out_type=(jax.ShapeDtypeStruct((*line.shape, H), jnp.float32), line, line),
+        scratch_types=_shared(tiles, H, q.dtype),
+        grid=(pl.cdiv(R, _ROWS * tiles), splits, K, B),
+        grid_names=("rows", "splits", "heads", "batch"),
+        num_threads=_CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="razor_attention",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=call.interpret,
+    )
+    lengths = jnp.clip(lengths.astype(jnp.int32), 0, S)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - R), (0, 0)))
+    merged = _merge(*(x[:, :, :, :R] for x in run(lengths, start, q, k, v)), state)
+    return merged if call.return_state else finish(merged, q.dtype)
+
+
+def _merge(acc, m, l, state: State | None) -> State:
+    """One state of acc [B,K,splits,R,H], m and l [B,K,splits,R], and of one seen before."""
+    m_before = NEG if state is None else state[1]
+    m_all = jnp.maximum(jnp.max(m, axis=2), m_before)
+    weight = jnp.exp(m - m_all[:, :, None])
+    acc, l = jnp.sum(acc * weight[..., None], axis=2), jnp.sum(l * weight, axis=2)
+    if state is not None:
+        weight = jnp.exp(m_before - m_all)
+        acc, l = acc + state[0] * weight[..., None], l + state[2] * weight
+    return acc, m_all, l
+
+
+def _shared(tiles: int, H: int, dtype) -> _Shared:
+    """The allocations. A consumer's turns must fall on the same stages of the ring: with one tile, an even number."""
+    stages = (4 if tiles == 1 else 3) * 128 // H
+    swizzle = plgpu.SwizzleTransform(128)
+    narrow = functools.partial(plgpu.SMEM, dtype=dtype, transforms=(plgpu.TilingTransform((8, 64)), swizzle))
+    return _Shared(
+        q=narrow((tiles, _ROWS, H)),
+        k=narrow((stages, _SLOTS, H)),
+        v=narrow((stages, _SLOTS, H)),
+        p=narrow((_CONSUMERS, _ROWS, _SLOTS)),
+        acc=plgpu.SMEM((tiles, _ROWS, H), jnp.float32, transforms=(plgpu.TilingTransform((8, 32)), swizzle)),
+        m=plgpu.SMEM((tiles, _ROWS), jnp.float32),
+        l=plgpu.SMEM((tiles, _ROWS), jnp.float32),
+        q_ready=plgpu.Barrier(num_arrivals=tiles),
+        k_ready=plgpu.Barrier(num_barriers=stages),
+        v_ready=plgpu.Barrier(num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=tiles, num_barriers=stages),
+        handover=plgpu.Barrier(),
+    )
+
+
+def _kernel(call: _Call, R: int, lengths, start, q, k, v, acc, m, l, *scratch):
+    shared = _Shared(*scratch)
+    tiles = shared.q.shape[0]
+    i, split, h, b = (lax.axis_index(name) for name in ("rows", "splits", "heads", "batch"))
+    me = lax.axis_index("warpgroup")
+    rows = _ROWS * tiles
+    length, first = lengths[b], start[0]
+    full, end = _reach(call, rows, R, i, length, first)
+    blocks = _divide(end + (_SLOTS - 1), _SLOTS)
+    share = _divide(blocks + (acc.shape[2] - 1), acc.shape[2])
+    begin = jnp.minimum(split * share, blocks)
+    steps = jnp.minimum(share, blocks - begin)
+    clean = jnp.clip(_divide(full, _SLOTS) - begin, 0, steps)
+    work = _Work(begin, steps, clean, length, first, i * rows)
+
+    @pl.when(me == _CONSUMERS)
+    def load():
+        plgpu.set_max_registers(_REGISTERS[0], action="decrease")
+        for tile in range(tiles):
+            at = pl.ds(work.row + tile * _ROWS, _ROWS)
+            plgpu.copy_gmem_to_smem(q.at[b, h, at], shared.q.at[tile], shared.q_ready)
+        _load(shared, work, k.at[b, h], v.at[b, h])
+
+    @pl.when(me < _CONSUMERS)
+    def consume():
+        plgpu.set_max_registers(_REGISTERS[1], action="increase")
+        plgpu.barrier_wait(shared.q_ready)
+        state = _consume(call, shared, work, me)
+        store = functools.partial(_store, shared, work, (b, h, split), (acc, m, l))
+        if tiles > 1:
+            store(me, state)
+            return
+
+        @pl.when(me == 1)
+        def hand_over():
+            shared.acc[0], shared.m[0], shared.l[0] = state
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(shared.handover)
+
+        @pl.when(me == 0)
+        def add_up():
+            plgpu.barrier_wait(shared.handover)
+            store(0, _add(state, (shared.acc[0], shared.m[0], shared.l[0])))
+
+
+def _reach(call: _Call, block: int, R: int, i, length, start):
+    """(full, end) of query block i: slots that all its rows see, and that any of them sees."""
+    if call.group_size is None:
+        return length, length
+    first = i * block
+    last = jnp.minimum(first + block, R) - 1
+    full, end = (start + _divide(row, call.group_size) + 1 for row in (first, last))
+    return jnp.minimum(length, full), jnp.minimum(length, end)
+
+
+def _load(shared: _Shared, work: _Work, k, v):
+    """Stream the blocks of k, v [S, H] through the ring, and stay until all of it is free."""
+    stages = shared.k.shape[0]
+
+    def block(step, carry):
+        stage = _stage(step, stages)
+        pl.when(step >= stages)(lambda: plgpu.barrier_wait(shared.free.at[stage]))
+        slots = pl.ds((work.begin + step) * _SLOTS, _SLOTS)
+        plgpu.copy_gmem_to_smem(k.at[slots], shared.k.at[stage], shared.k_ready.at[stage])
+        plgpu.copy_gmem_to_smem(v.at[slots], shared.v.at[stage], shared.v_ready.at[stage])
+        return carry
+
+    def drain(step, carry):
+        plgpu.barrier_wait(shared.free.at[_stage(step, stages)])
+        return carry
+
+    lax.fori_loop(0, work.steps, block, None)
+    lax.fori_loop(jnp.maximum(work.steps - stages, 0), work.steps, drain, None)
+
+
+def _consume(call: _Call, shared: _Shared, work: _Work, me):
+    """acc [64, H], m and l [64] of consumer `me`: of its tile, or of its share of the blocks."""
+    tiles, _, H = shared.q.shape
+    turns = _CONSUMERS // tiles
+    turn, tile = (me, 0) if tiles == 1 else (0, me)
+
+    def step(n, carry, edge: bool):
+        return _fold(call, shared, work, me, tile, turns * n + turn, edge, carry)
+
+    # Of the first `steps` blocks every `turns`-th is its own, from block `turn` on.
+    clean, steps = (_divide(steps - turn + (turns - 1), turns) for steps in (work.clean, work.steps))
+    zeros, nothing = jnp.zeros((_ROWS, H), jnp.float32), jnp.zeros((_ROWS,), jnp.float32)
+    carry = (zeros, jnp.full((_ROWS,), NEG, jnp.float32), nothing)
+    carry = lax.fori_loop(0, clean, functools.partial(step, edge=False), carry)
+    return lax.fori_loop(clean, steps, functools.partial(step, edge=True), carry)
+
+
+def _fold(call: _Call, shared: _Shared, work: _Work, me, tile, step, edge: bool, carry):
+    """One online-softmax step over a block, with masks at an edge; m counts in powers of two."""
+    acc, m, l = carry
+    stage = _stage(step, shared.k.shape[0])
+    first = (work.begin + step) * _SLOTS
+    plgpu.barrier_wait(shared.k_ready.at[stage])
+    logits = _logits(shared.q.at[tile], shared.k.at[stage]) * (call.scale * _LOG2E)
+    if edge:
+        meets = _meets(call.group_size, work, work.row + tile * _ROWS, first)
+        logits = jnp.where(meets, logits, NEG)
+    m_new = jnp.maximum(m, jnp.max(logits, axis=1))
+    # A row that sees nothing of the block, and nothing before it, sums 2^(NEG - NEG) under m = NEG. The logit of
+    # slot 0, which every row sees, here or in another split, takes the weight of that sum to 0.
+    p = jnp.exp2(logits - _across(m_new, logits.shape))
+    decay = jnp.exp2(m - m_new)
+    l = l * decay + jnp.sum(p, axis=1)
+    shared.p[me] = p.astype(shared.p.dtype)
+    plgpu.barrier_wait(shared.v_ready.at[stage])
+    if edge:
+        pl.when(first + _SLOTS > work.length)(functools.partial(_clean_tail, shared, work, me, stage, first))
+    plgpu.commit_smem()
+    acc = acc * _across(decay, acc.shape) + _values(shared.p.at[me], shared.v.at[stage])
+    plgpu.barrier_arrive(shared.free.at[stage])
+    return acc, m_new, l
+
+
+def _meets(group_size: int | None, work: _Work, row, first):
+    """Which rows and slots of a tile meet, bool [64, 64]."""
+    iota = functools.partial(lax.broadcasted_iota, jnp.int32, (_ROWS, _SLOTS))
+    slot = first + iota(1)
+    held = slot < work.length
+    if group_size is None:
+        return held
+    # slot <= start + row // G, without dividing a vector.
+    return held & ((slot - work.start) * group_size <= row + iota(0))
+
+
+def _clean_tail(shared: _Shared, work: _Work, me, stage, first):
+    """Zero the values past the length: 0 × NaN is NaN. At most one block of a program has any."""
+
+    def clean():
+        values = shared.v.at[stage]
+        held = first + lax.broadcasted_iota(jnp.int32, values.shape, 0) < work.length
+        values[...] = jnp.where(held, values[...], jnp.zeros((), values.dtype))
+
+    if shared.q.shape[0] == 1:  # the block is this consumer's alone
+        clean()
+        return
+
+    @pl.when(me == 0)
+    def for_both():
+        clean()
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(shared.handover)
+
+    pl.when(me == 1)(lambda: plgpu.barrier_wait(shared.handover))
+
+
+def _logits(q, k):
+    """q [64, H] times k [64, H] transposed, float32."""
+    return _product((_ROWS, _SLOTS), q, k.transpose((1, 0)))
+
+
+def _values(p, v):
+    """p [64, 64] times v [64, H], float32."""
+    return _product((_ROWS, v.shape[1]), p, v)
+
+
+def _product(shape: tuple[int, int], a, b):
+    def multiply(product):
+        plgpu.wgmma(product, a, b)
+        return product[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def _add(one: State, other: State) -> State:
+    """The sum of two consumers' acc [64, H], m and l [64]."""
+    (acc, m, l), (acc_2, m_2, l_2) = one, other
+    m_all = jnp.maximum(m, m_2)
+    weight, weight_2 = jnp.exp2(m - m_all), jnp.exp2(m_2 - m_all)
+    acc = acc * _across(weight, acc.shape) + acc_2 * _across(weight_2, acc.shape)
+    return acc, m_all, l * weight + l_2 * weight_2
+
+
+def _store(shared: _Shared, work: _Work, at, out, tile, state: State):
+    """Rows of a tile's state to their place in acc [B,K,splits,rows,H], m and l [B,K,splits,rows]."""
+    acc, m, l = state
+    held = (shared.acc, shared.m, shared.l)
+    # Here and not in XLA, which would fuse the factor into the differences of m that follow: at NEG they are not 0.
+    for ref, x in zip(held, (acc, m / _LOG2E, l), strict=True):
+        ref[tile] = x
+    plgpu.commit_smem()
+    rows = min(_ROWS, out[0].shape[3])
+    for ref, to in zip(held, out, strict=True):
+        plgpu.copy_smem_to_gmem(ref.at[tile, pl.ds(0, rows)], to.at[(*at, pl.ds(work.row + tile * _ROWS, rows))])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _across(column, shape: tuple[int, int]):
+    """[64] as [64, n]."""
+    return lax.broadcast_in_dim(column, shape, (0,))
+
+
+def _divide(x, y: int):
+    """x // y of what is not negative."""
+    return lax.div(x, jnp.int32(y))
+
+
+def _stage(step, stages: int):
+    return lax.rem(step, jnp.int32(stages))

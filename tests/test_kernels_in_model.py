@@ -1,0 +1,117 @@
+"""A whole model on the TPU kernels, interpreted: the same logits, tokens and caches as on XLA."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+import razor_jax
+from razor_jax import HeadSplit, Params, RazorConfig, functional, with_heads
+from razor_jax import cache as kv
+from razor_jax.kernels import backend
+from razor_jax.models.config import ModelConfig
+from razor_jax.params import abstract_weights
+
+B, T, STEPS, CAPACITY = 2, 24, 3, 40
+LENGTHS = np.array([24, 17], np.int32)
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """As on a TPU: its kernels are chosen, and interpreted."""
+    call = pl.pallas_call
+    monkeypatch.setattr(backend, "platform", lambda: "tpu")
+    monkeypatch.setattr(pltpu, "with_memory_space_constraint", lambda x, space: x)  # the interpreter has one memory
+    monkeypatch.setattr(pl, "pallas_call", lambda *args, **options: call(*args, **(options | {"interpret": True})))
+
+
+def model(head_dim: int) -> Params:
+    config = ModelConfig("llama", 96, 32, 48, 2, 4, 2, head_dim, 4096)
+    rng = np.random.default_rng(head_dim)
+    weights = jax.tree.map(
+        lambda a: np.asarray(1 + 0.1 * rng.normal(size=a.shape) if a.ndim == 1 else 0.2 * rng.normal(size=a.shape)),
+        abstract_weights(config),
+    )
+    weights = jax.tree.map(lambda x: x.astype(np.float32), weights)
+    return with_heads(Params.from_flax({"params": weights}, config), HeadSplit(((1,), ()), 2))
+
+
+def session(params: Params, razor: RazorConfig):
+    """Logits of a ragged prefill and some steps, one with a frozen row, and the cache."""
+    tokens = np.random.default_rng(1).integers(0, 96, (B, T + STEPS)).astype(np.int32)
+    cache = functional.init_cache(params, batch=B, capacity=CAPACITY, razor=razor)
+    logits, cache = jax.jit(functional.extend)(params, cache, tokens[:, :T], LENGTHS)
+    out = [logits]
+    decode = jax.jit(functional.decode, donate_argnums=1)
+    for step in range(STEPS):
+        logits, cache = decode(params, cache, tokens[:, T + step], np.array([True, step != 1]))
+        out.append(logits)
+    return [np.asarray(x) for x in out], cache
+
+
+@pytest.mark.parametrize(("head_dim", "kv_dtype"), [(128, None), (64, None), (128, "int8"), (64, "int8")])
+def test_a_model_on_the_kernels_equals_the_model_on_xla(head_dim, kv_dtype, on_tpu):
+    params, razor = model(head_dim), RazorConfig.compact(6, kv_dtype=kv_dtype)
+    want, reference = session(params.replace(implementation="xla"), razor)
+    got, cache = session(params, razor)
+    assert cache.spec.implementation == "pallas_tpu"
+    assert reference.spec.implementation == "xla"
+    assert (np.asarray(cache.dropped) > 0).all()
+    for a, b in zip(got, want, strict=True):
+        # A key on the edge of two int8 values may round the other way.
+        np.testing.assert_allclose(a, b, atol=(2e-5 if kv_dtype is None else 2e-2) * np.abs(b).max())
+    if kv_dtype is None:
+        for mine, other in zip(jax.tree.leaves(cache.layers), jax.tree.leaves(reference.layers), strict=True):
+            slots = min(mine.shape[2], other.shape[2])
+            np.testing.assert_allclose(mine[:, :, :slots], other[:, :, :slots], atol=2e-5)
+
+
+def test_slots_are_whole_tiles_and_counted(on_tpu):
+    params = model(128)
+    cache = functional.init_cache(params, batch=B, capacity=CAPACITY, razor=RazorConfig.compact(6))
+    assert [[g.k.shape[2] for g in layer] for layer in cache.layers] == [[64, 32], [32]]
+    assert cache.spec.windowed_slots == 10
+    assert cache.spec.kv_bytes(B) == kv.allocated_bytes(cache) == sum(x.nbytes for x in jax.tree.leaves(cache.layers))
+
+
+def test_generate_reports_the_implementation(on_tpu):
+    params = model(64)
+    prompt = np.arange(20) % 90
+    results = [
+        razor_jax.generate(p, prompt, max_new_tokens=3, razor=RazorConfig.compact(6))
+        for p in (params, params.replace(implementation="xla"))
+    ]
+    assert [r.kv.implementation for r in results] == ["pallas_tpu", "xla"]
+    assert results[0].tokens == results[1].tokens
+
+
+def test_other_head_widths_run_on_xla_and_say_so(on_tpu):
+    params = model(16)
+    with pytest.warns(UserWarning, match=r"runs without its pallas_tpu kernels, on XLA: head width H=16"):
+        cache = functional.init_cache(params, batch=1, capacity=8, razor=None)
+    assert cache.spec.implementation == "xla"
+    forced = dataclasses.replace(params, implementation="pallas_tpu")
+    with pytest.raises(ValueError, match=r"'pallas_tpu' cannot run here: head width H=16"):
+        functional.init_cache(forced, batch=1, capacity=8, razor=None)
+
+
+def test_nothing_is_said_where_there_are_no_kernels():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache = functional.init_cache(model(16), batch=1, capacity=8, razor=None)
+    assert cache.spec.implementation == "xla"
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_forced_implementation_needs_its_device():
+    params = model(128).replace(implementation="pallas_tpu")
+    with pytest.raises(ValueError, match=r"'pallas_tpu' cannot run here: the device is a cpu"):
+        functional.init_cache(params, batch=1, capacity=8, razor=None)
+    with pytest.raises(ValueError, match=r"implementation='cuda': one of xla, pallas_tpu, pallas_gpu, mosaic_gpu"):
+        razor_jax.load("razor-mini", implementation="cuda")
