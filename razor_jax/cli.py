@@ -12,20 +12,17 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import razor_jax
-from razor_jax import Chat, HeadSplit, Params, RazorConfig, Result, Sampling, demo, terminal
+from razor_jax import Chat, Params, RazorConfig, Result, Sampling, cli_heads, demo, terminal
 from razor_jax.evals.bench import Speed, machine, measure
-from razor_jax.heads import find_heads, store
 from razor_jax.questions import split
 from razor_jax.terminal import note
 
@@ -211,37 +208,7 @@ def chat_command(
             )
 
 
-@app.command("heads")
-def heads_command(
-    model: ModelOption = "razor-mini",
-    induction: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of KV heads kept by induction score.")
-    ] = None,
-    echo: Annotated[float | None, typer.Option(min=0, max=1, help="Share of KV heads kept by echo score.")] = None,
-    share: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share kept in all, instead of the other two.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Probes; scores are their mean.")] = 1,
-    preset: Annotated[Literal["paper", "vendor"], typer.Option(help="Which probe.")] = "paper",
-    save: Annotated[Path | None, typer.Option(help="Write the split as razor.json here.")] = None,
-    dtype: DtypeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Find a model's retrieval heads: the scores of every KV head, and which to keep."""
-    if share is not None and (induction is not None or echo is not None):
-        raise typer.BadParameter("give --share, or --induction and --echo, not both")
-    params = _load(model, dtype, None)
-    with terminal.working(model) as progress:
-        scores = find_heads(params, seeds=tuple(range(seeds)), preset=preset, progress=partial(progress, "probed"))
-    chosen = scores.select(induction, echo, share=share)
-    if save is not None:
-        note(f"saved {store.write(save, chosen)}")
-    if as_json:
-        _print_json({"model": model, "scores": scores.to_json(), "split": dataclasses.asdict(chosen)})
-    else:
-        for name, values in (("induction", scores.induction), ("echo", scores.echo)):
-            Console().print(_head_table(name, values, chosen))
-        typer.echo(f"● {sum(chosen.counts)} of {scores.echo.size} KV heads keep every token: {chosen.note}")
+app.command("heads")(cli_heads.heads)
 
 
 @app.command("bench")
@@ -383,17 +350,6 @@ def _plain(result: Result) -> dict[str, Any]:
 
 def _print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content, indent=1))
-
-
-def _head_table(name: str, scores: np.ndarray, chosen: HeadSplit) -> Table:
-    """Layers × KV heads of one score [L, K] in per cent, the chosen heads marked; narrow, for there may be many."""
-    table = Table(title=f"{name} score of each KV head, %", box=box.SIMPLE, padding=0, title_justify="left")
-    for column in ("layer", *map(str, range(scores.shape[1]))):
-        table.add_column(column, justify="right", min_width=5, no_wrap=True)
-    for layer, row in enumerate(scores):
-        cells = (f"{'[bold]●' if head in chosen.retrieval[layer] else ''}{100 * s:.0f}" for head, s in enumerate(row))
-        table.add_row(str(layer), *cells)
-    return table
 
 
 def _speed_table(rows: list[tuple[str, Speed]]) -> Table:

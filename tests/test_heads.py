@@ -1,216 +1,92 @@
-"""Head scores against full attention maps of transformers.
-
-The oracle is slow and literal: eager attention of transformers in float64, then loops over tokens and
-copies. Each published bug is run through the oracle too, to show that it would have been seen.
-"""
+"""Head scores against full attention maps of transformers, and the probe itself."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 
-from razor_jax import checkpoint
 from razor_jax.config import HeadSplit
-from razor_jax.heads import HeadScores, ProbeMeta, find_heads
-from razor_jax.heads.probe import Layout, ordinary_ids, probe_layer, probe_tokens
+from razor_jax.heads import HeadScores, find_heads, mass
+from razor_jax.heads.mass import attention_mass, score_layer
+from razor_jax.heads.probe import BLOCK as PAPER_BLOCK
+from razor_jax.heads.probe import REPEATS, Layout, ordinary_ids, probe_tokens
 from razor_jax.kernels.attention import attend_causal
 from razor_jax.models.config import ModelConfig
 from razor_jax.params import Params, abstract_weights, with_heads
 from razor_jax.tokenizer import Assets
+from tests.heads_oracle import BLOCK, FAMILIES, K, attention_maps, found, group_max, maps_of, oracle_scores, pair
 
-L, N, K, H = 3, 6, 2, 8
-BLOCK = 15  # (max_position_embeddings - 1) // 4
-REPEATS = 4
-FAMILIES = {
-    "llama": transformers.LlamaConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-}
-
-
-def tiny_model(family: str) -> torch.nn.Module:
-    """A tiny random model with attention far from uniform, float32."""
-    torch.manual_seed(0)
-    config = FAMILIES[family](
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=48,
-        num_hidden_layers=L,
-        num_attention_heads=N,
-        num_key_value_heads=K,
-        head_dim=H,
-        max_position_embeddings=4 * BLOCK + 1,
-        initializer_range=0.3,
-        attn_implementation="eager",
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            torch.nn.init.normal_(parameter, mean=1.5 if "norm" in name else 0.0, std=0.3)
-    return model.eval()
-
-
-def attention_maps(model: torch.nn.Module, tokens: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
-    """float64 [L, N, P, P] post-softmax."""
-    with torch.no_grad():
-        out = model(
-            input_ids=torch.tensor(tokens[None], dtype=torch.long),
-            position_ids=None if positions is None else torch.tensor(positions[None], dtype=torch.long),
-            output_attentions=True,
-        )
-    return np.stack([a[0].double().numpy() for a in out.attentions])
-
-
-def oracle_scores(maps: np.ndarray, block: int, *, shift: int, per_pair: bool = False) -> np.ndarray:
-    """float64 [L, N]: mass on token j + shift for each earlier copy j, summed, averaged over tokens."""
-    maps = maps[:, :, 1:, 1:]  # the prefix is no target, and the softmax stays as it was
-    total, rows, pairs = np.zeros(maps.shape[:2]), 0, 0
-    for i in range(block, maps.shape[2]):
-        rows += 1
-        for j in range(i - block, -1, -block):
-            total += maps[:, :, i, j + shift]
-            pairs += 1
-    return total / (pairs if per_pair else rows)
-
-
-def group_max(scores: np.ndarray) -> np.ndarray:
-    return scores.reshape(len(scores), K, N // K).max(-1)
-
-
-def probe_of(params: Params, seed: int) -> np.ndarray:
-    """The very tokens that find_heads feeds for a seed: first ordinary id, then the block."""
-    return probe_tokens(0, ordinary_ids(params)[1:], Layout(BLOCK), seed)
-
-
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def pair(request, tmp_path_factory) -> tuple[torch.nn.Module, Params]:
-    """The same checkpoint in transformers (float64) and here."""
-    model = tiny_model(request.param)
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    return model.double(), checkpoint.read(folder)
-
-
-@pytest.fixture(scope="module")
-def oracle(pair) -> tuple[np.ndarray, np.ndarray]:
-    """Echo and induction float64 [L, N] of seed 0."""
-    maps = attention_maps(pair[0], probe_of(pair[1], 0))
-    return oracle_scores(maps, BLOCK, shift=0), oracle_scores(maps, BLOCK, shift=1)
-
-
-@pytest.fixture(scope="module")
-def found(pair) -> HeadScores:
-    return find_heads(pair[1], chunk=16)
-
-
-def differs(a: np.ndarray, b: np.ndarray) -> bool:
-    """Far beyond the tolerance of the comparison with the oracle."""
-    return float(np.max(np.abs(a - b))) > 1e-3
-
+families = pytest.mark.parametrize("family", list(FAMILIES))
 
 # Against the oracle
 
 
-def test_scores_and_split_equal_the_oracle(found, oracle):
-    np.testing.assert_allclose(found.query_echo, oracle[0], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(found.query_induction, oracle[1], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(found.echo, group_max(oracle[0]), atol=1e-5, rtol=0)
-    reference = HeadScores(*oracle, K, found.meta)
+@families
+def test_scores_and_split_equal_the_oracle(family, record_property):
+    maps, scores = maps_of(family), found(family)
+    echo, induction = (oracle_scores(maps, BLOCK, shift=shift) for shift in (0, 1))
+    np.testing.assert_allclose(scores.query_echo, echo, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(scores.query_induction, induction, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(scores.echo, group_max(echo), atol=1e-5, rtol=0)
+    reference = HeadScores(echo, induction, K, scores.meta)
     for shares in ({}, {"induction": 0.14, "echo": 0.01}, {"induction": 0.5, "echo": 0.5}, {"share": 0.5}):
-        assert found.select(**shares) == reference.select(**shares)
+        assert scores.select(**shares) == reference.select(**shares)
+    record_property(f"head scores, {family}", float(np.max(np.abs(scores.query_echo - echo))))
+    record_property(f"head scores, {family}", float(np.max(np.abs(scores.query_induction - induction))))
 
 
-def test_scores_do_not_depend_on_the_chunk(pair, found):
-    whole = find_heads(pair[1], chunk=4096)
-    np.testing.assert_allclose(whole.query_echo, found.query_echo, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(whole.query_induction, found.query_induction, atol=1e-6, rtol=0)
+@pytest.mark.parametrize("chunk", [1, 7, 4096])
+def test_scores_do_not_depend_on_the_chunk(chunk):
+    scores, other = found("qwen3"), find_heads(pair("qwen3")[1], chunk=chunk)
+    np.testing.assert_allclose(other.query_echo, scores.query_echo, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(other.query_induction, scores.query_induction, atol=1e-6, rtol=0)
 
 
-def test_scores_do_not_depend_on_the_split_that_params_hold(pair, found):
-    held = with_heads(pair[1], HeadSplit(((1,), (), (0,)), K))
-    scores = find_heads(held, chunk=16)
-    np.testing.assert_allclose(scores.query_echo, found.query_echo, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(scores.query_induction, found.query_induction, atol=1e-6, rtol=0)
+def test_scores_do_not_depend_on_the_split_that_params_hold():
+    held = with_heads(pair("qwen2")[1], HeadSplit(((1,), (), (0,)), K))
+    scores, other = found("qwen2"), find_heads(held, chunk=16)
+    np.testing.assert_allclose(other.query_echo, scores.query_echo, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(other.query_induction, scores.query_induction, atol=1e-6, rtol=0)
 
 
-def test_half_precision_weights_are_probed_in_their_own_type(pair, found):
-    half = pair[1].replace(weights=jax.tree.map(lambda a: a.astype(jnp.bfloat16), pair[1].weights))
-    np.testing.assert_allclose(find_heads(half).query_induction, found.query_induction, atol=0.05, rtol=0)
+def test_half_precision_weights_are_probed_in_their_own_type():
+    params = pair("llama")[1]
+    half = params.replace(weights=jax.tree.map(lambda a: a.astype(jnp.bfloat16), params.weights))
+    scores = find_heads(half)
+    np.testing.assert_allclose(scores.query_induction, found("llama").query_induction, atol=0.05, rtol=0)
+    assert (scores.meta.dtype, scores.meta.head_dim) == ("bfloat16", 8)
 
 
-# Bugs of published tools
+def test_a_shorter_block_is_a_probe_of_its_own():
+    params = pair("llama")[1]
+    scores = find_heads(params, block=5)
+    model_tokens = probe_tokens(0, ordinary_ids(params)[1:], Layout(5), 0)
+    maps = attention_maps(pair("llama")[0], model_tokens)
+    np.testing.assert_allclose(scores.query_induction, oracle_scores(maps, 5, shift=1), atol=1e-5, rtol=0)
+    assert "K_p = 5 instead of 15: asked for" in scores.describe()
 
 
-def test_bug_no_rotary_embedding(pair, found, oracle):
-    tokens = probe_of(pair[1], 0)
-    still = attention_maps(pair[0], tokens, positions=np.zeros(len(tokens)))
-    assert differs(oracle_scores(still, BLOCK, shift=1), oracle[1])
-    np.testing.assert_allclose(found.query_induction, oracle[1], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("pair", ["qwen3"], indirect=True)
-def test_bug_qk_norm_skipped(pair, found, oracle):
-    without = tiny_model("qwen3").double()
-    for layer in without.model.layers:
-        layer.self_attn.q_norm = layer.self_attn.k_norm = torch.nn.Identity()
-    maps = attention_maps(without, probe_of(pair[1], 0))
-    assert differs(oracle_scores(maps, BLOCK, shift=1), oracle[1])
-    np.testing.assert_allclose(found.query_induction, oracle[1], atol=1e-5, rtol=0)
-
-
-def test_bug_mean_over_pairs_instead_of_sum_per_token(pair, found, oracle):
-    maps = attention_maps(pair[0], probe_of(pair[1], 0))
-    per_pair = oracle_scores(maps, BLOCK, shift=0, per_pair=True)
-    assert differs(per_pair, oracle[0])
-    # Of three later repeats the tokens have 1, 2 and 3 copies: two a token, so that bug halves every score.
-    np.testing.assert_allclose(found.query_echo, 2 * per_pair, atol=1e-5, rtol=0)
-
-
-def test_bug_off_by_one_swaps_the_classes(pair, found, oracle):
-    maps = attention_maps(pair[0], probe_of(pair[1], 0))
-    late = np.concatenate([maps[:, :, :1], maps[:, :, :-1]], axis=2)  # row i holds the mass of token i - 1
-    assert differs(oracle_scores(late, BLOCK, shift=1), oracle[1])
-    assert differs(oracle[0], oracle[1])
-    np.testing.assert_allclose(found.query_echo, oracle[0], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(found.query_induction, oracle[1], atol=1e-5, rtol=0)
-
-
-def test_bug_seed_mean_after_group_max(pair):
-    model, params = pair
-    seeds = (0, 1, 2)
-    runs = [oracle_scores(attention_maps(model, probe_of(params, s)), BLOCK, shift=1) for s in seeds]
-    right = group_max(np.mean(runs, axis=0))
-    wrong = np.mean([group_max(run) for run in runs], axis=0)
-    scores = find_heads(params, seeds=seeds)
-    np.testing.assert_allclose(scores.induction, right, atol=1e-5, rtol=0)
-    assert (wrong >= right - 1e-12).all()
-    assert np.max(wrong - right) > 1e-4
-    made = HeadScores(np.zeros((1, 2)), np.mean([[[1.0, 0.0]], [[0.0, 0.8]]], axis=0), 1, ProbeMeta("made"))
-    np.testing.assert_allclose(made.induction, [[0.5]])  # the bug gives 0.9
-
-
-def test_bug_zero_echo_heads_by_rounding(found):
-    assert round(0.01 * L * K) == 0
-    split = found.select(induction=0, echo=0.01)
-    assert sum(split.counts) == 1
-    layer = split.counts.index(1)
-    assert found.echo[layer, split.retrieval[layer][0]] == found.echo.max()
-
-
-def test_bug_echo_heads_of_later_layers_lost():
-    echo = np.asarray([[0.9, 0.0], [0.8, 0.0], [0.0, 0.7]])
-    scores = HeadScores(echo, np.zeros((3, 2)), 2, ProbeMeta("made"))
-    assert scores.select(induction=0, echo=0.5).retrieval == ((0,), (0,), (1,))
+def test_mass_on_chosen_targets_row_by_row():
+    """Targets are the caller's: other tokens, other numbers of copies, several rows at once."""
+    model, params = pair("qwen3")
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 61, (2, 23)).astype(np.int32)
+    targets = np.full((2, 23, 2), -1, np.int32)
+    targets[0, 20], targets[0, 9], targets[1, 22] = (3, 11), (0, -1), (-1, 7)
+    echo, induction = attention_mass(params, tokens, targets, chunk=8)
+    for row in range(2):
+        maps = attention_maps(model, tokens[row])
+        for shift, ours in ((0, echo), (1, induction)):
+            want = sum(maps[:, :, i, j + shift] for i, js in enumerate(targets[row]) for j in js if j >= 0)
+            np.testing.assert_allclose(ours[row], want, atol=1e-5, rtol=0)
 
 
 # The probe itself
@@ -248,9 +124,10 @@ def test_special_and_added_tokens_are_no_ordinary_ids():
     assert "vocabulary has 26 ordinary ids" in scores.meta.note
 
 
-def test_short_probe_is_reported(found, caplog):
-    assert found.meta.block == BLOCK
-    assert f"K_p = {BLOCK} instead of 2500: max_position_embeddings={4 * BLOCK + 1}" in found.meta.note
+def test_short_probe_is_reported(caplog):
+    meta = found("llama").meta
+    assert meta.block == BLOCK
+    assert f"K_p = {BLOCK} instead of 2500: max_position_embeddings={4 * BLOCK + 1}" in meta.note
     caplog.set_level("INFO", logger="razor_jax")
     find_heads(model_of(max_position_embeddings=13))
     assert "K_p = 3 instead of 2500" in caplog.text
@@ -281,7 +158,7 @@ def test_all_layers_and_seeds_share_one_program(monkeypatch):
         traced.append(1)
         return attend_causal(*args, **kwargs)
 
-    monkeypatch.setattr("razor_jax.heads.probe.attend_causal", counting)
+    monkeypatch.setattr(mass, "attend_causal", counting)
     find_heads(model_of(num_layers=1, max_position_embeddings=17, hidden_size=24))
     once = len(traced)
     find_heads(model_of(num_layers=3, max_position_embeddings=17, hidden_size=24), seeds=(0, 1))
@@ -291,20 +168,24 @@ def test_all_layers_and_seeds_share_one_program(monkeypatch):
 def test_vendor_preset_is_the_published_probe(monkeypatch):
     fed = []
 
-    def only_look(params, layout, tokens, *_):
-        fed.append(tokens)
-        return np.zeros((2, params.config.num_layers, params.config.num_heads))
+    def only_look(params, tokens, targets, **_):
+        fed.append((tokens, targets))
+        return np.zeros((2, len(tokens), params.config.num_layers, params.config.num_heads))
 
-    monkeypatch.setattr("razor_jax.heads.probe._run", only_look)
+    monkeypatch.setattr("razor_jax.heads.probe.attention_mass", only_look)
     scores = find_heads(model_of(vocab_size=12_501, max_position_embeddings=10_001), preset="vendor")
     assert "63 %" in scores.meta.note
-    assert fed[0].shape == (10_001,)
-    block = fed[0][1:2501]
-    np.testing.assert_array_equal(fed[0][1:], np.tile(block, REPEATS))
+    (tokens, targets), block = fed[0], fed[0][0][0, 1:2501]
+    assert tokens.shape == (1, 10_001)
+    np.testing.assert_array_equal(tokens[0, 1:], np.tile(block, REPEATS))
     assert block.min() >= 10_000
     assert block.max() <= 12_500
     _, counts = np.unique(block, return_counts=True)
     np.testing.assert_allclose(counts[counts > 1].sum() / 2500, 0.63, atol=0.03)
+    # Copies are those a block back, not the duplicates inside a block.
+    aims = targets[0]
+    np.testing.assert_array_equal((aims >= 0).sum(axis=1), [0, *np.repeat(range(REPEATS), 2500)])
+    np.testing.assert_array_equal(aims[9999], [7499, 4999, 2499])
 
 
 @pytest.mark.parametrize(
@@ -315,10 +196,15 @@ def test_vendor_preset_is_the_published_probe(monkeypatch):
         ({}, {"preset": "duo"}, "preset='duo': use 'paper' or 'vendor'"),
         ({}, {"seeds": ()}, "give at least one seed"),
         ({}, {"chunk": 0}, "chunk=0"),
+        ({}, {"block": 1}, "block=1: must be an integer, from 2 to 39"),
+        ({}, {"block": 2500}, "block=2500"),
+        ({}, {"seeds": (0, 1, 2), "devices": "two"}, "3 seeds do not divide over 2 devices"),
         ({"max_position_embeddings": 5}, {}, "leave a block of 1 tokens"),
     ],
 )
 def test_impossible_probes_are_refused(changes, options, words):
+    if "devices" in options:
+        options = {**options, "devices": jax.devices() * 2}
     with pytest.raises(ValueError, match=words):
         find_heads(model_of(**changes), **options)
 
@@ -331,18 +217,56 @@ def test_overflowing_models_are_named():
         find_heads(params.replace(weights=weights))
 
 
+def temporaries(config: ModelConfig, block: int, chunk: int, dtype: jnp.dtype) -> int:
+    """Bytes that the compiled layer needs above its arguments and results."""
+    rows = -(-Layout(block).length // chunk) * chunk
+
+    def shape(*dims: int, dtype=dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *dims), dtype)
+
+    weights = abstract_weights(config, dtype)["blocks_0"]
+    rope = (shape(rows, config.head_dim // 2, dtype=jnp.float32),) * 2
+    lengths, targets = jax.ShapeDtypeStruct((1,), jnp.int32), shape(rows, REPEATS - 1, dtype=jnp.int32)
+    lowered = score_layer.lower(config, chunk, weights, shape(rows, config.hidden_size), rope, lengths, targets)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_memory_is_linear_in_the_probe():
     config = ModelConfig("llama", 40, 64, 128, 1, 8, 2, 16, 1 << 20)
-    weights = abstract_weights(config)["blocks_0"]
-
-    def temporaries(block: int) -> int:
-        layout = Layout(block, chunk=128)
-        T = layout.padded
-        x = jax.ShapeDtypeStruct((1, T, 64), jnp.float32)
-        rope = (jax.ShapeDtypeStruct((1, T, 8), jnp.float32),) * 2
-        return probe_layer.lower(config, layout, weights, x, rope).compile().memory_analysis().temp_size_in_bytes
-
-    short, long = temporaries(1000), temporaries(8000)
+    short, long = (temporaries(config, block, 128, jnp.float32) for block in (1000, 8000))
     assert long < 9 * short
     # One float32 map of one head would be a gigabyte and more.
     assert long < 0.1 * 4 * (REPEATS * 8000) ** 2
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_peak_memory_of_an_8b_layer_at_10_001_tokens():
+    """Llama-3.1-8B's shapes, in float32: of bfloat16 weights XLA on CPU makes a float32 copy, which no accelerator
+    does."""
+    config = ModelConfig("llama", 128_256, 4096, 14_336, 1, 32, 8, 128, 131_072)
+    assert temporaries(config, PAPER_BLOCK, 512, jnp.float32) < 1e9
+
+
+SHARDED = """
+import numpy as np, jax
+from razor_jax.heads import find_heads
+from tests.tiny import params
+assert jax.device_count() == 8
+one = find_heads(params(), seeds=range(8), block=20)
+many = find_heads(params(), seeds=range(8), block=20, devices=jax.devices())
+np.testing.assert_allclose(many.query_echo, one.query_echo, atol=1e-6, rtol=0)
+np.testing.assert_allclose(many.query_induction, one.query_induction, atol=1e-6, rtol=0)
+print("equal")
+"""
+
+
+def test_seeds_spread_over_eight_devices():
+    flags = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], env={**os.environ, **flags}, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]

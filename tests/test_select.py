@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 
+from razor_jax import cache as kv
 from razor_jax.config import HeadSplit, RazorConfig
 from razor_jax.heads import HeadScores, ProbeMeta, store
 
@@ -73,7 +74,7 @@ def test_halves_round_to_even():
 @pytest.mark.parametrize(
     ("shares", "words"),
     [
-        ({"share": 0.3, "echo": 0.1}, "not both"),
+        ({"share": 0.3, "echo": 0.1}, "give one budget, not both"),
         ({"share": 30}, "share=30: must be a share of the KV heads, from 0 to 1"),
         ({"induction": -0.1}, "induction=-0.1"),
         ({"echo": "1%"}, "echo='1%'"),
@@ -169,3 +170,116 @@ def test_unreadable_razor_json(tmp_path):
         (tmp_path / "razor.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"razor\.json: (not JSON|must be a JSON object)"):
             store.read(tmp_path)
+
+
+# Budgets of bytes, devices and layers
+
+
+LONG = {"capacity": 1024, "razor": RazorConfig.compact(window=64)}
+
+
+def sized(group: int = 1) -> HeadScores:
+    """Scores of a model whose head width is known."""
+    scores = made_scores(group)
+    return dataclasses.replace(scores, meta=dataclasses.replace(scores.meta, head_dim=16, dtype="bfloat16"))
+
+
+def bytes_of(split: HeadSplit, batch: int = 1) -> int:
+    """What init_cache allocates, read off the arrays."""
+    spec = kv.make_spec(split, 16, LONG["capacity"], LONG["razor"], "bfloat16")
+    return kv.allocated_bytes(kv.init(spec, batch))
+
+
+@pytest.mark.parametrize("heads", [0, 1, 15, 16, 99, 100])
+def test_bytes_keep_as_many_heads_as_fit_and_not_one_more(heads):
+    scores = sized()
+    of_size = [kept(scores.select(share=n / 100)) for n in range(101)]
+    budget = bytes_of(HeadSplit.of(10, 10, of_size[heads]))
+    for limit, want in ((budget, heads), (budget + 1, heads), (budget - 1, heads - 1)):
+        if want >= 0:
+            split = scores.select(bytes=limit, **LONG)
+            assert kept(split) == of_size[want]
+            assert f"of {limit:,}" in split.note
+    half = scores.select(bytes=budget, batch=1, **LONG)
+    assert scores.select(bytes=3 * bytes_of(half, 1), batch=3, **LONG).retrieval == half.retrieval
+
+
+def test_curve_is_what_select_allocates():
+    scores = sized()
+    points = scores.curve(**LONG)
+    assert [point.heads for point in points] == list(range(101))
+    for point in points[::20]:
+        assert point.bytes == bytes_of(scores.select(share=point.share))
+        np.testing.assert_allclose(point.ratio, 2 * 16 * 2 * 1024 * 100 / point.bytes)
+    assert all(a.bytes < b.bytes for a, b in itertools.pairwise(points))
+
+
+@pytest.mark.parametrize("budget", [{"share": 0.2}, {"induction": 0.14, "echo": 0.02}, {"bytes": 1 << 22, **LONG}])
+def test_balanced_counts_divide_by_the_devices_and_lose_no_head(budget):
+    scores = sized()
+    plain, even = scores.select(**budget), scores.select(**budget, balanced_over=5)
+    assert {count % 5 for count in even.counts} == {0}
+    if "bytes" in budget:
+        assert bytes_of(even) <= budget["bytes"] < bytes_of(HeadSplit.all(10, 10))
+        return
+    assert kept(plain) < kept(even)
+    assert f"{sum(even.counts) - sum(plain.counts)} added to balance 5 devices" in even.note
+    for layer, heads in enumerate(even.retrieval):
+        added = set(heads) - set(plain.retrieval[layer])
+        left = set(range(10)) - set(heads)
+        worst = min((scores.induction[layer, h] for h in added), default=1)
+        assert all(scores.induction[layer, h] <= worst for h in left)
+
+
+def test_always_kept_layers_count_inside_share_and_bytes_and_above_the_classes():
+    scores = sized()
+    split = scores.select(share=0.25, always_layers=(0, 9))
+    assert sum(split.counts) == 25
+    assert split.counts[0] == split.counts[9] == 10
+    assert "layers [0, 9] whole" in split.note
+    classes = scores.select(induction=0.1, echo=0.02)
+    assert kept(scores.select(induction=0.1, echo=0.02, always_layers=[3])) == kept(classes) | {
+        (3, h) for h in range(10)
+    }
+    limit = bytes_of(split)
+    assert scores.select(bytes=limit, always_layers=(0, 9), **LONG) == split
+
+
+def test_ties_at_the_threshold_are_told():
+    flat = HeadScores(np.zeros((2, 4)), np.asarray([[0.9, 0.5, 0.5, 0.1], [0.5, 0.2, 0.1, 0.0]]), 4, ProbeMeta("made"))
+    note = flat.select(induction=0.25, echo=0).note
+    assert "1 left out tie with the last by induction" in flat.select(induction=0.375, echo=0).note
+    assert "2 left out tie with the last by induction" in note
+    assert "tie" not in flat.select(induction=0.125, echo=0).note
+    assert "tie" not in flat.select(share=1.0).note
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ({"bytes": 1000, **LONG}, r"bytes=1,000: a cache with 0 retrieval heads takes [\d,]+ \(1,024 tokens, bfloat16"),
+        ({"bytes": 1 << 20, "always_layers": (0, 1), **LONG}, "a cache with 20 retrieval heads takes"),
+        ({"bytes": 1 << 30}, "bytes= needs capacity="),
+        ({"bytes": 0, **LONG}, "bytes=0: must be an integer, at least 1"),
+        ({"bytes": 1 << 30, "capacity": 0}, "capacity=0"),
+        ({"bytes": 1 << 30, "share": 0.3, **LONG}, "give one budget, not both"),
+        (LONG, "give bytes= as well"),
+        (
+            {"share": 0.1, "always_layers": (0, 1)},
+            "share=0.1 keeps 10 heads, but .* have 20: use a share of at least 0.2",
+        ),
+        ({"always_layers": (10,)}, "always_layers=10: must be an integer, from 0 to 9"),
+        ({"balanced_over": 3}, r"balanced_over=3: must divide the 10 KV heads of a layer, so one of \[1, 2, 5, 10\]"),
+        ({"balanced_over": 0}, "balanced_over=0"),
+    ],
+)
+def test_impossible_budgets_name_value_and_fix(budget, words):
+    with pytest.raises(ValueError, match=words):
+        sized().select(**budget)
+
+
+def test_scores_without_a_head_width_ask_for_it():
+    with pytest.raises(ValueError, match=r"pass head_dim= \(params.config.head_dim\)"):
+        made_scores().select(bytes=1 << 22, **LONG)
+    assert made_scores().select(bytes=1 << 22, head_dim=16, **LONG) == sized().select(bytes=1 << 22, **LONG)

@@ -1,7 +1,23 @@
-"""Retrieval heads: finding them (`probe`), choosing among them (`scores`), keeping the choice (`store`)."""
+"""Retrieval heads: finding them (`probe`, `needle`, `causal`), choosing among them (`scores`, `select`), keeping the
+choice (`store`, `interchange`), judging it (`study`, `report`, `plots`).
+"""
 
+from .causal import causal_heads
+from .interchange import read_duo, read_vendor, write_duo
+from .needle import needle_heads, random_heads
 from .probe import find_heads
 from .scores import HeadScores, ProbeMeta
 from .store import HeadFile
 
-__all__ = ("HeadFile", "HeadScores", "ProbeMeta", "find_heads")
+__all__ = (
+    "HeadFile",
+    "HeadScores",
+    "ProbeMeta",
+    "causal_heads",
+    "find_heads",
+    "needle_heads",
+    "random_heads",
+    "read_duo",
+    "read_vendor",
+    "write_duo",
+)

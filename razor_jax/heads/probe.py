@@ -1,31 +1,23 @@
-"""Finding retrieval heads: one forward pass over repeated random tokens (RazorAttention, section 3.2).
+"""The RoPE probe: one forward pass over repeated random tokens (RazorAttention, section 3.2).
 
 Of a head at token i the *echo* score is the attention mass on the earlier copies of that token, the
-*induction* score the mass on the tokens that followed those copies. Letters as in `models/transformer.py`;
-K_p ids in the block, P = 1 + repeats · K_p tokens of the probe, T its length padded to whole chunks of C.
-
-Memory is linear in T: a row needs its log-sum-exp, which blockwise attention returns, and the logits of
-at most repeats - 1 targets a score, which are elementwise products with shifted keys.
+*induction* score the mass on the tokens that followed those copies (`mass.py` measures both). K_p ids in the
+block, P = 1 + repeats · K_p tokens of the probe.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ..kernels.attention import State, attend_causal, finish
+from ..config import whole_number
 from ..models.config import ModelConfig
-from ..models.rope import Tables, tables
-from ..models.transformer import Block
-from ..params import Params, architecture_fingerprint, weights_fingerprint
+from ..params import Params
+from .mass import Devices, Progress, attention_mass
 from .scores import HeadScores, ProbeMeta
 
 log = logging.getLogger("razor_jax")
@@ -37,11 +29,10 @@ _VENDOR_NOTE = "ids drawn with replacement: about 63 % of the tokens have a dupl
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where things stand in a probe; static, so that one program serves every layer and seed."""
+    """Where things stand in a probe."""
 
     block: int  # K_p
     repeats: int = REPEATS
-    chunk: int = 512  # C, tokens that pass through a layer at once
 
     @property
     def length(self) -> int:
@@ -49,14 +40,14 @@ class Layout:
         return 1 + self.repeats * self.block
 
     @property
-    def reach(self) -> int:
-        """How far back the farthest copy lies; also the number of tokens that have one."""
+    def scored(self) -> int:
+        """Tokens that have an earlier copy."""
         return (self.repeats - 1) * self.block
 
-    @property
-    def padded(self) -> int:
-        """T: P rounded up to whole chunks."""
-        return -(-self.length // self.chunk) * self.chunk
+    def targets(self) -> np.ndarray:
+        """int32 [P, repeats - 1]: each token's earlier copies, -1 for none; position 0 is the prefix, so no copy."""
+        copies = np.arange(self.length)[:, None] - self.block * np.arange(1, self.repeats)
+        return np.where(copies >= 1, copies, -1).astype(np.int32)
 
 
 def find_heads(
@@ -64,8 +55,10 @@ def find_heads(
     *,
     seeds: Sequence[int] = (0,),
     preset: str = "paper",
+    block: int | None = None,
     chunk: int = 512,
-    progress: Callable[[int, int], None] | None = None,
+    devices: Devices | None = None,
+    progress: Progress | None = None,
 ) -> HeadScores:
     """Echo and induction scores of every head, in the checkpoint's own order.
 
@@ -78,32 +71,37 @@ def find_heads(
       preset: "paper" draws K_p = min(2500, (max_position_embeddings - 1) // 4, usable ids) distinct ids of
         the ordinary vocabulary; "vendor" repeats the published tool (2500 ids of 10000..12500, drawn with
         replacement).
+      block: a shorter K_p than the preset's, to see whether the length matters; None for the preset's.
       chunk: tokens that pass through a layer at once; bounds memory, changes no result.
+      devices: spread the seeds over these, a multiple of their number; None for one seed after the other.
       progress: called with (layers done, layers to do) after each layer.
+
+    Raises:
+      ValueError: a preset, block or number of seeds that the model's positions, vocabulary or the devices do not
+        allow; scores that are not finite.
     """
     seeds = tuple(int(seed) for seed in seeds)
     if not seeds:
         raise ValueError("seeds=(): give at least one seed")
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk}: must be at least 1 token")
-    prefix, pool, block, note = _plan(params, preset)
-    layout = Layout(block, chunk=min(chunk, 1 + REPEATS * block))
-    log.info("probing %d layers with 1 + %d × %d tokens%s", params.config.num_layers, REPEATS, block, _aside(note))
-    total = len(seeds) * params.config.num_layers
-    runs = []
-    for n, seed in enumerate(seeds):
-        tokens = probe_tokens(prefix, pool, layout, seed, replace=preset == "vendor")
-        runs.append(_run(params, layout, tokens, n * params.config.num_layers, total, progress))
-    echo, induction = np.mean(np.asarray(runs, np.float64), axis=0)
-    meta = ProbeMeta(
-        preset=preset,
-        seeds=seeds,
-        block=block,
-        repeats=REPEATS,
-        architecture=architecture_fingerprint(params.config),
-        weights=weights_fingerprint(params),
-        note=note,
-    )
+    prefix, pool, longest, note = _plan(params, preset)
+    if block is not None:
+        longest, note = whole_number("block", block, 2, longest), f"K_p = {block} instead of {longest}: asked for"
+    layout = Layout(longest)
+    aside = f" ({note})" if note else ""
+    log.info("probing %d layers with 1 + %d × %d tokens%s", params.config.num_layers, REPEATS, layout.block, aside)
+    at_once = 1 if devices is None else len(seeds)
+    calls = len(seeds) // at_once
+    L, runs = params.config.num_layers, []
+    for call in range(calls):
+        part = seeds[call * at_once :][:at_once]
+        tokens = np.stack([probe_tokens(prefix, pool, layout, seed, replace=preset == "vendor") for seed in part])
+        targets = np.broadcast_to(layout.targets(), (*tokens.shape, layout.repeats - 1))
+        step = None if progress is None else lambda done, call=call: progress(call * L + done, calls * L)
+        mass = attention_mass(params, tokens, targets, chunk=chunk, devices=devices, progress=step)
+        runs.append(np.stack(mass) / layout.scored)
+    # Seeds are averaged before anything else happens: a maximum over query heads comes after the mean.
+    echo, induction = np.concatenate(runs, axis=1).mean(axis=1)
+    meta = ProbeMeta.of(params, preset, seeds=seeds, block=layout.block, repeats=REPEATS, note=note)
     return HeadScores(echo, induction, params.config.num_kv_heads, meta)
 
 
@@ -128,85 +126,6 @@ def ordinary_ids(params: Params) -> np.ndarray:
         usable = np.setdiff1d(usable, [token["id"] for token in tokenizer.get("added_tokens", ())])
     named = [i for i in (assets.bos_id, *assets.eos_ids) if i is not None]
     return np.setdiff1d(usable, named)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "layout"), donate_argnames=("x",))
-def probe_layer(
-    config: ModelConfig, layout: Layout, weights: Any, x: jax.Array, rope: Tables
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One layer over the whole probe: hidden states [1, T, D] -> the next layer's, and echo and
-    induction float32 [K, G] of the layer's heads in the order in which its weights hold them.
-    """
-    block, C, scale = Block(config), layout.chunk, config.head_dim**-0.5
-    K, G, H = config.num_kv_heads, config.group_size, config.head_dim
-
-    def part(method: str, *args: Any) -> Any:
-        return block.apply({"params": weights}, *args, method=method)
-
-    k, v = part("keys_values", x, rope)
-    behind = jnp.pad(k[0], ((0, 0), (layout.reach, 0), (0, 0)))  # no slice may start before the probe
-    lengths = jnp.full((1,), layout.length, jnp.int32)
-
-    def rows(start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        here, cos, sin = (jax.lax.dynamic_slice_in_dim(a, start, C, axis=1) for a in (x, *rope))
-        q = part("queries", here, (cos, sin))
-        state = attend_causal(q, k, v, lengths, start=start, group_size=G, scale=scale, return_state=True)
-        state = cast(State, state)
-        _, m, l = state
-        out = finish(state, q.dtype)
-        q = q.reshape(K, C, G, H).astype(jnp.float32) * scale
-        log_total = (m + jnp.log(l)).reshape(K, C, G)
-        echo, induction = (_mass(layout, q, log_total, behind, start, shift) for shift in (0, 1))
-        return part("mix", here, out), echo, induction
-
-    new, echo, induction = jax.lax.map(rows, jnp.arange(0, layout.padded, C, dtype=jnp.int32))
-    return new.reshape(x.shape), echo.sum(axis=0), induction.sum(axis=0)
-
-
-def _mass(
-    layout: Layout, q: jax.Array, log_total: jax.Array, behind: jax.Array, start: jax.Array, shift: int
-) -> jax.Array:
-    """Attention mass of a chunk on its targets, float32 [K, G]: summed over copies, this chunk's part of
-    the mean over tokens.
-
-    q [K, C, G, H] scaled; log_total [K, C, G], log of the softmax's denominator; behind [K, reach + T, H],
-    the probe's keys after `reach` zeros; shift 0 for the copies themselves, 1 for what followed them.
-    """
-    K_p, C = layout.block, layout.chunk
-    position = start + jnp.arange(C, dtype=jnp.int32)
-    total = jnp.zeros(log_total.shape, jnp.float32)
-    for copy in range(1, layout.repeats):
-        targets = jax.lax.dynamic_slice_in_dim(behind, start + layout.reach - copy * K_p + shift, C, axis=1)
-        logits = (q * targets[:, :, None].astype(jnp.float32)).sum(axis=-1)
-        # Position 0 is the prefix, so no copy; rows past the probe are padding.
-        real = (position - copy * K_p >= 1) & (position < layout.length)
-        total += jnp.where(real[:, None], jnp.exp(logits - log_total), 0.0)
-    return total.sum(axis=1) / layout.reach
-
-
-def _run(
-    params: Params,
-    layout: Layout,
-    tokens: np.ndarray,
-    done: int,
-    total: int,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One probe through all layers: echo and induction float32 [L, N], checkpoint order."""
-    config = params.config
-    padded = jnp.asarray(np.pad(tokens, (0, layout.padded - layout.length)))[None]
-    x = params.weights["embedding"]["embedding"][padded]
-    positions = jnp.arange(layout.padded, dtype=jnp.int32)[None]
-    rope = tables(config.rope, config.head_dim, positions, jnp.full((1,), layout.length, jnp.int32))
-    echo, induction = (np.empty((config.num_layers, config.num_kv_heads, config.group_size)) for _ in range(2))
-    for layer in range(config.num_layers):
-        x, *found = probe_layer(config, layout, params.weights[f"blocks_{layer}"], x, rope)
-        held = list(params.split.order(layer))
-        echo[layer, held], induction[layer, held] = (np.asarray(scores) for scores in found)
-        if progress is not None:
-            progress(done + layer + 1, total)
-    shape = (config.num_layers, config.num_heads)
-    return echo.reshape(shape), induction.reshape(shape)
 
 
 def _plan(params: Params, preset: str) -> tuple[int, np.ndarray, int, str]:
@@ -253,7 +172,3 @@ def _vendor_block(config: ModelConfig) -> tuple[np.ndarray, int, str]:
         if have < least:
             raise ValueError(f"{name}={have}: preset='vendor' needs at least {least}; use preset='paper'")
     return np.arange(low, high + 1), BLOCK, _VENDOR_NOTE
-
-
-def _aside(note: str) -> str:
-    return f" ({note})" if note else ""

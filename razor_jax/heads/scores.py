@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..config import HeadSplit
-
-# (induction, echo) shares: the paper's for one query head a KV head, what vendors ship for grouped ones.
-PAPER_SHARES = (0.14, 0.01)
-GROUPED_SHARES = (0.28, 0.02)
+from ..config import HeadSplit, RazorConfig, whole_number
+from ..params import Params, architecture_fingerprint, weights_fingerprint
+from . import select
+from .select import Head
 
 _FORMAT, _VERSION = "razor_jax.scores", 1
 
@@ -30,6 +30,8 @@ class ProbeMeta:
       block: K_p, ids in one block.
       repeats: times the block was repeated.
       architecture, weights: fingerprints of the model that was probed.
+      head_dim: H of that model, 0 if unknown.
+      dtype: type of its weights, so of its cache unless a policy says otherwise; "" if unknown.
       note: what people should know, e.g. why the block is shorter than the paper's.
     """
 
@@ -39,7 +41,33 @@ class ProbeMeta:
     repeats: int = 0
     architecture: str = ""
     weights: str = ""
+    head_dim: int = 0
+    dtype: str = ""
     note: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        params: Params,
+        preset: str,
+        *,
+        seeds: Sequence[int] = (),
+        block: int = 0,
+        repeats: int = 0,
+        note: str = "",
+    ) -> ProbeMeta:
+        """Of scores made on these params."""
+        return cls(
+            preset=preset,
+            seeds=tuple(seeds),
+            block=block,
+            repeats=repeats,
+            architecture=architecture_fingerprint(params.config),
+            weights=weights_fingerprint(params),
+            head_dim=params.config.head_dim,
+            dtype=str(params.dtype),
+            note=note,
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,46 +121,149 @@ class HeadScores:
         return self._group_max(self.query_induction)
 
     def select(
-        self, induction: float | None = None, echo: float | None = None, *, share: float | None = None
+        self,
+        induction: float | None = None,
+        echo: float | None = None,
+        *,
+        share: float | None = None,
+        bytes: int | None = None,
+        capacity: int | None = None,
+        razor: RazorConfig | None = None,
+        batch: int = 1,
+        head_dim: int | None = None,
+        always_layers: Sequence[int] = (),
+        balanced_over: int = 1,
     ) -> HeadSplit:
-        """The KV heads to keep: the best by induction, and the best by echo.
+        """The KV heads to keep, by one of three budgets.
 
         `select(induction=, echo=)`: the top round(induction · L · K) KV heads by induction score, united
         with the top round(echo · L · K) by echo score. What is not given is 0.14 / 0.01 for G = 1 (the
         paper's) and 0.28 / 0.02 for G > 1.
         `select(share=)`: exactly round(share · L · K) heads, about one in fifteen of them chosen by echo
         (the paper's proportion) and the others by induction.
+        `select(bytes=, capacity=)`: as many heads, chosen as by share, as fit a cache of `batch` rows of
+        `capacity` tokens into so many bytes under the policy `razor` (None: the paper's).
 
         A positive share keeps at least one head. Halves round to even, as in the published tool; ties go
-        to the lower layer, then the lower head.
+        to the lower layer, then the lower head, and the split's note says how many heads they left out.
+
+        Args:
+          head_dim: H, for scores that do not know it (`meta.head_dim` is 0).
+          always_layers: layers that keep every head: above induction= and echo=, inside share= and bytes=.
+          balanced_over: round each layer's count up to a multiple of this, so that so many devices hold as
+            many retrieval heads each; inside bytes=, above the others.
+
+        Raises:
+          ValueError: two budgets at once, a budget too small for what is always kept, or a value out of range.
         """
+        if (share is not None) + (bytes is not None) + (induction is not None or echo is not None) > 1:
+            raise ValueError("give one budget, not both: induction= and echo=, or share=, or bytes= and capacity=")
+        if bytes is None and (capacity is not None or razor is not None):
+            raise ValueError("capacity= and razor= say what fits into bytes=: give bytes= as well, or leave them out")
+        forced = select.whole_layers(always_layers, self.echo.shape)
+        finish = functools.partial(self._split, whole=sorted(set(always_layers)), balanced_over=balanced_over)
         if share is not None:
-            if induction is not None or echo is not None:
-                raise ValueError("give share=, or induction= and echo=, not both")
-            heads, how = self._by_share(_fraction("share", share)), f"share {share}"
+            chosen, how = self._by_share(share, forced), f"share {share}"
+        elif bytes is not None:
+            memory = self.memory(capacity, razor, batch=batch, head_dim=head_dim)
+            chosen, how = self._by_bytes(bytes, memory, forced, finish)
         else:
-            default = PAPER_SHARES if self.group_size == 1 else GROUPED_SHARES
-            induction = _fraction("induction", default[0] if induction is None else induction)
-            echo = _fraction("echo", default[1] if echo is None else echo)
-            total = self.echo.size
-            heads = set(ranked(self.induction)[: head_count(induction, total)])
-            heads |= set(ranked(self.echo)[: head_count(echo, total)])
-            how = f"induction {induction}, echo {echo}"
-        return HeadSplit.of(
-            self.echo.shape[0],
-            self.num_kv_heads,
-            heads,
-            architecture=self.meta.architecture,
-            weights=self.meta.weights,
-            note=f"{how} of {self.describe()}",
+            return finish(*self._by_class(induction, echo, forced))
+        tied = select.ties("induction", self.induction, chosen - forced)
+        return finish(chosen, f"{how}, {tied}" if tied else how)
+
+    def _by_class(self, induction: float | None, echo: float | None, forced: set[Head]) -> tuple[set[Head], str]:
+        default = select.PAPER_SHARES if self.group_size == 1 else select.GROUPED_SHARES
+        asked = (("induction", induction, default[0]), ("echo", echo, default[1]))
+        heads, notes = set(forced), []
+        for name, given, usual in asked:
+            scores, share = getattr(self, name), select.fraction(name, usual if given is None else given)
+            top = set(select.ranked(scores)[: select.head_count(share, scores.size)])
+            heads |= top
+            notes += [f"{name} {share}", select.ties(name, scores, top)]
+        return heads, ", ".join(note for note in notes if note)
+
+    def _by_share(self, share: float, forced: set[Head]) -> set[Head]:
+        wanted = select.head_count(select.fraction("share", share), self.echo.size)
+        if wanted < len(forced):
+            raise ValueError(
+                f"share={share} keeps {wanted} heads, but the layers that are always kept have {len(forced)}: "
+                f"use a share of at least {len(forced) / self.echo.size:.3f}, or fewer always_layers"
+            )
+        return select.by_count(self.induction, self.echo, wanted, forced)
+
+    def _by_bytes(
+        self, limit: int, memory: select.Memory, forced: set[Head], finish: Callable[[set[Head], str], HeadSplit]
+    ) -> tuple[set[Head], str]:
+        limit = whole_number("bytes", limit, 1)
+
+        def heads(count: int) -> set[Head]:
+            return select.by_count(self.induction, self.echo, count, forced)
+
+        def size(count: int) -> int:
+            return memory.bytes(finish(heads(count), ""))
+
+        count = select.most_within(self.echo.size, lambda count: size(count) <= limit)
+        if count is None:
+            raise ValueError(
+                f"bytes={limit:,}: a cache with {len(heads(0))} retrieval heads takes {size(0):,} "
+                f"({memory.describe()}): raise bytes, lower capacity, or compress harder, "
+                "razor=RazorConfig.compact(window=…)"
+            )
+        return heads(count), f"bytes {size(count):,} of {limit:,} ({memory.describe()})"
+
+    def _split(self, heads: set[Head], how: str, *, whole: Sequence[int], balanced_over: int) -> HeadSplit:
+        kept = select.balanced(heads, self.induction, balanced_over)
+        if whole:
+            how += f", layers {list(whole)} whole"
+        if len(kept) > len(heads):
+            how += f", {len(kept) - len(heads)} added to balance {balanced_over} devices"
+        names = {"architecture": self.meta.architecture, "weights": self.meta.weights}
+        L, K = self.echo.shape
+        return HeadSplit.of(L, K, kept, **names, note=f"{how} of {self.describe()}")
+
+    def memory(
+        self, capacity: int | None, razor: RazorConfig | None = None, *, batch: int = 1, head_dim: int | None = None
+    ) -> select.Memory:
+        """What a cache of these heads would take: capacity in tokens, policy (None: the paper's) and batch."""
+        if capacity is None:
+            raise ValueError("bytes= needs capacity=, the tokens that a row is to hold: prompt and answer")
+        head_dim = head_dim or self.meta.head_dim
+        if not head_dim:
+            raise ValueError("these scores do not say how wide a head is: pass head_dim= (params.config.head_dim)")
+        return select.Memory(
+            whole_number("capacity", capacity, 1),
+            razor or RazorConfig(),
+            whole_number("head_dim", head_dim, 1),
+            self.meta.dtype or "bfloat16",
+            whole_number("batch", batch, 1),
         )
+
+    def curve(
+        self,
+        capacity: int,
+        razor: RazorConfig | None = None,
+        *,
+        batch: int = 1,
+        head_dim: int | None = None,
+    ) -> tuple[select.CurvePoint, ...]:
+        """Share → bytes: one point for each number of retrieval heads, from none to all, chosen as by share."""
+        memory = self.memory(capacity, razor, batch=batch, head_dim=head_dim)
+        (L, K), points = self.echo.shape, []
+        for count in range(L * K + 1):
+            spec = memory.spec(HeadSplit.of(L, K, select.by_count(self.induction, self.echo, count)))
+            size = spec.kv_bytes(batch)
+            points.append(select.CurvePoint(count, count / (L * K), size, spec.dense_bytes(batch) / size))
+        return tuple(points)
 
     def describe(self) -> str:
         """One line: preset, block and seeds."""
         meta = self.meta
         line = f"preset {meta.preset}"
         if meta.block:
-            line += f", {meta.block} ids × {meta.repeats}, seeds {list(meta.seeds)}"
+            line += f", {meta.block} ids × {meta.repeats}"
+        if meta.seeds:
+            line += f", seeds {list(meta.seeds)}"
         return line + (f" ({meta.note})" if meta.note else "")
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -178,34 +309,3 @@ class HeadScores:
 
     def _group_max(self, scores: np.ndarray) -> np.ndarray:
         return scores.reshape(scores.shape[0], self.num_kv_heads, -1).max(axis=-1)
-
-    def _by_share(self, share: float) -> set[tuple[int, int]]:
-        """As many heads as the share says: echo heads first, then down the induction ranking."""
-        total = self.echo.size
-        wanted = head_count(share, total)
-        paper_echo = PAPER_SHARES[1] / sum(PAPER_SHARES)
-        # A single head is an induction head: without any, copying fails altogether.
-        num_echo = min(head_count(share * paper_echo, total), max(wanted - 1, 0))
-        heads = set(ranked(self.echo)[:num_echo])
-        for head in ranked(self.induction):
-            if len(heads) >= wanted:
-                break
-            heads.add(head)
-        return heads
-
-
-def head_count(share: float, total: int) -> int:
-    """round(share · total), halves to even; at least one head for a positive share."""
-    return max(1, round(share * total)) if share > 0 else 0
-
-
-def ranked(scores: np.ndarray) -> list[tuple[int, int]]:
-    """(layer, head) of scores [L, K], best first; ties by layer, then head."""
-    order = np.argsort(-scores.reshape(-1), kind="stable")
-    return [(int(i) // scores.shape[1], int(i) % scores.shape[1]) for i in order]
-
-
-def _fraction(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{name}={value!r}: must be a share of the KV heads, from 0 to 1")
-    return value

@@ -1,0 +1,268 @@
+"""Which heads matter, by trying: window KV heads and measure the loss of held-out retrieval questions.
+
+Documents are read once, into a dense cache and into one whose heads are all windowed: exact prefill is dense whatever
+the split, so any split's cache is a choice, head by head, between the two. A question and its answer are then one call
+on that choice, which is an argument of one compiled program: hundreds of splits cost no compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool
+from tokenizers import Tokenizer
+
+from .. import cache as kv
+from .. import prompts
+from ..attention import attend
+from ..cache import KVCache
+from ..config import HeadSplit, RazorConfig, whole_number
+from ..functional import init_cache
+from ..loop import read_prompt
+from ..models.rope import tables
+from ..models.transformer import Transformer
+from ..params import Params, with_heads
+from ..questions import split as ask
+from ..recipes.tasks import needle_document
+from .mass import Progress
+from .scores import HeadScores, ProbeMeta
+from .select import Head
+
+_BATCH = 8  # documents that are read together
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A document, and questions that were unknown while it was read, with their answers: token ids."""
+
+    document: tuple[int, ...]
+    turns: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Teacher-forced answers under one split.
+
+    Attributes:
+      losses: float64 [answers], mean negative log-likelihood of the answer's tokens, natural log.
+      right: bool [answers], whether every token of the answer was the likeliest.
+    """
+
+    losses: np.ndarray
+    right: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right.mean())
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95 % normal interval of the accuracy."""
+        return 1.96 * math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.right))
+
+
+def needle_tasks(
+    params: Params, *, documents: int = 16, tokens: int = 1024, facts: int = 4, seed: int = 1
+) -> list[Task]:
+    """Held-out documents of about `tokens` tokens with `facts` planted facts, each asked for on its own."""
+    assets = params.assets
+    if assets is None or assets.tokenizer_json is None:
+        raise ValueError("retrieval tasks are text: they need a model with a tokenizer.json")
+    tokenizer = Tokenizer.from_str(assets.tokenizer_json)
+    chat, found = assets.chat_template is not None, []
+    for index in range(documents):
+        document = needle_document(np.random.default_rng([seed, tokens, index]), tokenizer, tokens, facts)
+        cut = ask(assets, document.text, [f.question for f in document.facts], chat)
+        texts = (f.answer if chat else f" {f.answer}" for f in document.facts)
+        answers = [tuple(assets.encode(text, add_special=False)) for text in texts]
+        (text,) = prompts.read(params, cut.document).rows
+        questions = prompts.read(params, list(cut.questions), continues=True).rows
+        found.append(Task(text, tuple(zip(questions, answers, strict=True))))
+    return found
+
+
+class Ablation:
+    """Loss of the same questions under any split of one model, without compiling again."""
+
+    def __init__(self, params: Params, tasks: Sequence[Task], razor: RazorConfig):
+        """Read the documents. All tasks have the same number of questions."""
+        config = params.config
+        self.shape = (config.num_layers, config.num_kv_heads)
+        # No head kept and no head windowed hold the heads in one order, so one set of weights serves both caches.
+        self._params = with_heads(params, HeadSplit.none(*self.shape))
+        turns = [turn for task in tasks for turn in task.turns]
+        longest = max(len(question) + len(answer) for question, answer in turns)
+        documents = [task.document for task in tasks]
+        least = min(map(len, documents))
+        if least <= razor.sinks + kv.ring_length(razor, least):
+            raise ValueError(
+                f"a document of {least:,} tokens drops nothing under {razor.describe()}: "
+                "use longer documents or razor=RazorConfig.compact(window=…)"
+            )
+        capacity = max(map(len, documents)) + longest
+        self._caches = [self._read(documents, capacity, policy) for policy in (None, razor)]
+        rows = [[question + answer for question, answer in task.turns] for task in tasks]
+        tokens = np.asarray([prompts.pad(part, longest)[0] for part in rows])
+        starts = np.asarray([[len(question) for question, _ in task.turns] for task in tasks], np.int32)
+        ends = np.asarray([[len(row) for row in part] for part in rows], np.int32)
+        # One question of every document at a time: [Q, B, …].
+        self._turns = tuple(jnp.asarray(a.swapaxes(0, 1)) for a in (tokens, starts, ends))
+
+    def __call__(self, kept: HeadSplit | Bool[np.ndarray, "L K"]) -> Outcome:
+        """Answers when these KV heads keep everything and the others are windowed."""
+        if isinstance(kept, HeadSplit):
+            kept = mask_of(kept)
+        if kept.shape != self.shape:
+            raise ValueError(f"kept {kept.shape}: must be [layers, KV heads] = {self.shape}")
+        losses, right = _answers(self._params, *self._caches, jnp.asarray(kept), *self._turns)
+        return Outcome(np.asarray(losses, np.float64).reshape(-1), np.asarray(right).reshape(-1))
+
+    def _read(self, documents: Sequence[tuple[int, ...]], capacity: int, razor: RazorConfig | None) -> KVCache:
+        chunk = razor.prefill_chunk if razor else None
+        if chunk is not None:
+            raise ValueError(f"prefill_chunk={chunk}: streaming prefill depends on the split; use exact prefill, None")
+        width = prompts.prompt_bucket(max(map(len, documents)))
+        parts = []
+        for first in range(0, len(documents), _BATCH):
+            tokens, lengths = prompts.pad(documents[first : first + _BATCH], width)
+            empty = init_cache(
+                self._params, batch=len(tokens), capacity=capacity, razor=razor, prompt_lengths=jnp.asarray(lengths)
+            )
+            parts.append(_read(self._params, empty, jnp.asarray(tokens), jnp.asarray(lengths)))
+        return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
+
+
+def causal_heads(
+    params: Params,
+    *,
+    seeds: Sequence[int] = (0,),
+    documents: int = 16,
+    tokens: int = 1024,
+    razor: RazorConfig | None = None,
+    progress: Progress | None = None,
+) -> HeadScores:
+    """How much the loss of held-out retrieval rises when a KV head alone is windowed, as head scores.
+
+    One number a KV head, so all query heads of it, and both classes, score the same: `select(share=)` ranks by it. It
+    may be below zero. Small models only: one evaluation a KV head.
+
+    Args:
+      documents: of four questions each, for each seed.
+      razor: policy of the windowed head; None for the checkpoint's recommendation, else the paper's.
+    """
+    policy = razor or params.razor or RazorConfig()
+    total, risen = len(seeds) * params.config.num_layers * params.config.num_kv_heads, []
+    for number, seed in enumerate(seeds):
+        # Documents of their own: 1 and 2 are what evaluations draw.
+        tasks = needle_tasks(params, documents=documents, tokens=tokens, seed=1000 + int(seed))
+        ablation = Ablation(params, tasks, policy)
+        step = None if progress is None else lambda done, n=number: progress(n * total // len(seeds) + done, total)
+        risen.append(window_each(ablation, step))
+    scores = np.repeat(np.mean(risen, axis=0), params.config.group_size, axis=1)
+    note = f"{documents} documents of {tokens:,} tokens a seed, {policy.describe()}"
+    meta = ProbeMeta.of(params, "causal", seeds=tuple(int(s) for s in seeds), note=note)
+    return HeadScores(scores, scores, params.config.num_kv_heads, meta)
+
+
+def window_each(ablation: Ablation, progress: Callable[[int], None] | None = None) -> np.ndarray:
+    """float64 [L, K]: rise of the mean loss over dense attention when that KV head alone is windowed."""
+    every = np.ones(ablation.shape, bool)
+    dense, rise = ablation(every).loss, np.empty(ablation.shape)
+    for done, head in enumerate(np.ndindex(*ablation.shape), start=1):
+        kept = every.copy()
+        kept[head] = False
+        rise[head] = ablation(kept).loss - dense
+        if progress is not None:
+            progress(done)
+    return rise
+
+
+def greedy(
+    ablation: Ablation, *, grow: bool, steps: int, progress: Callable[[int], None] | None = None
+) -> list[tuple[frozenset[Head], float]]:
+    """Sets of kept heads found one head at a time, and the loss of each, `steps` + 1 of them.
+
+    `grow`: from no head, always add the one that lowers the loss most. Else from all heads, always window the one that
+    raises it least.
+    """
+    steps = whole_number("steps", steps, 0, math.prod(ablation.shape))
+    kept = np.full(ablation.shape, not grow)
+    path = [(heads_of(kept), ablation(kept).loss)]
+    for step in range(steps):
+        losses = {}
+        for head in np.argwhere(kept != grow):
+            tried = kept.copy()
+            tried[tuple(head)] = grow
+            losses[tuple(head.tolist())] = ablation(tried).loss
+        best = min(losses, key=losses.__getitem__)
+        kept[best] = grow
+        path.append((heads_of(kept), losses[best]))
+        if progress is not None:
+            progress(step + 1)
+    return path
+
+
+def mask_of(split: HeadSplit) -> np.ndarray:
+    """bool [L, K], True for retrieval heads."""
+    kept = np.zeros((split.num_layers, split.num_kv_heads), bool)
+    for layer, heads in enumerate(split.retrieval):
+        kept[layer, list(heads)] = True
+    return kept
+
+
+def heads_of(kept: np.ndarray) -> frozenset[Head]:
+    """(layer, KV head) of bool [L, K]."""
+    return frozenset((int(layer), int(head)) for layer, head in np.argwhere(kept))
+
+
+def split_of(heads: Iterable[Head], shape: tuple[int, int]) -> HeadSplit:
+    """The split that keeps these (layer, KV head)."""
+    return HeadSplit.of(*shape, heads)
+
+
+@functools.partial(jax.jit, donate_argnames=("cache",))
+def _read(params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array) -> KVCache:
+    return read_prompt(params, cache, tokens, lengths, None, fresh=True)[1]
+
+
+@jax.jit
+def _answers(params: Params, full: KVCache, windowed: KVCache, kept, tokens, starts, ends):
+    """Mean loss and agreement [Q, B] of answers tokens [Q, B, starts:ends] after the questions before them."""
+    config = params.config
+
+    def turn(args):
+        tokens, starts, ends = args
+        T = tokens.shape[1]
+        calls = [kv.begin(cache, ends, T)[0] for cache in (full, windowed)]
+
+        def choose(q, k, v, state):
+            layers, keep = state
+            both = [
+                attend(q, k, v, layer, call, start=0, group_size=config.group_size)
+                for layer, call in zip(layers, calls, strict=True)
+            ]
+            return jnp.where(keep[None, :, None, None], *both), None
+
+        positions = calls[0].length[:, None] + jnp.arange(T, dtype=jnp.int32)
+        rope = tables(config.rope, config.head_dim, positions, calls[0].length + ends)
+        states = [((a, b), keep) for a, b, keep in zip(full.layers, windowed.layers, kept, strict=True)]
+        logits, _ = Transformer(config).apply({"params": params.weights}, tokens, rope, choose, states)
+        logprobs = jax.nn.log_softmax(logits[:, :-1])
+        at = jnp.arange(1, T, dtype=jnp.int32)
+        counted = (at >= starts[:, None]) & (at < ends[:, None])
+        loss = -jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+        right = jnp.argmax(logits[:, :-1], axis=-1) == tokens[:, 1:]
+        mean = jnp.where(counted, loss, 0.0).sum(axis=1) / counted.sum(axis=1)
+        return mean, (right | ~counted).all(axis=1)
+
+    return jax.lax.map(turn, (tokens, starts, ends))

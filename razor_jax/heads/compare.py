@@ -1,0 +1,51 @@
+"""How far two rankings or two splits agree."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..config import HeadSplit
+from .select import Head
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of two arrays of scores of one shape, -1 to 1; ties share their mean rank. NaN where one of them
+    is constant: it ranks nothing."""
+    if a.shape != b.shape:
+        raise ValueError(f"scores {a.shape} and {b.shape} must be of one shape")
+    ranks = [_ranks(x.reshape(-1)) for x in (a, b)]
+    ranks = [r - r.mean() for r in ranks]
+    norm = np.sqrt(np.prod([np.sum(r * r) for r in ranks]))
+    return float(np.sum(ranks[0] * ranks[1]) / norm) if norm > 0 else float("nan")
+
+
+def heads(split: HeadSplit) -> frozenset[Head]:
+    """(layer, KV head) of every retrieval head."""
+    return frozenset((layer, head) for layer, kept in enumerate(split.retrieval) for head in kept)
+
+
+def overlap(a: HeadSplit, b: HeadSplit) -> float:
+    """Heads in both over heads in the larger one; 1 for equal splits, two empty ones too."""
+    larger = max(sum(a.counts), sum(b.counts))
+    return len(heads(a) & heads(b)) / larger if larger else 1.0
+
+
+def undecided(splits: Sequence[HeadSplit]) -> list[tuple[Head, int]]:
+    """Heads at the threshold: those that some of the splits keep and others do not, with how many do."""
+    kept = list(itertools.chain.from_iterable(map(heads, splits)))
+    counts = [(head, kept.count(head)) for head in sorted(set(kept))]
+    return [(head, count) for head, count in counts if count < len(splits)]
+
+
+def pairwise(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Spearman correlation float64 [n (n - 1) / 2] of every two of several scores."""
+    return np.asarray([spearman(a, b) for a, b in itertools.combinations(scores, 2)])
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    _, which, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[which]

@@ -1,0 +1,182 @@
+"""Head choices of other projects: DuoAttention's gates, and the dictionaries of RazorAttention's vendor tools.
+
+Only text is read: tab-separated numbers and JSON. Pickles (`.pt`, `.pkl`, …) run code when they are opened, so they are
+refused by name, before anything of them is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..config import HeadSplit, RazorConfig, whole_number
+from .scores import HeadScores, ProbeMeta
+from .select import Head
+
+GATES, CONFIG = "full_attention_heads.tsv", "config.json"
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DuoPattern:
+    """What DuoAttention learned of a model.
+
+    Attributes:
+      gates: float64 [L, K], 0 (a streaming head) to 1 (a retrieval head).
+      sinks, recent: tokens that its streaming heads keep.
+    """
+
+    gates: np.ndarray
+    sinks: int
+    recent: int
+
+    @property
+    def razor(self) -> RazorConfig:
+        """The policy of its streaming heads, which have no compensation token."""
+        return RazorConfig.compact(self.recent, sinks=self.sinks, compensation=False)
+
+    def scores(self, group_size: int = 1) -> HeadScores:
+        """The gates as head scores, so that `select(share=)` takes DuoAttention's 1 - sparsity.
+
+        Both classes score the same. DuoAttention breaks ties by noise, and trained gates have many ties at exactly 1;
+        here ties go by layer and head, and the split's note counts them.
+        """
+        gates = np.repeat(self.gates, group_size, axis=1)
+        return HeadScores(gates, gates, self.gates.shape[1], ProbeMeta("duo", note="DuoAttention's gates"))
+
+    def split(self, threshold: float = 0.5) -> HeadSplit:
+        """Heads whose gate is at least `threshold`."""
+        L, K = self.gates.shape
+        return HeadSplit.of(L, K, _pairs(self.gates >= threshold), note=f"DuoAttention, gate ≥ {threshold}")
+
+
+def read_duo(folder: str | os.PathLike[str]) -> DuoPattern:
+    """Read DuoAttention's `full_attention_heads.tsv` and `config.json` from a folder of attn_patterns/.
+
+    Gates are clipped to 0..1, as DuoAttention does. Raises FileNotFoundError or ValueError that name the file.
+    """
+    folder = Path(folder).expanduser()
+    rows = [line.split("\t") for line in _text(folder / GATES).splitlines() if line.strip()]
+    try:
+        gates = np.asarray([[float(cell) for cell in row] for row in rows])
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / GATES}: must be one line a layer, one number a KV head, tabs between: {error}"
+        ) from error
+    if gates.ndim != 2 or not gates.size or not np.isfinite(gates).all():
+        raise ValueError(f"{folder / GATES}: must be finite numbers, as many in each of at least 1 line")
+    config = _json(folder / CONFIG)
+    try:
+        sinks, recent = (
+            whole_number(name, config.get(name), least) for name, least in (("sink_size", 0), ("recent_size", 1))
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    return DuoPattern(np.clip(gates, 0.0, 1.0), sinks, recent)
+
+
+def write_duo(folder: str | os.PathLike[str], split: HeadSplit, razor: RazorConfig) -> Path:
+    """Write a split as gates of 0 and 1, with the policy's sinks and window; returns the folder.
+
+    DuoAttention reads it at threshold=0.5, or at sparsity = 1 - split.share. It has no compensation token and no window
+    that grows with the prompt, so a policy without a fixed window is refused.
+    """
+    if razor.window is None:
+        raise ValueError(
+            f"{razor.describe()}: DuoAttention knows a fixed recent_size only; use RazorConfig.compact(window=…)"
+        )
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ("\t".join("1" if head in kept else "0" for head in range(split.num_kv_heads)) for kept in split.retrieval)
+    (folder / GATES).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = {"sink_size": razor.sinks, "recent_size": razor.window, "note": split.note}
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def read_vendor(
+    path: str | os.PathLike[str],
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    num_heads: int,
+    heads: Literal["query", "kv"],
+) -> HeadSplit:
+    """Read `{"prefix_matching": {layer: [heads]}, "copying": {layer: [heads]}}` from JSON.
+
+    prefix_matching are the induction heads, copying the echo heads; layers and heads count from 0.
+
+    Args:
+      heads: what the file numbers, for published files differ: "kv" KV heads, or "query" query heads. Query head n
+        belongs to KV head n // (num_heads / num_kv_heads), which keeps everything if any of its query heads is listed.
+    """
+    if heads not in ("query", "kv"):
+        raise ValueError(f"heads={heads!r}: say what the file numbers, 'query' or 'kv'")
+    path = Path(path).expanduser()
+    data = _json(path)
+    group = num_heads // num_kv_heads if heads == "query" else 1
+    most = num_kv_heads * group - 1
+    classes: dict[str, set[Head]] = {}
+    for name in ("prefix_matching", "copying"):
+        layers = data.get(name)
+        if not isinstance(layers, dict):
+            raise ValueError(
+                f"{path}: {name}={layers!r}: must be an object of layer: [heads]; a vendor file has both classes"
+            )
+        found = classes[name] = set()
+        for layer, listed in layers.items():
+            where = f"{path}: {name}[{layer!r}]"
+            if not layer.isdecimal() or int(layer) >= num_layers:
+                raise ValueError(f"{where}: the model has layers 0 to {num_layers - 1}")
+            if not isinstance(listed, list):
+                raise ValueError(f"{where}={listed!r}: must be a list of heads")
+            for head in listed:
+                try:
+                    found.add((int(layer), whole_number("head", head, 0, most) // group))
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error} ({heads} heads)") from error
+    both = len(classes["prefix_matching"] & classes["copying"])
+    rule = f", a KV head for any of its {group} query heads" if group > 1 else ""
+    note = (
+        f"{path.name}: {len(classes['prefix_matching'])} prefix_matching + {len(classes['copying'])} copying KV heads, "
+        f"{both} in both{rule}"
+    )
+    return HeadSplit.of(num_layers, num_kv_heads, classes["prefix_matching"] | classes["copying"], note=note)
+
+
+def _text(path: Path) -> str:
+    """The file's text; a pickle is refused by its name, unopened."""
+    if path.suffix.lower() in _PICKLES:
+        raise ValueError(
+            f"{path}: pickles run code when they are opened, so razor_jax does not. If you trust the file: python -c "
+            f"\"import json, torch; json.dump(torch.load('{path.name}', weights_only=True), open('heads.json', 'w'))\""
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not text (byte {error.start}); a pickle under another name is not opened either"
+        ) from error
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    text = _text(path)
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: must be a JSON object, found {type(data).__name__}")
+    return data
+
+
+def _pairs(kept: np.ndarray) -> list[Head]:
+    return [(int(layer), int(head)) for layer, head in np.argwhere(kept)]

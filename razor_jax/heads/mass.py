@@ -1,0 +1,154 @@
+"""Attention mass of every head on chosen earlier tokens, in one forward pass.
+
+Which tokens is an argument, `targets`: the *echo* score of a token is the mass on its targets, the *induction* score
+the mass on what follows each of them. Probes differ in tokens and targets only. Letters as in
+`models/transformer.py`; C tokens pass through a layer at once.
+
+Memory is linear in T: a row needs its log-sum-exp, which blockwise attention returns, and the logits of its few
+targets, which are products with gathered keys. No attention map is ever formed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..kernels.attention import State, attend_causal, finish
+from ..models.config import ModelConfig
+from ..models.rope import Tables, tables
+from ..models.transformer import Block
+from ..params import Params
+
+Progress = Callable[[int, int], None]
+Devices = Sequence[Any]  # of jax.Device
+
+_ROWS = "rows"  # the axis of the internal mesh
+
+
+def attention_mass(
+    params: Params,
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    *,
+    chunk: int = 512,
+    devices: Devices | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Echo and induction mass float64 [B, L, N], summed over a row's tokens and targets; checkpoint order.
+
+    Args:
+      tokens: int32 [B, T], no padding.
+      targets: int32 [B, T, copies], earlier positions that each token should look at, -1 for none.
+      chunk: C, bounds memory, changes no result.
+      devices: spread the rows over these, B a multiple of their number; None for the default device.
+      progress: called with the layers done after each layer.
+
+    Post-softmax probabilities of the forward pass in the weights' type, as float32; nothing is renormalised.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: must be at least 1 token")
+    config = params.config
+    B, T = tokens.shape
+    mesh = None if devices is None else _mesh(devices, B)
+    chunk = min(chunk, T)
+    over = -T % chunk
+    padded = jnp.asarray(np.pad(tokens, ((0, 0), (0, over))), jnp.int32)
+    aims = jnp.asarray(np.pad(targets, ((0, 0), (0, over), (0, 0)), constant_values=-1), jnp.int32)
+    lengths = jnp.full((B,), T, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(T + over, dtype=jnp.int32), (B, T + over))
+    rope = tables(config.rope, config.head_dim, positions, lengths)
+    x = params.weights["embedding"]["embedding"][padded]
+    x, rope, lengths, aims = _place((x, rope, lengths, aims), mesh, PartitionSpec(_ROWS))
+    shape = (B, config.num_layers, config.num_kv_heads, config.group_size)
+    echo, induction = np.empty(shape), np.empty(shape)
+    for layer in range(config.num_layers):
+        weights = _place(params.weights[f"blocks_{layer}"], mesh, PartitionSpec())
+        x, *found = score_layer(config, chunk, weights, x, rope, lengths, aims, mesh=mesh)
+        held = list(params.split.order(layer))
+        echo[:, layer, held], induction[:, layer, held] = (np.asarray(mass) for mass in found)
+        if progress is not None:
+            progress(layer + 1)
+    return echo.reshape(*shape[:2], -1), induction.reshape(*shape[:2], -1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk", "mesh"), donate_argnames=("x",))
+def score_layer(
+    config: ModelConfig,
+    chunk: int,
+    weights: Any,
+    x: jax.Array,
+    rope: Tables,
+    lengths: jax.Array,
+    targets: jax.Array,
+    *,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One layer over whole rows: hidden states [B, T, D], T a multiple of `chunk`, -> the next layer's, and echo
+    and induction float32 [B, K, G] of the layer's heads in the order in which its weights hold them.
+    """
+    run = functools.partial(_layer, config, chunk)
+    if mesh is not None:
+        rows = PartitionSpec(_ROWS)
+        in_specs = (PartitionSpec(), rows, rows, rows, rows)
+        run = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False)
+    return run(weights, x, rope, lengths, targets)
+
+
+def _layer(config: ModelConfig, chunk: int, weights: Any, x, rope: Tables, lengths, targets):
+    block, scale, C = Block(config), config.head_dim**-0.5, chunk
+    K, G, H = config.num_kv_heads, config.group_size, config.head_dim
+    B, T, _ = x.shape
+
+    def part(method: str, *args: Any) -> Any:
+        return block.apply({"params": weights}, *args, method=method)
+
+    k, v = part("keys_values", x, rope)
+
+    def rows(start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        here, cos, sin, aims = (jax.lax.dynamic_slice_in_dim(a, start, C, axis=1) for a in (x, *rope, targets))
+        q = part("queries", here, (cos, sin))
+        state = attend_causal(q, k, v, lengths, start=start, group_size=G, scale=scale, return_state=True)
+        state = cast(State, state)
+        _, m, l = state
+        q = q.reshape(B, K, C, G, H).astype(jnp.float32) * scale
+        log_total = (m + jnp.log(l)).reshape(B, K, C, G)
+        echo, induction = (_mass(q, log_total, k, aims, shift) for shift in (0, 1))
+        return part("mix", here, finish(state, here.dtype)), echo, induction
+
+    new, echo, induction = jax.lax.map(rows, jnp.arange(0, T, C, dtype=jnp.int32))
+    return jnp.moveaxis(new, 0, 1).reshape(x.shape), echo.sum(axis=0), induction.sum(axis=0)
+
+
+def _mass(q: jax.Array, log_total: jax.Array, k: jax.Array, targets: jax.Array, shift: int) -> jax.Array:
+    """Mass of a chunk on its targets, float32 [B, K, G], summed over tokens and copies.
+
+    q [B, K, C, G, H] scaled; log_total [B, K, C, G], log of the softmax's denominator; k [B, K, T, H]; targets
+    int32 [B, C, copies]; shift 0 for the targets themselves, 1 for what follows them.
+    """
+    total = jnp.zeros(log_total.shape, jnp.float32)
+    for copy in range(targets.shape[-1]):
+        target = targets[..., copy]
+        # Where there is none, any key does: its mass is not counted.
+        keys = jax.vmap(lambda row, at: row[:, at])(k, jnp.maximum(target, 0) + shift)
+        logits = (q * keys[:, :, :, None].astype(jnp.float32)).sum(axis=-1)
+        total += jnp.where((target >= 0)[:, None, :, None], jnp.exp(logits - log_total), 0.0)
+    return total.sum(axis=2)
+
+
+def _mesh(devices: Devices, rows: int) -> Mesh:
+    if not devices or rows % len(devices):
+        raise ValueError(
+            f"{rows} seeds do not divide over {len(devices)} devices: probe with as many seeds as there are devices, "
+            "or a multiple, or leave out devices="
+        )
+    return Mesh(np.asarray(devices), (_ROWS,))
+
+
+def _place(tree: Any, mesh: Mesh | None, spec: PartitionSpec) -> Any:
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, spec))

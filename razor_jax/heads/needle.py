@@ -1,0 +1,105 @@
+"""Other ways to rank heads: the two-needle probe, and chance. Both give `HeadScores`, like the RoPE probe.
+
+The two-needle probe asks what random tokens cannot: one fact stands early and late in a natural document, and a head
+scores by its attention from the late copy to the early one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..config import whole_number
+from ..params import Params
+from ..recipes.tasks import load_documents, make_facts
+from .mass import Devices, Progress, attention_mass
+from .scores import HeadScores, ProbeMeta
+
+
+def needle_heads(
+    params: Params,
+    *,
+    seeds: Sequence[int] = (0,),
+    documents: int = 8,
+    tokens: int | None = None,
+    chunk: int = 512,
+    devices: Devices | None = None,
+    progress: Progress | None = None,
+) -> HeadScores:
+    """Echo and induction scores of every head by natural documents with the same fact early and late.
+
+    The fact begins at random in the first third of the document and again in the last. Of each token of the late copy
+    the echo score is the mass on the same token of the early copy, the induction score the mass on the token after
+    that; means over tokens, documents and seeds.
+
+    Args:
+      documents: so many for each seed, with other prose, facts and depths.
+      tokens: length of a document; None for 2,048, or what the model's positions allow.
+      chunk, devices, progress: as in `find_heads`; `devices` share the documents of a seed.
+
+    Raises:
+      ValueError: a model without a tokenizer, or a document too short for two facts.
+    """
+    assets = params.assets
+    if assets is None or assets.tokenizer_json is None:
+        raise ValueError("the two-needle probe reads text: it needs a model with a tokenizer.json; use find_heads")
+    longest = params.config.max_position_embeddings
+    tokens = whole_number("tokens", min(2048, longest) if tokens is None else tokens, 128, longest)
+    documents = whole_number("documents", documents, 1)
+    tokenizer = Tokenizer.from_str(assets.tokenizer_json)
+    first = [] if assets.bos_id is None else [assets.bos_id]
+    prose = _encode(tokenizer, "\n".join(d.text for d in load_documents("held_out")))
+    seeds, rows = tuple(int(seed) for seed in seeds), []
+    for seed in seeds:
+        rows += [
+            two_needles(np.random.default_rng([seed, n]), tokenizer, prose, first, tokens) for n in range(documents)
+        ]
+    at_once = 1 if devices is None else documents
+    calls, L, runs = len(rows) // at_once, params.config.num_layers, []
+    for call in range(calls):
+        ids, targets = (np.stack(part) for part in zip(*rows[call * at_once :][:at_once], strict=True))
+        step = None if progress is None else lambda done, call=call: progress(call * L + done, calls * L)
+        mass = attention_mass(params, ids, targets, chunk=chunk, devices=devices, progress=step)
+        runs.append(np.stack(mass) / (targets >= 0).sum(axis=(1, 2))[:, None, None])
+    echo, induction = np.concatenate(runs, axis=1).mean(axis=1)
+    note = f"{documents} documents of {tokens:,} tokens a seed"
+    return HeadScores(
+        echo, induction, params.config.num_kv_heads, ProbeMeta.of(params, "needle", seeds=seeds, note=note)
+    )
+
+
+def two_needles(
+    rng: np.random.Generator, tokenizer: Tokenizer, prose: list[int], first: list[int], tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [T] ids of a document with one fact early and late, and its targets [T, 1]: the late copy's tokens aim at
+    the early copy's. `prose` is cut at random; `first` opens the text."""
+    fact = _encode(tokenizer, make_facts(rng, 1, "held_out")[0].sentence)
+    line = _encode(tokenizer, "\n")
+    needle = [*line, *fact, *line]
+    room = tokens - len(first) - 2 * len(needle)
+    if room < 3 or len(prose) < room:
+        raise ValueError(
+            f"tokens={tokens}: two facts of {len(needle)} tokens and {len(prose):,} of prose do not fit it"
+        )
+    start = int(rng.integers(len(prose) - room + 1))
+    text = prose[start : start + room]
+    early, late = int(rng.integers(room // 3)), int(rng.integers(room - room // 3, room))
+    ids = [*first, *text[:early], *needle, *text[early:late], *needle, *text[late:]]
+    at = len(first) + early + len(line) + np.arange(len(fact))
+    targets = np.full((tokens, 1), -1, np.int32)
+    targets[at + len(needle) + late - early, 0] = at
+    return np.asarray(ids, np.int32), targets
+
+
+def random_heads(params: Params, *, seeds: Sequence[int] = (0,)) -> HeadScores:
+    """Uniform scores: what a split of that many heads is worth by chance."""
+    seeds = tuple(int(seed) for seed in seeds)
+    rng = np.random.default_rng(seeds)
+    echo, induction = rng.random((2, params.config.num_layers, params.config.num_heads))
+    return HeadScores(echo, induction, params.config.num_kv_heads, ProbeMeta.of(params, "random", seeds=seeds))
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids

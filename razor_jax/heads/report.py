@@ -1,0 +1,142 @@
+"""A study of a model's heads as Markdown, JSON and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import plots
+from .study import Agreement, Causal, Judged, Stability, Study
+
+
+def write(study: Study, folder: Path, *, model: str, machine: dict[str, str], suffix: str = "png") -> list[Path]:
+    """Write heads.md, heads.json and the pictures into a folder; returns their paths."""
+    pictures = plots.draw(study, folder, suffix)
+    text, data = folder / "heads.md", folder / "heads.json"
+    text.write_text(markdown(study, model=model, machine=machine, pictures=pictures), encoding="utf-8")
+    content = {"model": model, "machine": machine, **study.to_dict()}
+    data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return [text, data, *pictures]
+
+
+def markdown(study: Study, *, model: str, machine: dict[str, str], pictures: Sequence[Path] = ()) -> str:
+    """The report."""
+    L, K = study.scores.echo.shape
+    where = ", ".join(f"{name} {value}" for name, value in machine.items())
+    parts = [
+        f"# Heads of {model}",
+        f"{L} layers × {K} KV heads, {study.scores.group_size} query heads each. {study.scores.describe()}. "
+        f"{study.seconds:.0f} s on {where}.",
+        f"The split keeps {sum(study.split.counts)} of {L * K} KV heads: {named(_pairs(study.split.retrieval))}.",
+        "## Stability",
+        *stability(study.stability),
+    ]
+    if study.causal is not None:
+        parts += ["## The probe against trying every head", *causal(study.causal)]
+    else:
+        parts += ["Heads were not tried one by one: the model is too large for that, or has no tokenizer."]
+    parts += ["## Share and bytes", f"Cache under {study.setting}.", curve(study)]
+    parts += [f"![{path.stem}]({path.name})" for path in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def stability(found: Stability) -> list[str]:
+    """Paragraphs and tables of the searches beside each other."""
+    rows = []
+    if found.seeds:
+        for what, pick in (("mean", np.mean), ("worst", np.min)):
+            values = (
+                float(pick([getattr(row, name) for row in found.seeds])) for name in ("induction", "echo", "overlap")
+            )
+            rows.append(Agreement(f"every two seeds, {what}", *values))
+    rows += [Agreement(f"block of {row.name}", row.induction, row.echo, row.overlap) for row in found.lengths]
+    rows += [Agreement(f"{row.name} search", row.induction, row.echo, row.overlap) for row in found.presets]
+    cells = [(row.name, _r(row.induction), _r(row.echo), f"{row.overlap:.0%}") for row in rows]
+    parts = [table(("against the probe", "Spearman, induction", "Spearman, echo", "split in common"), cells)]
+    if found.undecided:
+        at = ", ".join(f"{named([head])} ({count} of the seeds)" for head, count in found.undecided)
+        parts.append(f"Heads at the threshold, kept by some seeds only: {at}.")
+    else:
+        parts.append("No head at the threshold: every seed keeps the same heads.")
+    if found.notes:
+        parts.append("Not tried: " + "; ".join(found.notes) + ".")
+    return parts
+
+
+def causal(found: Causal) -> list[str]:
+    """Paragraphs and tables of scores against what windowing a head costs."""
+    order = np.argsort(-found.rise, axis=None, kind="stable")[:6]
+    top = [divmod(int(flat), found.rise.shape[1]) for flat in order]
+    costs = ", ".join(f"{named([head])} {found.rise[head]:+.4f}" for head in top)
+    ranks = ", ".join(f"{name} {_r(value)}" for name, value in found.spearman.items())
+    sizes = [row.heads for row in next(iter(found.judged.values()))]
+    by_size = {name: {row.heads: row for row in rows} for name, rows in found.judged.items()}
+    cells = [(name, *(_judged(rows.get(size)) for size in sizes)) for name, rows in by_size.items()]
+    return [
+        f"{found.tasks}; {found.seconds:.0f} s. Dense attention has a loss of {found.dense_loss:.4f} nats a token.",
+        f"Windowing one head alone costs most at: {costs} nats.",
+        f"Spearman over all KV heads of induction score and that cost: {ranks}.",
+        "Answers right in every token, and loss, by the number of KV heads that keep everything:",
+        table(("chosen by", *map(str, sizes)), cells),
+        distance(found),
+    ]
+
+
+def distance(found: Causal) -> str:
+    """How far the probe's split is from the best of all splits tried, size by size: equal sizes are equal bytes."""
+    rows = []
+    for probe in found.judged["probe"]:
+        others = [
+            (row.loss, name, row) for name, all_ in found.judged.items() for row in all_ if row.heads == probe.heads
+        ]
+        others = [entry for entry in others if entry[1] != "chance"]
+        _, name, best = min(others, key=lambda entry: entry[:2])
+        same = len(set(probe.kept) & set(best.kept))
+        rows.append(
+            (
+                str(probe.heads),
+                f"{probe.loss:.4f}",
+                f"{best.loss:.4f} ({name})",
+                f"{probe.loss - best.loss:+.4f}",
+                str(same),
+            )
+        )
+    return "The probe's split against the best split found with as many heads, so as many bytes:\n\n" + table(
+        ("heads", "probe's loss", "best loss found", "distance", "heads in common"), rows
+    )
+
+
+def curve(study: Study) -> str:
+    """The curve share → bytes as a table of at most a dozen rows."""
+    every = max(1, len(study.curve) // 12)
+    rows = [
+        (str(p.heads), f"{p.share:.0%}", f"{p.bytes:,}", f"{p.ratio:.2f}×")
+        for p in study.curve
+        if p.heads % every == 0 or p.heads == len(study.curve) - 1
+    ]
+    return table(("retrieval heads", "share", "bytes", "smaller"), rows)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def named(heads: Iterable[tuple[int, int]]) -> str:
+    """(layer, head) pairs as people write them: 2.0, 2.1."""
+    return ", ".join(f"{layer}.{head}" for layer, head in heads) or "none"
+
+
+def _pairs(retrieval: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    return [(layer, head) for layer, heads in enumerate(retrieval) for head in heads]
+
+
+def _judged(row: Judged | None) -> str:
+    return "" if row is None else f"{row.accuracy:.0%}, {row.loss:.4f}"
+
+
+def _r(value: float) -> str:
+    return "constant" if np.isnan(value) else f"{value:.2f}"

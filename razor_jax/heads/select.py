@@ -1,0 +1,134 @@
+"""Which KV heads a ranking and a budget keep: pure functions of scores [L, K]."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import cache as kv
+from ..config import HeadSplit, RazorConfig, whole_number
+
+# (induction, echo) shares: the paper's for one query head a KV head, what vendors ship for grouped ones.
+PAPER_SHARES = (0.14, 0.01)
+GROUPED_SHARES = (0.28, 0.02)
+
+Head = tuple[int, int]  # (layer, KV head)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a split's bytes depend on besides the split.
+
+    Attributes:
+      capacity: tokens that each of `batch` rows is to hold.
+      razor: cache policy of the windowed heads.
+      head_dim: H.
+      dtype: cache type where the policy names none.
+    """
+
+    capacity: int
+    razor: RazorConfig
+    head_dim: int
+    dtype: str = "bfloat16"
+    batch: int = 1
+
+    def spec(self, split: HeadSplit) -> kv.CacheSpec:
+        """Of the cache that would be allocated."""
+        return kv.make_spec(split, self.head_dim, self.capacity, self.razor, self.dtype)
+
+    def bytes(self, split: HeadSplit) -> int:
+        """What `init_cache` allocates for the split, to the byte."""
+        return self.spec(split).kv_bytes(self.batch)
+
+    def describe(self) -> str:
+        rows = f"batch {self.batch} × " if self.batch > 1 else ""
+        return f"{rows}{self.capacity:,} tokens, {self.razor.kv_dtype or self.dtype}, {self.razor.describe()}"
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvePoint:
+    """One point of share → bytes: so many retrieval heads, their share, the cache's bytes, and how many times
+    smaller than a dense bfloat16 cache that is."""
+
+    heads: int
+    share: float
+    bytes: int
+    ratio: float
+
+
+def by_count(induction: np.ndarray, echo: np.ndarray, wanted: int, forced: Iterable[Head] = ()) -> set[Head]:
+    """`forced` and the best others, `wanted` heads together: about one in fifteen by echo (the paper's proportion),
+    the rest by induction. A larger count only adds heads."""
+    heads = set(forced)
+    paper_echo = PAPER_SHARES[1] / sum(PAPER_SHARES)
+    # A single head is an induction head: without any, copying fails altogether.
+    num_echo = min(head_count(paper_echo, wanted), max(wanted - 1, 0))
+    for head in itertools.chain(ranked(echo)[:num_echo], ranked(induction)):
+        if len(heads) >= wanted:
+            break
+        heads.add(head)
+    return heads
+
+
+def whole_layers(layers: Sequence[int], shape: tuple[int, ...]) -> set[Head]:
+    """Every KV head of the layers that are always kept."""
+    found = {whole_number("always_layers", layer, 0, shape[0] - 1) for layer in layers}
+    return set(itertools.product(found, range(shape[1])))
+
+
+def balanced(heads: set[Head], induction: np.ndarray, devices: int) -> set[Head]:
+    """Heads with each layer's count rounded up to a multiple of `devices`, by induction score: nothing that was chosen
+    is lost, and every device holds as many full caches as the others."""
+    K = induction.shape[1]
+    devices = whole_number("balanced_over", devices, 1)
+    if K % devices:
+        allowed = [n for n in range(1, K + 1) if K % n == 0]
+        raise ValueError(
+            f"balanced_over={devices}: must divide the {K} KV heads of a layer, so one of {allowed}; or shard the "
+            "cache by slot"
+        )
+    counts = {layer: sum(1 for at, _ in heads if at == layer) for layer in range(len(induction))}
+    kept = set(heads)
+    for layer, head in ranked(induction):
+        if (layer, head) not in kept and counts[layer] % devices:
+            kept.add((layer, head))
+            counts[layer] += 1
+    return kept
+
+
+def most_within(total: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest n of 0..total with fits(n), None if there is none; more heads never fit where fewer do not."""
+    n = bisect.bisect_left(range(total + 1), True, key=lambda n: not fits(n)) - 1
+    return n if n >= 0 else None
+
+
+def ties(name: str, scores: np.ndarray, chosen: set[Head]) -> str:
+    """What to tell people where a head left out scores as much as one kept: then the order of heads decided."""
+    left = {head: scores[head] for head in np.ndindex(*scores.shape) if head not in chosen}
+    best = max(left.values(), default=None)
+    if all(scores[head] != best for head in chosen):
+        return ""
+    return f"{sum(score == best for score in left.values())} left out tie with the last by {name}"
+
+
+def head_count(share: float, total: int) -> int:
+    """round(share · total), halves to even; at least one head for a positive share."""
+    return max(1, round(share * total)) if share > 0 else 0
+
+
+def ranked(scores: np.ndarray) -> list[Head]:
+    """(layer, head) of scores [L, K], best first; ties by layer, then head."""
+    order = np.argsort(-scores.reshape(-1), kind="stable")
+    return [(int(i) // scores.shape[1], int(i) % scores.shape[1]) for i in order]
+
+
+def fraction(name: str, value: Any) -> float:
+    """`value` if it is a share; ValueError if not."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r}: must be a share of the KV heads, from 0 to 1")
+    return value

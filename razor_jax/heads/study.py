@@ -1,0 +1,255 @@
+"""What a head search is worth on one model: is it stable, and does it find the heads that matter?"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..config import HeadSplit, RazorConfig
+from ..params import Params
+from . import causal, compare
+from .causal import Ablation
+from .mass import Progress
+from .needle import needle_heads, random_heads
+from .probe import find_heads
+from .scores import HeadScores
+from .select import CurvePoint, by_count
+
+MOST_HEADS = 64  # a model of more KV heads is not searched by trying
+_SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 20)
+_CHANCE = 5  # random splits of each size
+_SHORTER = (2, 4, 8)
+
+Say = Callable[[str], Progress]  # names a phase, and gives what to call with (done, total) inside it
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Two searches of the same model beside each other."""
+
+    name: str
+    induction: float  # Spearman over all KV heads
+    echo: float
+    overlap: float  # of the two default splits
+
+
+@dataclasses.dataclass(frozen=True)
+class Stability:
+    """How much of a split is the model's, and how much the draw's.
+
+    Attributes:
+      seeds: every two seeds.
+      lengths: shorter blocks against the full one, the same seed.
+      presets: other searches against the paper's probe.
+      undecided: heads that some seeds keep and others do not: ((layer, head), seeds that keep it).
+      notes: what could not be tried, and why.
+    """
+
+    seeds: tuple[Agreement, ...]
+    lengths: tuple[Agreement, ...]
+    presets: tuple[Agreement, ...]
+    undecided: tuple[tuple[tuple[int, int], int], ...]
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Splits of one size, judged on questions that no search has seen."""
+
+    heads: int
+    loss: float
+    accuracy: float
+    half_width: float
+    kept: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal:
+    """The probe against the heads that matter.
+
+    Attributes:
+      rise: float64 [L, K], loss that windowing each KV head alone adds.
+      dense_loss: loss of dense attention on the same questions.
+      spearman: of each scorer's KV ranking with `rise`.
+      judged: for each way to choose, a split of each size, on other questions than the searches saw.
+      tasks: what was asked, for people.
+      seconds: wall time of the searches and the judging.
+    """
+
+    rise: np.ndarray
+    dense_loss: float
+    spearman: dict[str, float]
+    judged: dict[str, tuple[Judged, ...]]
+    tasks: str
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """All that a report shows of one model."""
+
+    scores: HeadScores
+    split: HeadSplit
+    stability: Stability
+    causal: Causal | None
+    curve: tuple[CurvePoint, ...]
+    setting: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for JSON."""
+        causal = None
+        if self.causal is not None:
+            causal = {**dataclasses.asdict(self.causal), "rise": self.causal.rise.tolist()}
+        return {
+            "scores": self.scores.to_json(),
+            "split": dataclasses.asdict(self.split),
+            "stability": dataclasses.asdict(self.stability),
+            "causal": causal,
+            "curve": [dataclasses.asdict(point) for point in self.curve],
+            "setting": self.setting,
+            "seconds": self.seconds,
+        }
+
+
+def study(
+    params: Params,
+    *,
+    seeds: int = 4,
+    documents: int = 8,
+    tokens: int = 1024,
+    capacity: int | None = None,
+    say: Say = lambda phase: lambda done, total: None,
+) -> Study:
+    """Probe, repeat the probe, and for a small model with a tokenizer try the heads.
+
+    Args:
+      seeds: probes to compare; the scores are their mean.
+      documents, tokens: of the retrieval tasks; twice as many documents judge as search.
+      capacity: tokens of the cache that the curve counts bytes of; None for the model's positions.
+      say: names what is going on.
+    """
+    started = time.perf_counter()
+    policy = params.razor or RazorConfig()
+    runs = [find_heads(params, seeds=(seed,), progress=say(f"probe, seed {seed}")) for seed in range(seeds)]
+    echo, induction = np.mean([(run.query_echo, run.query_induction) for run in runs], axis=0)
+    meta = dataclasses.replace(runs[0].meta, seeds=tuple(range(seeds)))
+    scores = HeadScores(echo, induction, params.config.num_kv_heads, meta)
+    searches, notes = _searches(params, say)
+    stability = Stability(
+        seeds=tuple(
+            agreement(f"{a.meta.seeds[0]} and {b.meta.seeds[0]}", a, b)
+            for n, a in enumerate(runs)
+            for b in runs[n + 1 :]
+        ),
+        lengths=tuple(_lengths(params, runs[0], say)),
+        presets=tuple(agreement(name, scores, other) for name, other in searches.items()),
+        undecided=tuple(compare.undecided([run.select() for run in runs])),
+        notes=tuple(notes),
+    )
+    tried = None
+    if scores.echo.size <= MOST_HEADS and params.assets is not None and params.assets.tokenizer_json is not None:
+        scorers = {"probe": scores, **searches}
+        tokens = min(tokens, params.config.max_position_embeddings // 2)
+        # Heads can only be told apart where windowing drops something.
+        narrow = policy if policy.window and policy.window < tokens // 2 else RazorConfig.compact(tokens // 8)
+        tried = against_causal(params, scorers, narrow, documents=documents, tokens=tokens, say=say)
+    points = scores.curve(capacity or params.config.max_position_embeddings, policy)
+    chosen = params.heads or scores.select()
+    return Study(scores, chosen, stability, tried, points, policy.describe(), time.perf_counter() - started)
+
+
+def agreement(name: str, a: HeadScores, b: HeadScores) -> Agreement:
+    """Rankings and default splits of two searches beside each other."""
+    return Agreement(
+        name,
+        compare.spearman(a.induction, b.induction),
+        compare.spearman(a.echo, b.echo),
+        compare.overlap(a.select(), b.select()),
+    )
+
+
+def against_causal(
+    params: Params,
+    scorers: dict[str, HeadScores],
+    policy: RazorConfig,
+    *,
+    documents: int,
+    tokens: int,
+    say: Say = lambda phase: lambda done, total: None,
+) -> Causal:
+    """Window each head alone, search greedily, then judge every way to choose on questions that none has seen."""
+    started = time.perf_counter()
+    search = Ablation(params, causal.needle_tasks(params, documents=documents, tokens=tokens, seed=1), policy)
+    total = int(np.prod(search.shape))
+    step = say("windowing each KV head alone")
+    rise = causal.window_each(search, lambda done: step(done, total))
+    steps = min(6, total)
+    grow = say("growing the best set")
+    path = causal.greedy(search, grow=True, steps=steps, progress=lambda done: grow(done, steps))
+    judge = Ablation(params, causal.needle_tasks(params, documents=2 * documents, tokens=tokens, seed=2), policy)
+    sizes = [n for n in _SIZES if n < total] + [total]
+    step, judged = say("judging splits"), {}
+
+    def result(heads: Any) -> Judged:
+        outcome = judge(causal.split_of(heads, judge.shape))
+        return Judged(len(heads), outcome.loss, outcome.accuracy, outcome.half_width, tuple(sorted(heads)))
+
+    alone = HeadScores(rise, rise, rise.shape[1], scorers["probe"].meta)
+    for done, (name, found) in enumerate({**scorers, "each alone": alone}.items()):
+        judged[name] = tuple(result(by_count(found.induction, found.echo, n)) for n in sizes)
+        step(done + 1, len(scorers) + 3)
+    judged["greedy"] = tuple(result(heads) for heads, _ in path)
+    chance = [random_heads(params, seeds=(seed,)).induction for seed in range(_CHANCE)]
+    judged["chance"] = tuple(_mean([result(by_count(c, c, n)) for c in chance]) for n in sizes)
+    step(len(scorers) + 3, len(scorers) + 3)
+    answers = 2 * documents * 4
+    return Causal(
+        rise=rise,
+        dense_loss=judge(np.ones(judge.shape, bool)).loss,
+        spearman={name: compare.spearman(found.induction, rise) for name, found in scorers.items()},
+        judged=judged,
+        tasks=f"{documents} documents to search, {2 * documents} others to judge ({answers} answers), "
+        f"{tokens:,} tokens each, {policy.describe()}",
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _searches(params: Params, say: Say) -> tuple[dict[str, HeadScores], list[str]]:
+    """The other searches that this model allows, and why not the rest."""
+    found, notes = {}, []
+    for name, search in (
+        ("vendor", lambda step: find_heads(params, preset="vendor", progress=step)),
+        ("needle", lambda step: needle_heads(params, progress=step)),
+    ):
+        try:
+            found[name] = search(say(f"search: {name}"))
+        except ValueError as error:
+            notes.append(f"{name}: {error}")
+    return found, notes
+
+
+def _lengths(params: Params, full: HeadScores, say: Say) -> list[Agreement]:
+    rows = []
+    for divisor in _SHORTER:
+        block = full.meta.block // divisor
+        if block >= 2:
+            shorter = find_heads(params, seeds=full.meta.seeds, block=block, progress=say(f"probe of {block} ids"))
+            rows.append(agreement(f"{block} ids", full, shorter))
+    return rows
+
+
+def _mean(rows: list[Judged]) -> Judged:
+    """Several random splits of one size as one; the interval is theirs, not the questions'."""
+    accuracy = np.asarray([row.accuracy for row in rows])
+    return Judged(
+        rows[0].heads,
+        float(np.mean([row.loss for row in rows])),
+        float(accuracy.mean()),
+        float(1.96 * accuracy.std(ddof=1) / np.sqrt(len(rows))),
+        (),
+    )
