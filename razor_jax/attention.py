@@ -12,7 +12,6 @@ import math
 from typing import cast
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Float
 
 from . import cache as kv
@@ -54,22 +53,8 @@ def attend(
             q, k, v, call.new, start=start, group_size=group_size, scale=scale, state=state, **options
         )
 
-    def cached(q, group, state, **options):
-        return kernel.attend(
-            q,
-            group.k,
-            group.v,
-            call.valid(group.windowed),
-            scale=scale,
-            state=state,
-            k_scale=group.k_scale,
-            v_scale=group.v_scale,
-            implementation=call.spec.implementation,
-            **options,
-        )
-
     if call.fresh:
-        return cast(jax.Array, own(q, k, v, None, implementation=call.spec.implementation))
+        return cast(jax.Array, own(q, k, v, None, implementation=call.spec.kernels))
     parts, first = [], 0
     for group in layer:
         heads = slice(first, first + group.k.shape[1])
@@ -80,11 +65,12 @@ def attend(
         if few:
             # A handful of keys is no work for a kernel: with the compensation token they are its initial state.
             state = own(rows, k[:, heads], v[:, heads], state, return_state=True, implementation="xla")
-        parts.append(cached(rows, group, state, return_state=not few))
+        valid = call.valid(group.windowed)
+        parts.append(kernel.Part(rows, group.k, group.v, valid, state, group.k_scale, group.v_scale))
+    cached = kernel.attend_groups(parts, scale=scale, return_state=not few, implementation=call.spec.kernels)
     if few:
-        return jnp.concatenate(parts, axis=1)
-    state = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *parts)
-    return cast(jax.Array, own(q, k, v, state, implementation=call.spec.implementation))
+        return cast(jax.Array, cached)
+    return cast(jax.Array, own(q, k, v, cached, implementation=call.spec.kernels))
 
 
 def attend_and_write(q, k, v, layer: tuple[Group, ...], call: Call) -> tuple[jax.Array, tuple[Group, ...]]:

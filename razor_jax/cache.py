@@ -45,6 +45,7 @@ class CacheSpec:
     razor: RazorConfig | None  # None: dense, every head in one full group
     windowed_dtype: str = ""  # of the windowed heads, "" for `dtype`
     implementation: Implementation = "xla"  # of attention and writes
+    forced: bool = False  # asked for by name
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -72,6 +73,11 @@ class CacheSpec:
     def type(self, windowed: bool) -> jnp.dtype:
         """The type of a head's keys and values."""
         return jnp.dtype(self.windowed_dtype or self.dtype) if windowed else jnp.dtype(self.dtype)
+
+    @property
+    def kernels(self) -> Implementation | None:
+        """What calls ask for: kernels that nobody forced leave a call that they cannot take to XLA."""
+        return self.implementation if self.forced or self.implementation == "xla" else None
 
     def groups(self, layer: int) -> tuple[tuple[int, bool], ...]:
         """(KV heads, windowed) of each of the layer's groups, in the order in which heads are held."""
@@ -190,6 +196,7 @@ def make_spec(
         razor,
         windowed_dtype="" if windowed == full else windowed.name,
         implementation=_choose(implementation, head_dim, jnp.dtype(dtype), {full, windowed}),
+        forced=implementation is not None,
     )
 
 
@@ -306,7 +313,7 @@ def write(
             call.new,
             call.window if group.windowed else None,
             call.spec.sinks,
-            implementation=call.spec.implementation,
+            implementation=call.spec.kernels,
         )
         groups.append(group.replace(**held._asdict()))
     return tuple(groups)

@@ -1,4 +1,4 @@
-"""A whole model on the TPU kernels, interpreted: the same logits, tokens and caches as on XLA."""
+"""A whole model on the kernels of TPU and GPU, interpreted: the same logits, tokens and caches as on XLA."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import razor_jax
 from razor_jax import HeadSplit, Params, RazorConfig, functional, with_heads
 from razor_jax import cache as kv
 from razor_jax.kernels import backend
+from razor_jax.kernels.attention import dispatch
 from razor_jax.models.config import ModelConfig
 from razor_jax.params import abstract_weights
 
@@ -25,8 +26,13 @@ LENGTHS = np.array([24, 17], np.int32)
 @pytest.fixture
 def on_tpu(monkeypatch):
     """As on a TPU: its kernels are chosen, and interpreted."""
+    interpreted(monkeypatch, "tpu")
+
+
+def interpreted(monkeypatch, platform: str):
     call = pl.pallas_call
-    monkeypatch.setattr(backend, "platform", lambda: "tpu")
+    monkeypatch.setattr(backend, "platform", lambda: platform)
+    monkeypatch.setattr(dispatch, "platform", lambda: platform)
     monkeypatch.setattr(pltpu, "with_memory_space_constraint", lambda x, space: x)  # the interpreter has one memory
     monkeypatch.setattr(pl, "pallas_call", lambda *args, **options: call(*args, **(options | {"interpret": True})))
 
@@ -55,12 +61,16 @@ def session(params: Params, razor: RazorConfig):
     return [np.asarray(x) for x in out], cache
 
 
-@pytest.mark.parametrize(("head_dim", "kv_dtype"), [(128, None), (64, None), (128, "int8"), (64, "int8")])
-def test_a_model_on_the_kernels_equals_the_model_on_xla(head_dim, kv_dtype, on_tpu):
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "kv_dtype"),
+    [("tpu", 128, None), ("tpu", 64, "int8"), ("gpu", 64, None), ("gpu", 128, "int8")],
+)
+def test_a_model_on_the_kernels_equals_the_model_on_xla(platform, head_dim, kv_dtype, monkeypatch):
+    interpreted(monkeypatch, platform)
     params, razor = model(head_dim), RazorConfig.compact(6, kv_dtype=kv_dtype)
     want, reference = session(params.replace(implementation="xla"), razor)
     got, cache = session(params, razor)
-    assert cache.spec.implementation == "pallas_tpu"
+    assert cache.spec.implementation == f"pallas_{platform}"
     assert reference.spec.implementation == "xla"
     assert (np.asarray(cache.dropped) > 0).all()
     for a, b in zip(got, want, strict=True):

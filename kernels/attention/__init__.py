@@ -1,15 +1,18 @@
 """Blockwise flash attention whose initial state carries the compensation token."""
 
 from ..backend import Implementation
-from .dispatch import attend, attend_causal, unsupported
+from .dispatch import attend, attend_causal, attend_groups, unsupported
+from .part import Part
 from .state import NEG, State, compensation, empty, finish
 
 __all__ = [
     "NEG",
     "Implementation",
+    "Part",
     "State",
     "attend",
     "attend_causal",
+    "attend_groups",
     "compensation",
     "empty",
     "finish",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from ..backend import Implementation, choose
+from ..backend import Implementation, choose, platform
 from ..quantize import INT8
+from .part import Part
 from .state import State
 
 # Loaded when first asked for: a Pallas backend that a release of JAX no longer has concerns its own device only.
@@ -52,10 +54,7 @@ def attend(
     Raises:
       ValueError: shapes or types that disagree, or a forced backend that cannot run.
     """
-    _check(q, k, v, lengths, state, paged=block_table is not None)
-    _check_scales(k, v, k_scale, v_scale)
-    if block_table is not None and (block_table.ndim != 2 or block_table.shape[0] != q.shape[0]):
-        raise ValueError(f"block_table {block_table.shape}: must be [B, pages] with q's B = {q.shape[0]}")
+    _check_part(Part(q, k, v, lengths, state, k_scale, v_scale, block_table))
     return _backend(implementation, q, k, v).attend(
         q,
         k,
@@ -68,6 +67,25 @@ def attend(
         block_table=block_table,
         return_state=return_state,
     )
+
+
+def attend_groups(
+    parts: Sequence[Part],
+    *,
+    scale: float,
+    return_state: bool = False,
+    implementation: Implementation | None = None,
+) -> Float[jax.Array, "B K R H"] | State:
+    """`attend` over the head groups of a layer, concatenated on K in the order of `parts`; one launch where the
+    backend has one. Raises as `attend` does."""
+    together = len(parts) > 1 and platform() == "gpu" and implementation in (None, "pallas_gpu")
+    if together and all(unsupported("pallas_gpu", p.q, p.k, p.v) is None for p in parts):
+        for part in parts:
+            _check_part(part)
+        return _module("pallas_gpu").attend_groups(parts, scale=scale, return_state=return_state)
+    options = {"scale": scale, "return_state": return_state, "implementation": implementation}
+    results = [attend(**part._asdict(), **options) for part in parts]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *results)
 
 
 def attend_causal(
@@ -120,8 +138,16 @@ def _backend(implementation: Implementation | None, q: jax.Array, k: jax.Array, 
     return _module(choose(implementation, lambda name: unsupported(name, q, k, v)))
 
 
+def _check_part(part: Part) -> None:
+    """Shapes and types of an `attend`, before anything is launched."""
+    q, k, v, lengths, state, k_scale, v_scale, table = part
+    _check(q, k, v, lengths, state, paged=table is not None)
+    _check_scales(k, v, k_scale, v_scale)
+    if table is not None and (table.ndim != 2 or table.shape[0] != q.shape[0]):
+        raise ValueError(f"block_table {table.shape}: must be [B, pages] with q's B = {q.shape[0]}")
+
+
 def _check(q, k, v, lengths, state: State | None, paged: bool) -> None:
-    """Shapes of a call, before anything is launched."""
     B, K, R, H = q.shape
     if k.shape != v.shape or k.dtype != v.dtype:
         raise ValueError(f"k {k.dtype}{list(k.shape)} and v {v.dtype}{list(v.shape)} must agree")

@@ -1,0 +1,140 @@
+"""Whole models on the kernels through the real TPU compiler: nothing copied, caches in place, memory flat in depth.
+
+    pip install -e '.[aot]'
+    pytest tests/aot
+
+Shapes of Llama-3-8B, Qwen2.5-7B and Llama-3.2-1B (H = 64) at 32k tokens, four layers of them (all with `-m slow`),
+with splits as uneven as they come: layers with one, two, no and only retrieval heads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("libtpu", reason="the TPU compiler is in the extra 'aot': pip install -e '.[aot]'")
+
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+LLAMA = {"args": ["llama", 128256, 4096, 14336, 32, 32, 8, 128, 131072]}
+QWEN = {"args": ["qwen2", 152064, 3584, 18944, 28, 28, 4, 128, 32768], "qkv_bias": True}
+NARROW = {"args": ["llama", 128256, 2048, 8192, 16, 32, 8, 64, 131072], "tie_embeddings": True}
+
+COMPILE = """
+import dataclasses, functools, json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from razor_jax import HeadSplit, Params, RazorConfig, functional
+from razor_jax.models.config import ModelConfig
+from razor_jax.params import abstract_weights
+
+topology, shape, layers, kind, T, kv_dtype = json.loads(sys.argv[1])
+mesh = Mesh(np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:1]), ("x",))
+sharding = NamedSharding(mesh, PartitionSpec())
+array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+config = ModelConfig(*shape.pop("args"), **shape)
+for L in layers or [config.num_layers]:
+    config = dataclasses.replace(config, num_layers=L)
+    K = config.num_kv_heads
+    split = HeadSplit((((1,), (0, 1), (), tuple(range(K))) * L)[:L], K)
+    params = Params(abstract_weights(config, jnp.bfloat16), config, heads=split)
+    razor = RazorConfig.compact(4096, kv_dtype=kv_dtype)
+    with jax.set_mesh(mesh):
+        place = functools.partial(jax.tree.map, lambda a: array(a.shape, a.dtype))
+        make = functools.partial(functional.init_cache, params, batch=1, capacity=32768, razor=razor)
+        cache = place(jax.eval_shape(make))
+        assert cache.spec.implementation == "pallas_tpu"
+        arguments = [place(params), cache, array((1, T), jnp.int32), array((1,), jnp.int32)]
+        if kind == "decode":
+            run, arguments = functional.decode, [*arguments[:2], arguments[3]]
+        else:
+            run = functools.partial(functional.extend_known, logits="last", fresh=kind == "prefill")
+        compiled = jax.jit(run, donate_argnums=1).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+        memory = compiled.memory_analysis()
+        print(json.dumps({
+            "temporary": memory.temp_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes,
+            "cache": cache.spec.kv_bytes(1),
+            "kv": 2 * T * K * config.head_dim * 2,
+            "copies": copies(compiled, jax.tree.leaves(cache.layers)),
+        }))
+"""
+
+# Of an array as large as a cache's, fast memory included, which `memory_analysis` does not count.
+COPIES = """
+import re
+
+def copies(compiled, leaves):
+    try:
+        text = compiled.as_text()
+    except Exception as error:  # 7x: "async-update instruction should have 1 operands"
+        return str(error)
+    caches = [x for x in leaves if x.ndim == 4 and x.size > 1 << 19]
+    sizes, slots = {x.size for x in caches}, {x.shape[2] for x in caches}
+    found = re.findall(r"= \\(?\\w+\\[([\\d,]+)\\][^=]* (?:copy|copy-start|transpose)\\(.*", text)
+    shapes = [[int(n) for n in shape.split(",")] for shape in found]
+    return [shape for shape in shapes if np.prod(shape) in sizes and slots & set(shape)]
+"""
+
+
+def compiled(topology, shape, layers, kind, T=1, kv_dtype=None, timeout=900):
+    """What `memory_analysis` says of a call of T tokens for models of these depths, and sizes to hold it against."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    environment.pop("XLA_FLAGS", None)  # the suite's own is for the CPU
+    command = [sys.executable, "-c", COPIES + COMPILE, json.dumps([topology, shape, layers, kind, T, kv_dtype])]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+
+
+def in_place(seen):
+    assert seen["aliased"] >= seen["cache"]
+    assert seen["temporary"] < 0.1 * seen["cache"], seen
+    assert not seen["copies"] or "async-update" in str(seen["copies"]), seen
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("shape", "kv_dtype"), [(LLAMA, None), (QWEN, "int8"), (NARROW, None)], ids=["llama", "qwen-int8", "narrow"]
+)
+def test_a_decode_step_copies_no_cache(shape, kv_dtype, topology):
+    (seen,) = compiled(topology, shape, [4], "decode", kv_dtype=kv_dtype)
+    in_place(seen)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_extending_copies_no_cache(topology):
+    """2,048 tokens onto a cache: temporaries are activations, and more layers need no more of them."""
+    shallow, deep = compiled(topology, LLAMA, [4, 8], "extend", T=2048)
+    for seen in (shallow, deep):
+        assert seen["aliased"] >= seen["cache"]
+    assert (deep["temporary"] - shallow["temporary"]) / 4 < 0.05 * deep["cache"] / 8
+
+
+@pytest.mark.parametrize("shape", [LLAMA, QWEN], ids=["llama", "qwen"])
+def test_exact_prefill_needs_one_layer_at_a_time(shape, record_property):
+    """Temporaries of 4 against 8 layers grow by < 10 % of one layer's K/V per layer."""
+    shallow, deep = compiled("v5e:2x2", shape, [4, 8], "prefill", T=16384)
+    growth = (deep["temporary"] - shallow["temporary"]) / 4 / deep["kv"]
+    record_property("exact prefill on TPU, temporaries per added layer, share of its K/V", growth)
+    assert growth < 0.10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("shape", [LLAMA, QWEN], ids=["llama", "qwen"])
+def test_whole_models(shape, topology):
+    (decode,) = compiled(topology, shape, None, "decode")
+    in_place(decode)
+    (extend,) = compiled(topology, shape, None, "extend", T=2048)
+    assert extend["aliased"] >= extend["cache"]
+    assert extend["temporary"] < 0.5e9
