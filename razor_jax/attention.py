@@ -64,7 +64,8 @@ def attend(
             state = kernel.compensation(rows, group.k_mean, group.v_mean, call.dropped, scale)
         if few:
             # A handful of keys is no work for a kernel: with the compensation token they are its initial state.
-            state = own(rows, k[:, heads], v[:, heads], state, return_state=True, implementation="xla")
+            options = {"return_state": True, "implementation": "xla"}
+            state = cast(kernel.State, own(rows, k[:, heads], v[:, heads], state, **options))
         valid = call.valid(group.windowed)
         parts.append(kernel.Part(rows, group.k, group.v, valid, state, group.k_scale, group.v_scale))
     cached = kernel.attend_groups(parts, scale=scale, return_state=not few, implementation=call.spec.kernels)

@@ -203,7 +203,7 @@ def make_spec(
 def _choose(asked: Implementation | None, H: int, dtype: jnp.dtype, cached: set[jnp.dtype]) -> Implementation:
     """The implementation that runs for queries and new tokens of `dtype` and caches of the types `cached`."""
 
-    def of(kind):
+    def of(kind) -> Any:
         return jax.ShapeDtypeStruct((1, 1, 32, H), kind)
 
     def unsupported(name):

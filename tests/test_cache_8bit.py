@@ -148,6 +148,47 @@ def test_razor_mini_answers_from_an_8_bit_cache(kv_dtype):
     assert len(dense.tokens) == len(small.tokens)
 
 
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_pages_are_the_slots_that_they_name(kind):
+    """The XLA reference: a shuffled pool, NaN where no row holds anything, garbage in entries past the last page."""
+    page, lengths = 4, np.array([9, 4], np.int32)
+    table = np.array([[5, 0, 3], [2, -9, 99]], np.int32)
+    k, v = tokens(2, K, 12, H), tokens(2, K, 12, H, seed=1)
+    held = [quantize(jnp.asarray(x), jnp.dtype(kind)) for x in (k, v)]
+    q = jnp.asarray(tokens(2, K, G, H, seed=2))
+    want = attention.attend(
+        q, held[0][0], held[1][0], jnp.asarray(lengths), scale=0.3, k_scale=held[0][1], v_scale=held[1][1]
+    )
+
+    def pool(x, axis):
+        """[6 pages, K, page, H] (scales [6, K, 1, page]) out of x, NaN where no row holds anything."""
+        if x is None:
+            return None
+        x = np.asarray(x)
+        shape = [6, *x.shape[1:]]
+        shape[axis] = page
+        out = np.full(shape, 77 if x.dtype == np.int8 else NAN, x.dtype)
+        for b, length in enumerate(lengths):
+            for i in range(-(-length // page)):
+                out[table[b, i]] = np.take(x[b], range(i * page, (i + 1) * page), axis=axis - 1)
+                at = [slice(None)] * (x.ndim - 1)
+                at[axis - 1] = slice(max(length - i * page, 0), None)
+                out[(table[b, i], *at)] = 77 if x.dtype == np.int8 else NAN
+        return jnp.asarray(out)
+
+    got = attention.attend(
+        q,
+        pool(held[0][0], 2),
+        pool(held[1][0], 2),
+        jnp.asarray(lengths),
+        scale=0.3,
+        k_scale=pool(held[0][1], 3),
+        v_scale=pool(held[1][1], 3),
+        block_table=jnp.asarray(table),
+    )
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_inputs_name_the_argument():
     q, k = jnp.zeros((1, 2, 4, H)), jnp.zeros((1, 2, 8, H))
@@ -162,8 +203,11 @@ def test_wrong_inputs_name_the_argument():
         r"v_scale is float32\[1, 2, 1, 7\], must be float32\[1, 2, 1, 8\]": lambda: call(
             q, eight, eight, lengths, k_scale=scales, v_scale=scales[..., :7]
         ),
-        r"block_table \(2, 3\): must be \[B, pages\]": lambda: call(
+        r"block_table int32\[2, 3\]: must be int32 \[B, pages\]": lambda: call(
             q, k, k, lengths, block_table=jnp.zeros((2, 3), jnp.int32)
+        ),
+        r"block_table names pages 0 to 3: the pool has 0 to 2": lambda: call(
+            q, *[jnp.zeros((3, 2, 4, H))] * 2, lengths + 8, block_table=jnp.asarray([[0, 3, -7]])
         ),
         r"state's m is float32\[1, 2, 3\], must be float32\[1, 2, 4\]": lambda: call(
             q, k, k, lengths, state=(q, jnp.zeros((1, 2, 3)), jnp.zeros((1, 2, 4)))

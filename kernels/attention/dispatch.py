@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int
 
 from ..backend import Implementation, choose, platform
@@ -143,8 +144,20 @@ def _check_part(part: Part) -> None:
     q, k, v, lengths, state, k_scale, v_scale, table = part
     _check(q, k, v, lengths, state, paged=table is not None)
     _check_scales(k, v, k_scale, v_scale)
-    if table is not None and (table.ndim != 2 or table.shape[0] != q.shape[0]):
-        raise ValueError(f"block_table {table.shape}: must be [B, pages] with q's B = {q.shape[0]}")
+    if table is None:
+        return
+    if table.ndim != 2 or table.shape[0] != q.shape[0] or not jnp.issubdtype(table.dtype, jnp.integer):
+        raise ValueError(
+            f"block_table {table.dtype}{list(table.shape)}: must be int32 [B, pages] with q's B = {len(q)}"
+        )
+    if not any(isinstance(x, jax.core.Tracer) for x in (table, lengths)):
+        # Under jit nothing can raise; here an entry that would be followed must name a page.
+        followed = np.arange(table.shape[1]) * k.shape[2] < np.asarray(lengths)[:, None]
+        entries = np.asarray(table)[followed]
+        if entries.size and not 0 <= entries.min() <= entries.max() < len(k):
+            raise ValueError(
+                f"block_table names pages {entries.min()} to {entries.max()}: the pool has 0 to {len(k) - 1}"
+            )
 
 
 def _check(q, k, v, lengths, state: State | None, paged: bool) -> None:

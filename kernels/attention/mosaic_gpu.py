@@ -414,7 +414,7 @@ def _store(shared: _Shared, work: _Work, at, out, tile, state: State):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _across(column, shape: tuple[int, int]):
+def _across(column, shape: tuple[int, ...]):
     """[64] as [64, n]."""
     return lax.broadcast_in_dim(column, shape, (0,))
 

@@ -187,10 +187,10 @@ def _run(call: _Call, parts: tuple[Part, ...], start, blocks: Blocks | None) -> 
         plan = blocks or choose_blocks(pl.cdiv(work, S), R, S, H, _multiplied_as(part), page)
         split = plan.splits > 1
         plans.append(plan)
-        scales = (x if x is None else x[:, :, 0] for x in (part.k_scale, part.v_scale))
+        k_scale, v_scale = (x if x is None else x[:, :, 0] for x in (part.k_scale, part.v_scale))
         # The state counts once: where programs share a row, in the merge.
         state = None if split else part.state
-        kernel_parts.append(Part(part.q, part.k, part.v, part.lengths, state, *scales, part.block_table))
+        kernel_parts.append(part._replace(state=state, k_scale=k_scale, v_scale=v_scale))
         shapes.append(_states((B, K, plan.splits, R, H)) if split else _shapes(call, part.q))
     (results,) = pl.pallas_call(
         functools.partial(_razor_attend, call=call, plans=tuple(plans)),

@@ -6,6 +6,8 @@ is a length; everything else that attention must know arrives as the initial sta
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -51,7 +53,9 @@ def attend(
       [B, K, R, H] in q's type, or the state. Slots past the longest row's block cost nothing.
     """
     if block_table is not None:
-        k, v, k_scale, v_scale = (_gather_pages(x, block_table, lengths, k.shape[2]) for x in (k, v, k_scale, v_scale))
+        pages = functools.partial(_gather_pages, table=block_table, lengths=lengths, page=k.shape[2])
+        k, v = pages(k), pages(v)
+        k_scale, v_scale = (x if x is None else pages(x) for x in (k_scale, v_scale))
     keys = (k, v, k_scale, v_scale)
     state = _scan(q, keys, lengths, lambda slots: None, jnp.max(lengths), scale, state)
     return state if return_state else finish(state, q.dtype)
@@ -93,10 +97,8 @@ def attend_causal(
     return state if return_state else finish(state, q.dtype)
 
 
-def _gather_pages(pool: jax.Array | None, table: jax.Array, lengths: jax.Array, page: int) -> jax.Array | None:
+def _gather_pages(pool: jax.Array, table: jax.Array, lengths: jax.Array, page: int) -> jax.Array:
     """Pool [P,K,page,H] (or scales [P,K,1,page]) as the rows' own [B,K,S,H] ([B,K,1,S])."""
-    if pool is None:
-        return None
     valid = jnp.arange(table.shape[1], dtype=jnp.int32) * page < lengths[:, None]
     rows = jnp.moveaxis(pool[jnp.where(valid, table, 0)], 1, 2)  # [B,K,pages,page,H]
     B, K, pages, first, last = rows.shape

@@ -111,9 +111,12 @@ def test_a_decode_step_copies_no_cache(shape, kv_dtype, topology):
     in_place(seen)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    "topology", ["v5e:2x2", *(pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES[1:3]), "tpu7x:2x2x1"]
+)
 def test_extending_copies_no_cache(topology):
-    """2,048 tokens onto a cache: temporaries are activations, and more layers need no more of them."""
+    """2,048 tokens onto a cache: temporaries are activations, and more layers need no more of them. (On 7x the compiler
+    lays a layer's weights out anew for the loop.)"""
     shallow, deep = compiled(topology, LLAMA, [4, 8], "extend", T=2048)
     for seen in (shallow, deep):
         assert seen["aliased"] >= seen["cache"]

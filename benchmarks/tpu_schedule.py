@@ -1,0 +1,575 @@
+"""What the TPU compiler makes of the attention kernels, on a machine without a TPU, beside public kernels.
+
+    pip install -e '.[aot]'
+    python -m benchmarks.tpu_schedule [--topology v5e:2x2] [--case decode] [--side razor] [--json PATH] [--peers DIR]
+
+libtpu compiles each kernel to VLIW bundles and dumps that final schedule: one bundle is about one cycle. The
+compute of a step is therefore its bundles over the clock; the step is hidden behind its loads where that is less
+than the time in which the memory delivers the bytes it must read, 2·H·itemsize for a slot of a KV head.
+
+    ratio = bundles / clock / (bytes / bandwidth)      below 1 is bound by memory, as decode should be
+    pass  = at most so much for a pass over the cache: every step, the last one masked, and what runs around a step
+    MXU   = flops of the step / (its compute · peak flops a second)      for prefill, which is bound by arithmetic
+
+How the hot region is found. The dump brackets the schedule in numbered regions: the body of every loop and of every
+branch. A bundle belongs to the smallest region round it. Regions that own at least half as much matrix work as the
+region with the most are the attention steps; the one with the fewest bundles is the step without a mask, the one
+with the most the masked one. What else is in the loop round them (starting loads, first and last steps) is counted
+in `pass` as if all of it ran with every step, which is too much. A region that loads less than the block's K and V
+is no whole step, and an error.
+tests/aot/test_schedule.py halves the block, which must halve the bundles.
+
+What it cannot show: stalls of the memory system, the start of a kernel, and DMA that is not as fast as published.
+The compiler also spaces matrix products closer than v5e's and 7x's arrays can take them, so the MXU figure of a
+kernel bound by them is up to a third too good. Peers: kernels that ship with JAX, and tpu-inference
+(`pip install --no-deps --target DIR tpu-inference`); one that is absent is reported as not installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+RESULTS = Path(__file__).parent / "results" / "tpu_schedule.json"
+VECTOR_REGISTER = 4096  # bytes that one load can bring
+ITEMSIZE = {"bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One JAX device: a chip, on 7x half of one.
+
+    Memory (bytes/s) and peak (bfloat16 flops/s) are those of cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. The clock
+    (Hz) of v5e is published (jax-ml.github.io/scaling-book/tpus); the others are the peak over the flops of a cycle:
+    2·128² a MXU on v5p (4 a core), 2·2·256² on v6e and 7x (2 a core).
+    """
+
+    name: str
+    clock: float
+    memory: float
+    peak: float
+    cores: int = 1
+
+
+CHIPS = {
+    "v5e:2x2": Chip("v5e", 1.50e9, 819e9, 197e12),
+    "v5p:2x2x1": Chip("v5p", 1.75e9, 2765e9, 459e12, cores=2),
+    "v6e:2x2": Chip("v6e", 1.75e9, 1640e9, 918e12),
+    "tpu7x:2x2x1": Chip("7x", 2.20e9, 7380e9 / 2, 2307e12 / 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A shape: `rows` query rows of each of K KV heads over S slots; `kind` is decode, causal or chunk."""
+
+    name: str
+    kind: str = "decode"
+    dtype: str = "bfloat16"
+    rows: int = 4
+    S: int = 32768
+    H: int = 128
+    K: int = 8
+    G: int = 4
+    block: int | None = None  # slots of a step; None leaves it to the kernel
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of K and V in one slot of one KV head."""
+        return 2 * self.H * ITEMSIZE[self.dtype]
+
+    def goal(self, chip: str) -> float | None:
+        """The ratio to stay below."""
+        if self.kind != "decode" or self.dtype == "float8_e4m3fn":
+            return None
+        return 1.1 if chip == "7x" else 0.8 if (chip, self.dtype) == ("v5p", "int8") else 0.7
+
+
+# Llama-3-8B's K = 8, G = 4, H = 128. The ring is 4 sinks and a window of 4,096, in whole tiles of 32.
+CASES = (
+    Case("decode bf16"),
+    Case("decode int8", dtype="int8"),
+    Case("decode fp8", dtype="float8_e4m3fn"),
+    Case("decode bf16 T=4", rows=16),
+    Case("decode int8 T=4", rows=16, dtype="int8"),
+    Case("decode bf16 G=8", rows=8, G=8),
+    Case("decode bf16 H=64", H=64),
+    Case("decode int8 H=64", H=64, dtype="int8"),
+    Case("ring bf16", S=4128),
+    Case("ring int8", S=4128, dtype="int8"),
+    Case("prefill causal bf16", "causal", rows=16384, S=4096),
+    Case("chunk on cache bf16", "chunk", rows=16384),
+    Case("chunk on cache int8", "chunk", rows=16384, dtype="int8"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A kernel to compile: `kernel` matches its name; a step is `rows` query rows by `slots` slots, over all its heads.
+
+    `rows` and `slots` None: read from the windows of the compiled kernel. `parallel`: both cores of v5p share the work.
+    """
+
+    function: Callable
+    arguments: tuple
+    kernel: str
+    rows: int | None = None
+    slots: int | None = None
+    parallel: bool = True
+
+
+class Refused(Exception):
+    """The kernel does not take the case."""
+
+
+# ---- the kernels: each builds its call for a case; `array` makes an abstract argument on the device ----
+
+
+def razor(case: Case, array, chip: Chip) -> Call:
+    import jax.numpy as jnp
+
+    from razor_jax.kernels.attention import tpu
+
+    q, k = array((1, case.K, case.rows, case.H), "bfloat16"), array((1, case.K, case.S, case.H), case.dtype)
+    if reason := tpu.unsupported(q, k, k):
+        raise Refused(reason)
+    stats = array(q.shape[:3], "float32")
+    state = (array(q.shape, "float32"), stats, stats)
+    fixed: dict[str, Any] = {"scale": case.H**-0.5}
+    if case.block:
+        fixed["blocks"] = tpu.Blocks(case.rows, case.block)
+    lengths = array((1,), "int32")
+    if case.kind == "causal":
+
+        def causal(q, k, v, lengths, state):
+            return tpu.attend_causal(q, k, v, lengths, start=jnp.int32(0), group_size=case.G, state=state, **fixed)
+
+        return Call(causal, (q, k, k, lengths, state), "razor_attend")
+    scales = (array((1, case.K, 1, case.S), "float32"),) * 2 if case.dtype == "int8" else ()
+
+    def attend(q, k, v, lengths, state, *scales):
+        named = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+        return tpu.attend(q, k, v, lengths, state=state, **named, **fixed)
+
+    return Call(attend, (q, k, k, lengths, state, *scales), "razor_attend")
+
+
+def jax_paged(case: Case, array, chip: Chip) -> Call:
+    """JAX's paged decode attention, one query token, blocks of `slots`."""
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    page, slots = 128, 2048
+    megacore = chip.cores == 2
+    pages = array((case.K, case.S // page, page, case.H), case.dtype)
+    q = array((1, case.K * case.G, case.H), "bfloat16")
+    function = functools.partial(
+        paged_attention, pages_per_compute_block=slots // page, megacore_mode="kv_head" if megacore else None
+    )
+    arguments = (q, pages, pages, array((1,), "int32"), array((1, case.S // page), "int32"))
+    return Call(function, arguments, "paged", case.rows, slots)
+
+
+def jax_flash(case: Case, array, chip: Chip) -> Call:
+    """JAX's flash attention: causal prefill of as many KV heads as query heads, in our tiles."""
+    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
+
+    x = array((1, case.K, case.S, case.H), case.dtype)
+    blocks = BlockSizes(block_q=512, block_k_major=1024, block_k=1024, block_b=1)
+    function = functools.partial(flash_attention, causal=True, sm_scale=case.H**-0.5, block_sizes=blocks)
+    return Call(function, (x, x, x), "flash", 512, 1024)
+
+
+def jax_splash(case: Case, array, chip: Chip) -> Call:
+    """JAX's splash attention: causal prefill, a KV head shared by G query heads, in our tiles."""
+    import jax
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    q, k = array((case.K, case.G, case.S, case.H), case.dtype), array((case.K, case.S, case.H), case.dtype)
+    mask = masks.MultiHeadMask([masks.CausalMask((case.S, case.S))] * case.G)
+    blocks = splash.BlockSizes(block_q=512, block_kv=1024, block_kv_compute=1024)
+
+    def run(q, k, v):
+        # Made while tracing, so that the arrays of its mask are constants and not arrays on a device that is not here.
+        kernel = splash.make_splash_mqa(mask=mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
+        return jax.vmap(kernel)(q, k, v)
+
+    return Call(run, (q, k, k), "splash", 512, 1024)
+
+
+def tpu_inference(case: Case, array, chip: Chip) -> Call:
+    """tpu-inference's ragged paged attention, version 3, with the blocks that it chooses."""
+    home = next((Path(p) / "tpu_inference" for p in sys.path if (Path(p) / "tpu_inference").is_dir()), None)
+    if home is None:
+        raise Refused("not installed")
+    # Its package starts a server's machinery on import; the kernel needs none of it.
+    package = types.ModuleType("tpu_inference")
+    package.__path__ = [str(home)]
+    sys.modules["tpu_inference"] = package
+    name = "kernel" if case.H == 128 else "kernel_hd64"
+    kernel: Any = importlib.import_module(f"tpu_inference.kernels.ragged_paged_attention.v3.{name}")
+    generation = int(re.findall(r"\d", chip.name)[0])
+    kernel.get_tpu_version = lambda: generation  # it asks for the machine's own device
+    page, tokens = 128, 1 if case.kind == "decode" else case.rows // case.G
+    # Its steps unroll all KV heads, and 8 of them with a chunk's rows compile for more than five minutes: one does.
+    if tokens > 1:
+        case = dataclasses.replace(case, K=1)
+    heads = case.K * case.G
+    cache = kernel.get_kv_cache_shape(case.S // page, page, case.K, case.H, array((), case.dtype).dtype)
+    new = array((tokens, case.K, case.H), case.dtype)
+    scales = {} if case.dtype == "bfloat16" else {"k_scale": 1.0, "v_scale": 1.0}
+    # One call compiles a kernel for decode and one for chunks; the one that is not looked at gets the least blocks.
+    unused = {f"{'md'[tokens > 1]}_block_sizes": (1, page, 1, page)}
+    function = functools.partial(kernel.ragged_paged_attention, sm_scale=case.H**-0.5, **scales, **unused)
+    q = array((tokens, heads, case.H), "bfloat16")
+    index = [array(shape, "int32") for shape in ((1,), (case.S // page,), (2,), (3,))]
+    arguments = (q, new, new, array(cache, case.dtype), *index)
+    # Its innermost loop takes all KV heads and loaded query rows with `bkv_csz` slots.
+    blocks = kernel.get_default_block_sizes(
+        *(q.dtype, new.dtype, heads, case.K, case.H, page, tokens, 1, case.S // page),
+        case=kernel.RpaCase.DECODE if tokens == 1 else kernel.RpaCase.MIXED,
+    )
+    rows = case.G * blocks["bq_sz"]
+    return Call(function, arguments, f"RPA{'dm'[tokens > 1]}", rows, case.K * blocks["bkv_csz"], parallel=False)
+
+
+SIDES = {
+    "razor": (razor, tuple(case.name for case in CASES)),
+    "jax paged_attention": (jax_paged, ("decode bf16",)),
+    "jax flash_attention": (jax_flash, ("prefill causal bf16",)),
+    "jax splash_attention": (jax_splash, ("prefill causal bf16",)),
+    "tpu-inference RPA v3": (tpu_inference, ("decode bf16", "decode int8", "decode fp8", "chunk on cache bf16")),
+}
+
+
+# ---- reading the dump ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A kernel's final bundles: `use` [bundles, units] of `capacity` [units], regions and loops as (first, last)."""
+
+    units: list[str]
+    capacity: np.ndarray
+    use: np.ndarray
+    regions: list[tuple[int, int]]
+    loops: set[int]
+    windows: list[tuple[tuple[int, ...], ...]]  # (window, whole) of each operand that is loaded by blocks
+
+    def total(self, unit: str, bundles: np.ndarray) -> int:
+        return int(self.use[bundles, self.units.index(unit)].sum())
+
+
+def read(folder: Path, kernel: str) -> Schedule:
+    """The schedule of the kernel whose name starts with `kernel` in libtpu's dump."""
+
+    def only(ending: str) -> str:
+        found = list(folder.glob(f"*-{kernel}*-[0-9]*-{ending}"))
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} dumps of {kernel!r} that end in {ending}: one was compiled")
+        return found[0].read_text()
+
+    lines = only("final_hlo-static-per-bundle-utilization.txt").splitlines()
+    use = np.array([line.split() for line in lines[4:]], int)
+    text = only("final_bundles.txt")
+    starts = list(re.finditer(r"^ *(0x[0-9a-f]+|0) +(LB)?[^:\n]*:", text, re.M))
+    if len(starts) != len(use):
+        raise ValueError(f"{len(starts)} bundles, but the use of {len(use)}: libtpu's dump has another form")
+    opened: dict[str, int] = {}
+    regions = []
+    ends = [*(match.start() for match in starts[1:]), len(text)]
+    for bundle, (match, end) in enumerate(zip(starts, ends, strict=True)):
+        for mark, number in re.findall(r"(Start|End) region (\d+)", text[match.start() : end]):
+            if mark == "Start":
+                opened[number] = bundle
+            elif number in opened:
+                regions.append((opened.pop(number), bundle))
+    loops = {bundle for bundle, match in enumerate(starts) if match[2]}
+    windows = re.findall(r"window shape is \w+\[([\d,]+)\], while the full shape is \w+\[([\d,]+)\]", text)
+    shapes = [tuple(tuple(map(int, shape.split(","))) for shape in pair) for pair in windows]
+    units = [unit.strip() for unit in lines[1].split(",")]
+    return Schedule(units, np.array(lines[2].split(), int), use, regions, loops, shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Bundles of the unmasked step and of the masked one (the same where there is one body)."""
+
+    hot: np.ndarray
+    masked: np.ndarray
+    around: int | None  # bundles of the loop that belong to no step, at most so many run with each; None: no loop found
+
+
+def find_steps(schedule: Schedule) -> Steps:
+    regions = sorted(schedule.regions, key=lambda region: region[0] - region[1])  # the longest first
+    owner = np.full(len(schedule.use), -1)
+    for index, (first, last) in enumerate(regions):
+        owner[first : last + 1] = index
+    work = schedule.use[:, [schedule.units.index(unit) for unit in ("MATMUL", "MATPUSH")]].sum(axis=1)
+    owned = np.bincount(owner + 1, weights=work, minlength=len(regions) + 1)[1:]
+    steps = np.flatnonzero(owned >= owned.max() / 2)
+    bundles = sorted((np.flatnonzero(owner == step) for step in steps), key=len)
+    inside, outside = bundles[0][0], bundles[0][-1]
+    round_it = [
+        (first, last)
+        for index, (first, last) in enumerate(regions)
+        if first in schedule.loops and index not in steps and first <= inside and outside <= last
+    ]
+    around = None
+    if round_it:
+        first, last = round_it[-1]  # the shortest
+        around = int((~np.isin(owner[first : last + 1], steps)).sum())
+    return Steps(bundles[0], bundles[-1], around)
+
+
+def measure(case: Case, call: dict, schedule: Schedule, chip: Chip) -> dict:
+    """The figures of one compiled kernel; `call` holds what the worker says of it."""
+    steps = find_steps(schedule)
+    hot = steps.hot
+    rows = call["rows"] or _window(schedule, case.K * case.rows * case.H) // case.H
+    slots = call["slots"] or _window(schedule, case.K * case.S * case.H) // case.H
+    loaded = schedule.total("VLOAD", hot) * VECTOR_REGISTER
+    if loaded < 0.9 * slots * case.slot_bytes:
+        raise ValueError(f"the region found loads {loaded} bytes, a step's block has {slots * case.slot_bytes}")
+    cores = chip.cores if call["parallel"] else 1
+    dma = slots * case.slot_bytes / chip.memory
+    compute = len(hot) / chip.clock / cores
+    capacity = dict(zip(schedule.units, schedule.capacity, strict=True))
+    flops = 4 * rows * slots * case.H
+    row = {
+        "slots": slots,
+        "rows": rows,
+        "bundles": len(hot),
+        "masked_bundles": len(steps.masked),
+        "around_bundles": steps.around,
+        "spills": schedule.total("VSTORE:SPILL", hot),
+        "fills": schedule.total("VLOAD:FILL", hot),
+        "masked_spills": schedule.total("VSTORE:SPILL", steps.masked),
+        "use": {
+            unit: round(schedule.total(unit, hot) / capacity[unit] / len(hot), 3)
+            for unit in ("MATMUL", "MATPUSH", "VALU", "EUP", "XLU", "VLOAD", "VSTORE")
+        },
+        "compute_us": round(compute * 1e6, 4),
+        "dma_us": round(dma * 1e6, 4),
+        "ratio": round(compute / dma, 3),
+        "mxu": round(flops / compute / chip.peak, 3),
+    }
+    if case.kind == "decode":
+        row["pass"] = None
+    if case.kind == "decode" and steps.around is not None:
+        count = math.ceil(case.K * case.S / slots)
+        heads = max(1, slots // case.S)
+        last = math.ceil(case.K / heads) if slots < case.K * case.S else 1  # one masked step a pass over a head
+        bundles = (count - last) * len(hot) + last * len(steps.masked) + count * steps.around
+        row["pass"] = round(bundles / chip.clock / cores / (case.K * case.S * case.slot_bytes / chip.memory), 3)
+    return row
+
+
+def _window(schedule: Schedule, whole: int) -> int:
+    """Elements of the block of the operand that has `whole` elements."""
+    sizes = {math.prod(window) for window, full in schedule.windows if math.prod(full) == whole}
+    if len(sizes) != 1:
+        raise ValueError(f"operands of {whole} elements have blocks of {sizes} elements: expected one size")
+    return sizes.pop()
+
+
+# ---- running the compiler ----
+
+
+def worker(side: str, case: Case, topology: str) -> dict:
+    """Compile one kernel in this process, which libtpu dumps as its environment says."""
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices[:1]), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype), sharding=sharding)
+
+    with jax.set_mesh(mesh):
+        try:
+            call = SIDES[side][0](case, array, CHIPS[topology])
+        except (Refused, ModuleNotFoundError) as refused:
+            return {"refused": str(refused)}
+        try:
+            jax.jit(call.function).trace(*call.arguments).lower(lowering_platforms=("tpu",)).compile()
+        except Exception as error:  # a kernel that the compiler refuses is a line of the table
+            return {"refused": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+    return {"kernel": call.kernel, "rows": call.rows, "slots": call.slots, "parallel": call.parallel}
+
+
+def compile_and_measure(side: str, case: Case, topology: str, peers: str | None = None) -> dict:
+    """One row of the table, from a process of its own: libtpu reads its environment once."""
+    row = {"topology": topology, "side": side, "case": case.name, "dtype": case.dtype}
+    with tempfile.TemporaryDirectory() as dump:
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            # Without the pattern it dumps the seventy passes before the final one too.
+            "LIBTPU_INIT_ARGS": (
+                f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.*"
+            ),
+            "PYTHONPATH": os.pathsep.join([*sys.path, *([peers] if peers else [])]),
+        }
+        environment.pop("XLA_FLAGS", None)
+        job = json.dumps([side, dataclasses.asdict(case), topology])
+        command = [sys.executable, "-m", "benchmarks.tpu_schedule", "--worker", job]
+        home = Path(__file__).parents[1]
+        try:
+            done = subprocess.run(
+                command, env=environment, cwd=home, capture_output=True, text=True, timeout=300, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return row | {"refused": "not compiled in 300 s"}
+        if done.returncode:
+            raise RuntimeError(f"{side}, {case.name}, {topology}:\n{done.stderr[-3000:]}")
+        call = json.loads(done.stdout.splitlines()[-1])
+        if "refused" in call:
+            return row | call
+        chip = CHIPS[topology]
+        row |= measure(case, call, read(Path(dump), call["kernel"]), chip)
+    goal = case.goal(chip.name) if side == "razor" else None
+    return row | ({} if goal is None else {"goal": goal})
+
+
+def machine() -> dict:
+    return {
+        "date": date.today().isoformat(),
+        "libtpu": importlib.metadata.version("libtpu"),
+        "jax": importlib.metadata.version("jax"),
+        "python": platform.python_version(),
+        "command": "python -m benchmarks.tpu_schedule",
+    }
+
+
+def problems(row: dict) -> list[str]:
+    """What of a row misses the goals."""
+    found = []
+    if "goal" in row and row["ratio"] >= row["goal"]:
+        found.append(f"goal {row['goal']}")
+    if row["side"] == "razor" and row.get("spills"):
+        found.append(f"{row['spills']} spills")
+    return found
+
+
+def line(row: dict) -> str:
+    """One row as text."""
+    head = f"{CHIPS[row['topology']].name:4s} {row['case']:20s} {row['side']:21s}"
+    if "refused" in row:
+        return f"{head} not supported: {row['refused']}"
+    use = row["use"]
+    goal = f" < {row['goal']}" if "goal" in row else ""
+    second = f"pass {_figure(row['pass']):>5s}" if "pass" in row else f"MXU {row['mxu']:6.1%}"
+    slots = " ".join(f"{unit} {use[unit]:4.0%}" for unit in use)
+    missed = f"  MISSES {', '.join(problems(row))}" if problems(row) else ""
+    return (
+        f"{head} {row['bundles']:6d} bundles {row['slots']:6d} slots  ratio {row['ratio']:5.2f}{goal:6s} {second}"
+        f"  spills {row['spills']:4d}  {slots}{missed}"
+    )
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a line a case and side, a column a generation."""
+    chips = {row["topology"]: CHIPS[row["topology"]].name for row in rows}
+    lines = [
+        "Decode: compute / DMA of an unmasked step, and at most so much for a pass over the cache (? unknown).",
+        "Prefill: share of the matrix units' peak. ✗ marks a missed goal, s spills of vector registers in the step.",
+        "",
+        f"| case | kernel | {' | '.join(chips.values())} |",
+        f"|---|---|{'---|' * len(chips)}",
+    ]
+    for case, side in dict.fromkeys((row["case"], row["side"]) for row in rows):
+        mine = {row["topology"]: row for row in rows if (row["case"], row["side"]) == (case, side)}
+        if not all("refused" in row for row in mine.values()):
+            lines.append(f"| {case} | {side} | {' | '.join(_cell(mine.get(topology)) for topology in chips)} |")
+    refused = dict.fromkeys(f"- {r['case']}, {r['side']}: {r['refused']}" for r in rows if "refused" in r)
+    return "\n".join([*lines, "", *refused]) + "\n"
+
+
+def _figure(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f}"
+
+
+def _cell(row: dict | None) -> str:
+    if row is None or "refused" in row:
+        return "–"
+    figure = f"{row['ratio']:.2f} / {_figure(row['pass'])}" if "pass" in row else f"{row['mxu']:.0%}"
+    missed = " ✗" if "goal" in row and row["ratio"] >= row["goal"] else ""
+    return figure + missed + (f" s{row['spills']}" if row["spills"] else "")
+
+
+def merge(old: dict, rows: list[dict]) -> list[dict]:
+    """`rows` in place of those of the same kernel and case in the report `old`, which other versions would void."""
+    kept = {_key(row): row for row in old["rows"]} if _versions(old["machine"]) == _versions(machine()) else {}
+    kept |= {_key(row): row for row in rows}
+    return [kept[key] for key in _keys() if key in kept]
+
+
+def _key(row: dict) -> tuple[str, str, str]:
+    return row["case"], row["side"], row["topology"]
+
+
+def _keys() -> list[tuple[str, str, str]]:
+    """Of the whole table, in its order."""
+    return [(c.name, s, t) for c in CASES for s, (_, names) in SIDES.items() if c.name in names for t in CHIPS]
+
+
+def _versions(machine: dict) -> tuple[str, str]:
+    return machine["libtpu"], machine["jax"]
+
+
+def main(
+    topology: list[str] = list(CHIPS),  # noqa: B006
+    case: str = "",
+    side: str = "",
+    json_path: Annotated[Path, typer.Option("--json")] = RESULTS,
+    peers: str = "",
+    job: Annotated[str, typer.Option("--worker", hidden=True)] = "",
+) -> None:
+    """Compile the cases and kernels whose names contain `--case` and `--side`, print the figures and write them.
+
+    Rows that the file has and that were not compiled again stay, unless they are another compiler's.
+    """
+    if job:
+        which, shape, where = json.loads(job)
+        print(json.dumps(worker(which, Case(**shape), where)))
+        return
+    cases = {c.name: c for c in CASES}
+    jobs = [(s, cases[c], t) for c, s, t in _keys() if case in c and side in s and t in topology]
+    rows = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for row in pool.map(lambda job: compile_and_measure(*job, peers=peers), jobs):
+            rows.append(row)
+            print(line(row), flush=True)
+    if json_path.exists():
+        rows = merge(json.loads(json_path.read_text()), rows)
+    chips = {chip.name: dataclasses.asdict(chip) for chip in CHIPS.values()}
+    json_path.write_text(json.dumps({"machine": machine(), "chips": chips, "rows": rows}, indent=1) + "\n")
+    json_path.with_suffix(".md").write_text(table(rows))
+    print(f"\n{machine()}\nwritten to {json_path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

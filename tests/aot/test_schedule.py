@@ -1,0 +1,80 @@
+"""The compiler's schedule of the TPU kernels has not become worse than benchmarks/results/tpu_schedule.json says.
+
+    pip install -e '.[aot]'
+    pytest tests/aot/test_schedule.py
+
+After a change that is meant: python -m benchmarks.tpu_schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("libtpu", reason="the TPU compiler is in the extra 'aot': pip install -e '.[aot]'")
+
+from benchmarks import tpu_schedule
+
+TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
+NAMES = ("decode bf16", "decode int8", "prefill causal bf16")
+CASES = {case.name: case for case in tpu_schedule.CASES}
+HALF = dataclasses.replace(CASES["decode bf16"], block=2048)
+WHOLE = dataclasses.replace(CASES["decode bf16"], block=4096)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Every case on every generation, compiled at once: (case, topology) -> row."""
+    jobs = [(case, topology) for case in (*map(CASES.get, NAMES), HALF, WHOLE) for topology in TOPOLOGIES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = pool.map(lambda job: tpu_schedule.compile_and_measure("razor", *job), jobs)
+        return dict(zip(jobs, rows, strict=True))
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_worse_than_committed(compiled, name, topology):
+    row = compiled[CASES[name], topology]
+    assert "refused" not in row, row
+    assert row["ratio"] < row.get("goal", float("inf")), tpu_schedule.line(row)
+    report = json.loads(tpu_schedule.RESULTS.read_text())
+    if report["machine"]["libtpu"] != importlib.metadata.version("libtpu"):
+        pytest.skip(f"the committed figures are those of libtpu {report['machine']['libtpu']}")
+    (committed,) = (
+        row
+        for row in report["rows"]
+        if (row["side"], row["case"], row["topology"]) == ("razor", name, topology) and "refused" not in row
+    )
+    assert row["ratio"] <= 1.1 * committed["ratio"], tpu_schedule.line(row)
+    assert row["spills"] <= committed["spills"], tpu_schedule.line(row)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_region_found_is_a_whole_step(compiled, topology):
+    """Half the slots a step take half the bundles, but for what a step costs whatever its length."""
+    half, whole = (compiled[case, topology] for case in (HALF, WHOLE))
+    assert (half["slots"], whole["slots"]) == (2048, 4096)
+    assert 1.7 < whole["bundles"] / half["bundles"] < 2.1
+    assert 1.7 < whole["masked_bundles"] / half["masked_bundles"] < 2.2
+
+
+def test_a_region_that_is_no_whole_step_is_an_error(compiled):
+    """As it would be if the kernel looped inside its step."""
+    case, topology = WHOLE, TOPOLOGIES[0]
+    row = compiled[case, topology]
+    schedule = tpu_schedule.Schedule(
+        units=["MATMUL", "MATPUSH", "VLOAD"],
+        capacity=tpu_schedule.np.ones(3, int),
+        use=tpu_schedule.np.ones((row["bundles"] // 4, 3), int),
+        regions=[(0, row["bundles"] // 4 - 1)],
+        loops=set(),
+        windows=[],
+    )
+    call = {"rows": row["rows"], "slots": row["slots"], "parallel": True}
+    with pytest.raises(ValueError, match="the region found loads"):
+        tpu_schedule.measure(case, call, schedule, tpu_schedule.CHIPS[topology])
