@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -125,3 +128,41 @@ def test_a_forced_implementation_needs_its_device():
         functional.init_cache(params, batch=1, capacity=8, razor=None)
     with pytest.raises(ValueError, match=r"implementation='cuda': one of xla, pallas_tpu, pallas_gpu, mosaic_gpu"):
         razor_jax.load("razor-mini", implementation="cuda")
+
+
+DEVICES = """
+import jax, numpy as np, pytest
+from razor_jax import RazorConfig, functional
+from tests import test_kernels_in_model as t
+
+for platform in ("tpu", "gpu"):
+    t.interpreted(pytest.MonkeyPatch(), platform)
+    params = t.model(64)
+    tokens = np.random.default_rng(1).integers(0, 96, (4, 14)).astype(np.int32)
+    lengths = np.array([12, 9, 0, 12], np.int32)
+    cache = functional.init_cache(params, batch=4, capacity=16, razor=RazorConfig.compact(6))
+    assert cache.spec.implementation == f"pallas_{platform}"
+
+    def session(extend, decode, cache, split):
+        # one step at a time: queued launches can deadlock on few cores
+        first, cache = jax.block_until_ready(extend(params, cache, split(tokens[:, :12]), split(lengths)))
+        second, cache = jax.block_until_ready(decode(params, cache, split(tokens[:, 12])))
+        return [np.asarray(x).reshape(4, -1) for x in (first, second)]
+
+    fold = lambda x: np.asarray(x).reshape(2, 2, *x.shape[1:])
+    mapped = jax.pmap(functional.extend, in_axes=(None, 0, 0, 0)), jax.pmap(functional.decode, in_axes=(None, 0, 0))
+    got = session(*mapped, jax.tree.map(fold, cache), fold)
+    want = session(jax.jit(functional.extend), jax.jit(functional.decode), cache, np.asarray)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+print("equal")
+"""
+
+
+def test_pmap_over_the_batch_equals_one_device():
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", DEVICES]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.strip() == "equal", done.stderr[-4000:]

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from ..backend import Implementation, choose, platform
@@ -150,7 +151,7 @@ def _check_part(part: Part) -> None:
         raise ValueError(
             f"block_table {table.dtype}{list(table.shape)}: must be int32 [B, pages] with q's B = {len(q)}"
         )
-    if not any(isinstance(x, jax.core.Tracer) for x in (table, lengths)):
+    if not any(isinstance(x, Tracer) for x in (table, lengths)):
         # Under jit nothing can raise; here an entry that would be followed must name a page.
         followed = np.arange(table.shape[1]) * k.shape[2] < np.asarray(lengths)[:, None]
         entries = np.asarray(table)[followed]
