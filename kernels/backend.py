@@ -24,8 +24,13 @@ def platform() -> str:
     """ "tpu", "gpu" or "cpu": the device of the trace, which ahead of time is not one of this machine."""
     if pltpu.is_tpu_device():
         return "tpu"
-    ahead = jax.sharding.get_abstract_mesh().abstract_device
-    name = ahead.platform if ahead is not None else jax.default_backend()
+    ahead, default = jax.sharding.get_abstract_mesh().abstract_device, getattr(jax.config, "jax_default_device", None)
+    if ahead is not None:
+        name = ahead.platform
+    elif default is not None:
+        name = getattr(default, "platform", default)
+    else:
+        name = jax.default_backend()
     return "gpu" if name in ("cuda", "gpu", "rocm") else name
 
 
@@ -48,16 +53,29 @@ def choose(
     here = platform()
     if implementation is None:
         first = first_choice()
-        return "xla" if first == "xla" or unsupported(first) is not None else first
+        return "xla" if first == "xla" or obstacle(first, unsupported) else first
     if implementation == "xla":
         return implementation
     if _DEVICE[implementation] == here:
-        reason = unsupported(implementation)
+        reason = obstacle(implementation, unsupported)
     else:
         reason = f"the device is a {here}, not a {_DEVICE[implementation]}"
     if reason is not None:
         raise ValueError(f"implementation={implementation!r} cannot run here: {reason}. Pass None or 'xla'")
     return implementation
+
+
+def obstacle(implementation: Implementation, unsupported: Callable[[Implementation], str | None]) -> str | None:
+    """Why a Pallas implementation cannot run here, or None: its own reason, or a mesh that the compiler partitions."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [
+        name
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if size > 1 and kind != jax.sharding.AxisType.Manual
+    ]
+    if axes:
+        return f"mesh axes {axes} are partitioned by the compiler: wrap the call in shard_map"
+    return unsupported(implementation)
 
 
 def first_choice() -> Implementation:

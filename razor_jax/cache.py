@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 
 from .config import HeadSplit, RazorConfig, kv_type
 from .kernels import attention, cache_write
-from .kernels.backend import Implementation, choose, first_choice
+from .kernels.backend import Implementation, choose, first_choice, obstacle
 from .kernels.cache_write import Stored
 from .kernels.ordering import after as _after
 from .kernels.quantize import INT8, quantize
@@ -219,7 +219,7 @@ def _choose(asked: Implementation | None, H: int, dtype: jnp.dtype, cached: set[
     chosen = choose(asked, unsupported)
     if asked is None and chosen != first_choice():
         # Python shows a warning from one place once.
-        reason = unsupported(first_choice())
+        reason = obstacle(first_choice(), unsupported)
         warnings.warn(f"attention runs without its {first_choice()} kernels, on XLA: {reason}", stacklevel=3)
     return chosen
 

@@ -76,15 +76,24 @@ def heads(
         raise typer.BadParameter("--bytes goes with --capacity, and without --share, --induction and --echo")
     if (numbered is None) != (source is None or source.suffix != ".json"):
         raise typer.BadParameter("--numbered query or kv goes with --import FILE.json, and is needed there")
+    if scorer != "probe" and preset != "paper":
+        raise typer.BadParameter(f"--preset {preset} is a probe's: leave it out with --scorer {scorer}")
+    if source is not None and (scorer != "probe" or preset != "paper" or seeds > 1):
+        raise typer.BadParameter("--import searches nothing: leave out --scorer, --preset and --seeds")
     if report_to is not None:
         plots.require()
-    # Bytes and reports depend on the policy that stands beside the model, with its split.
-    beside = "auto" if size is not None or report_to is not None else None
+    # These depend on the policy that stands beside the model, with its split.
+    uses_policy = any(x is not None for x in (size, report_to, save_duo))
+    if window is not None and not uses_policy:
+        raise typer.BadParameter("--window goes with --bytes, --report or --save-duo")
+    beside = "auto" if uses_policy else None
     with terminal.working(f"loading {model}") as progress:
         params = razor_jax.load(model, dtype=dtype, heads=beside, progress=progress)
     policy = params.razor or RazorConfig()
     if window is not None:
         policy = dataclasses.replace(policy, window=window)
+    if save_duo is not None and policy.window is None:
+        raise typer.BadParameter("--save-duo writes a fixed window, this policy has none: give --window")
     budget: dict[str, Any] = {"induction": induction, "echo": echo, "share": share}
     if size is not None:
         budget |= {"bytes": size, "capacity": capacity, "razor": policy, "batch": batch}

@@ -146,7 +146,12 @@ def _check_call(cache: KVCache, tokens: Ids, lengths: Ids, logits: Logits) -> No
 
 
 def check_cache(params: Params, cache: KVCache) -> None:
-    """Refuse a cache that was made for other heads or shapes."""
+    """Refuse a cache that was made for other heads or shapes, or for another implementation than a forced one."""
+    if params.implementation not in (None, cache.spec.implementation):
+        raise ValueError(
+            f"these params force implementation={params.implementation!r}, the cache was made for "
+            f"{cache.spec.implementation!r}: make the cache from the same params"
+        )
     spec, config = cache.spec, params.config
     have = (len(spec.counts), spec.num_kv_heads, spec.head_dim)
     want = (config.num_layers, config.num_kv_heads, config.head_dim)

@@ -17,7 +17,7 @@ from huggingface_hub import errors
 from . import checkpoint
 from .config import HeadSplit
 from .heads import find_heads, store
-from .kernels.backend import Implementation, check_name
+from .kernels.backend import Implementation, choose
 from .params import Params, with_heads
 
 log = logging.getLogger("razor_jax")
@@ -57,15 +57,16 @@ def load(
       heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, else the
         user's cache folder, else probes once and remembers; or a HeadSplit, the path of a razor.json, or
         None for dense attention only.
-      implementation: of attention and cache writes: "xla", "pallas_tpu" or "pallas_gpu"; None for the kernels of the
-        device where it has any that take the model's shapes, else XLA.
+      implementation: of attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None for the
+        device's own kernels where they take the model's shapes, else XLA.
       progress: called with ("read", bytes done, bytes to do), then, where heads have to be probed, with
         ("probed", layers done, layers to do).
 
     Raises FileNotFoundError, PermissionError or ConnectionError where there is no such model, ValueError
-    where model and head split do not fit, or the implementation cannot run here.
+    where model and head split do not fit, or no device here runs the implementation.
     """
-    check_name(implementation)
+    if implementation is not None:
+        choose(implementation, lambda name: None)  # before gigabytes are read: a name, and a device for it
     directory = find(model)
     params = checkpoint.read(directory, dtype, _stage(progress, "read")).replace(implementation=implementation)
     found = _heads(params, directory, heads, _stage(progress, "probed"))

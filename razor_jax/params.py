@@ -49,7 +49,8 @@ class Params(flax.struct.PyTreeNode):
       heads: which KV heads keep the whole cache, None if nobody has said.
       razor: cache policy recommended beside the checkpoint, None for the paper's.
       assets: tokenizer, chat template and stop ids, None for token arrays only.
-      implementation: of attention and cache writes: "xla", "pallas_tpu" or "pallas_gpu"; None chooses by the device.
+      implementation: of attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None chooses by
+        the device.
     """
 
     weights: Any

@@ -189,6 +189,18 @@ def test_pages_are_the_slots_that_they_name(kind):
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+def test_float16_queries_over_int8_values_that_are_small():
+    """Weights times scales of small values are below what float16 holds."""
+    k, v = tokens(1, 1, 4096, 64), 1e-3 * tokens(1, 1, 4096, 64, seed=1)
+    (k, k_scale), (v, v_scale) = (quantize(jnp.asarray(x), jnp.dtype("int8")) for x in (k, v))
+    q, lengths = jnp.asarray(tokens(1, 1, 2, 64, seed=2), jnp.float16), jnp.asarray([4096])
+    got = attention.attend(q, k, v, lengths, scale=0.1, k_scale=k_scale, v_scale=v_scale)
+    keys, values = (np.asarray(dequantize(*x), np.float64)[0, 0] for x in ((k, k_scale), (v, v_scale)))
+    p = np.exp(0.1 * np.asarray(q, np.float64)[0, 0] @ keys.T)
+    want = p @ values / p.sum(1, keepdims=True)
+    assert np.max(np.abs(np.asarray(got[0, 0], np.float64) - want)) / np.max(np.abs(want)) <= 8e-3
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_inputs_name_the_argument():
     q, k = jnp.zeros((1, 2, 4, H)), jnp.zeros((1, 2, 8, H))

@@ -126,8 +126,29 @@ def test_a_forced_implementation_needs_its_device():
     params = model(128).replace(implementation="pallas_tpu")
     with pytest.raises(ValueError, match=r"'pallas_tpu' cannot run here: the device is a cpu"):
         functional.init_cache(params, batch=1, capacity=8, razor=None)
+    with pytest.raises(ValueError, match=r"'pallas_tpu' cannot run here: the device is a cpu"):
+        razor_jax.load("no such folder", implementation="pallas_tpu")  # said before anything is read
     with pytest.raises(ValueError, match=r"implementation='cuda': one of xla, pallas_tpu, pallas_gpu, mosaic_gpu"):
         razor_jax.load("razor-mini", implementation="cuda")
+
+
+def test_a_forced_implementation_refuses_a_cache_of_another(on_tpu):
+    params = model(128)
+    cache = functional.init_cache(params, batch=1, capacity=8, razor=None)
+    with pytest.raises(ValueError, match=r"force implementation='xla', the cache was made for 'pallas_tpu'"):
+        razor_jax.generate(params.replace(implementation="xla"), np.arange(3), cache=cache, max_new_tokens=1)
+
+
+def test_no_kernel_runs_where_the_compiler_partitions(on_tpu):
+    """Seen with the TPU compiler: "Mosaic kernels cannot be automatically partitioned"."""
+    params = model(128)
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        with pytest.warns(UserWarning, match=r"mesh axes \['data'\] are partitioned by the compiler"):
+            cache = functional.init_cache(params, batch=2, capacity=8, razor=None)
+        with pytest.raises(ValueError, match="wrap the call in shard_map"):
+            backend.choose("pallas_tpu", lambda name: None)
+    assert cache.spec.implementation == "xla"
 
 
 DEVICES = """

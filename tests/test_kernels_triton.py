@@ -304,7 +304,7 @@ def test_head_groups_of_a_layer_are_one_launch(dtype, check):
     cast = functools.partial(jnp.asarray, dtype=dtype)
     full = triton.Part(cast(q), poison(k, lengths, dtype), poison(v, lengths, dtype), lengths)
     ring = triton.Part(cast(q2), poison(k2, rings, dtype), poison(v2, rings, dtype), rings, state)
-    run = functools.partial(triton.attend_groups, scale=SCALE, interpret=True)
+    run = functools.partial(triton.attend_groups, scale=SCALE, return_state=True, interpret=True)
     got = jax.jit(run)((full, ring))
     want = (
         reference(q, k, v, lengths, scale=SCALE, return_state=True),

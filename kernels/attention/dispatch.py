@@ -18,7 +18,7 @@ from ..quantize import INT8
 from .part import Part
 from .state import State
 
-# Loaded when first asked for: a Pallas backend that a release of JAX no longer has concerns its own device only.
+# Loaded when first asked for: a GPU backend that a release of JAX no longer has concerns GPUs only.
 _MODULES = {"xla": "xla", "pallas_tpu": "tpu", "pallas_gpu": "triton", "mosaic_gpu": "mosaic_gpu"}
 
 
@@ -54,7 +54,8 @@ def attend(
       [B, K, R, H] in q's type, or the state.
 
     Raises:
-      ValueError: shapes or types that disagree, or a forced backend that cannot run.
+      ValueError: shapes or types that disagree, pages that are no whole tiles of the backend, or a forced backend
+        that cannot run.
     """
     _check_part(Part(q, k, v, lengths, state, k_scale, v_scale, block_table))
     return _backend(implementation, q, k, v).attend(

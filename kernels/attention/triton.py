@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Float, Float32, Int, Shaped
 
-from ..quantize import EIGHT_BIT, FP8
+from ..quantize import EIGHT_BIT, FP8, INT8
 from .part import Part
 from .state import NEG, State
 
@@ -64,6 +64,9 @@ def unsupported(q: Any, k: Any, v: Any) -> str | None:
     """Why the kernel cannot take queries q [B,K,R,H] and caches k, v [B,K,S,H], or None: it can."""
     if plt is None:
         return f"JAX {jax.__version__} has no Pallas-Triton"
+    capability = _compute_capability()
+    if capability < 8.0:
+        return f"the GPU has compute capability {capability}: Triton's kernels run from 8.0 (NVIDIA Ampere) on"
     H, held = q.shape[-1], (*_TYPES, *EIGHT_BIT)
     if H not in _HEAD_WIDTHS:
         return f"head width H={H}: the kernel reads caches of H={' or '.join(map(str, _HEAD_WIDTHS))}"
@@ -71,7 +74,9 @@ def unsupported(q: Any, k: Any, v: Any) -> str | None:
         return f"q is {q.dtype}: the kernel takes {', '.join(map(str, _TYPES))}"
     if k.dtype != v.dtype or k.dtype not in held:
         return f"k is {k.dtype} and v is {v.dtype}: the kernel takes both as one of {', '.join(map(str, held))}"
-    if k.dtype == FP8 and not _has_fp8():
+    if k.dtype == INT8 and q.dtype == jnp.float16:
+        return "k is int8 and q float16, which cannot hold weights times small scales"
+    if k.dtype == FP8 and capability < 8.9:
         return "k is float8_e4m3fn, which this GPU cannot convert: its compute capability is below 8.9"
     if k.dtype in EIGHT_BIT and 2**31 <= k.size <= 2**32:
         return (
@@ -80,12 +85,15 @@ def unsupported(q: Any, k: Any, v: Any) -> str | None:
     return None
 
 
-def _has_fp8() -> bool:
+def _compute_capability() -> float:
+    """Of this machine's GPU: 0 for one that is not NVIDIA's, infinite ahead of time, where the compiler will say."""
     try:
         device, *_ = jax.local_devices(backend="gpu")
-    except RuntimeError:  # ahead of time: the compiler will say
-        return True
-    return float(device.compute_capability) >= 8.9
+        return float(device.compute_capability)
+    except RuntimeError:
+        return math.inf
+    except ValueError:
+        return 0.0
 
 
 def choose_blocks(heads: int, R: int, S: int, H: int, dtype: jnp.dtype, page: int | None = None) -> Blocks:
@@ -157,7 +165,7 @@ def attend_causal(
 
 
 def attend_groups(
-    parts: Sequence[Part], *, scale: float, return_state: bool = True, interpret: Any = False
+    parts: Sequence[Part], *, scale: float, return_state: bool = False, interpret: Any = False
 ) -> Float[jax.Array, "B K R H"] | State:
     """`attend` over the head groups of a layer in one launch; results are concatenated on K, in the order of `parts`.
 

@@ -145,7 +145,8 @@ def _scan(q, keys, lengths, visible, end, scale: float, state: State | None) -> 
         new = whole(state, clean=False)
         return lax.cond(jnp.all(jnp.isfinite(new[0])), lambda: new, lambda: by_blocks(state))
 
-    if not few or S <= _BLOCK_MANY_ROWS:
+    # Nor 8 bits at once: they would be widened at once.
+    if not few or S <= _BLOCK_MANY_ROWS or keys[0].dtype in EIGHT_BIT:
         return by_blocks(state)
     return lax.cond(2 * end > S, at_once, by_blocks, state)
 
@@ -169,6 +170,8 @@ def _fold(q, keys, valid, visible, scale: float, state: State, clean: bool) -> S
     l = l * jnp.exp(m - m_new) + jnp.sum(p, axis=-1)
     if v_scale is not None:
         p = jnp.where(mask, p * v_scale, 0.0)
+        # Weights times small scales are below what float16 holds.
+        dtype = jnp.promote_types(dtype, jnp.float32) if dtype == jnp.float16 else dtype
     if clean:
         v = jnp.where(valid[:, None, :, None], v, jnp.zeros((), v.dtype))
     acc = acc * jnp.exp(m - m_new)[..., None] + _dot("bkrs,bksh->bkrh", p.astype(dtype), v.astype(dtype))

@@ -44,7 +44,8 @@ def write(
     for name in ("k", "v", "k_scale", "v_scale"):
         have, given = getattr(held, name), getattr(new, name)
         if (have is None) != (given is None):
-            raise ValueError(f"{name}: the cache has {'none' if have is None else 'it'}, the new tokens do not agree")
+            who = ("new tokens", "cache") if have is None else ("cache", "new tokens")
+            raise ValueError(f"{name}: the {who[0]} have it, the {who[1]} not; an int8 cache has scales, no other")
         if have is None:
             continue
         axis = 2 if name in "kv" else 3

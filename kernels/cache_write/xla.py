@@ -72,6 +72,9 @@ def _write_ring_token(held: Stored, new: Stored, lengths, counts, window, sinks:
         k_mean, v_mean = fold_token(held, evicted, lengths, counts, window, sinks)
         held = held._replace(k_mean=k_mean, v_mean=v_mean)
         new = new._replace(k=after(new.k, k_mean, lengths), v=after(new.v, v_mean, lengths))
+        if new.k_scale is not None and new.v_scale is not None:
+            scales = (after(x, k_mean, lengths) for x in (new.k_scale, new.v_scale))
+            new = Stored(new.k, new.v, *scales)
     return _scatter(held, jnp.where(counts > 0, slot, S)[:, None], new)
 
 

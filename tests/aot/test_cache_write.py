@@ -5,12 +5,9 @@ How to run, and why every topology compiles in a process of its own, stands in `
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from . import tpu_compiler
 
 pytest.importorskip("libtpu", reason="the TPU compiler is in the extra 'aot': pip install -e '.[aot]'")
 
@@ -102,17 +99,8 @@ print(json.dumps(seen))
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_caches_are_written_in_place(topology):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    environment.pop("XLA_FLAGS", None)  # the suite's own is for the CPU
-    command = [sys.executable, "-c", COMPILE, json.dumps([topology, FULL, CASES])]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    for case, (given, alias, temporary, copies) in zip(CASES, json.loads(run.stdout.splitlines()[-1]), strict=True):
+    (seen,) = tpu_compiler.run(COMPILE, [topology, FULL, CASES])
+    for case, (given, alias, temporary, copies) in zip(CASES, seen, strict=True):
         B, K, *_ = case
         print(topology, *case, f"cache {given} aliased {alias} temporaries {temporary} copies {copies}")
         assert alias >= given, case

@@ -9,12 +9,9 @@ with splits as uneven as they come: layers with one, two, no and only retrieval 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from . import tpu_compiler
 
 pytest.importorskip("libtpu", reason="the TPU compiler is in the extra 'aot': pip install -e '.[aot]'")
 
@@ -81,19 +78,9 @@ def copies(compiled, leaves):
 """
 
 
-def compiled(topology, shape, layers, kind, T=1, kv_dtype=None, timeout=900):
+def compiled(topology, shape, layers, kind, T=1, kv_dtype=None):
     """What `memory_analysis` says of a call of T tokens for models of these depths, and sizes to hold it against."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    environment.pop("XLA_FLAGS", None)  # the suite's own is for the CPU
-    command = [sys.executable, "-c", COPIES + COMPILE, json.dumps([topology, shape, layers, kind, T, kv_dtype])]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    return tpu_compiler.run(COPIES + COMPILE, [topology, shape, layers, kind, T, kv_dtype])
 
 
 def in_place(seen):

@@ -10,12 +10,9 @@ compiler refuses it; `memory_analysis` then shows a cache that was copied to be 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from . import tpu_compiler
 
 pytest.importorskip("libtpu", reason="the TPU compiler is in the extra 'aot': pip install -e '.[aot]'")
 
@@ -91,18 +88,9 @@ print(json.dumps(temporary))
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_kernels_fit_and_copy_no_cache(topology):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    environment.pop("XLA_FLAGS", None)  # the suite's own is for the CPU
-    command = [sys.executable, "-c", COMPILE, json.dumps([topology, CASES])]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
+    (seen,) = tpu_compiler.run(COMPILE, [topology, CASES])
     size = {F32: 4, BF16: 2, INT8: 1, FP8: 1}
-    for case, temporary in zip(CASES, json.loads(run.stdout.splitlines()[-1]), strict=True):
+    for case, temporary in zip(CASES, seen, strict=True):
         _, B, K, R, S, H, _, kv_type, _, _ = case
         # m and l as lines, in and out; and rows of 64, which the kernel takes 128 wide. A cache is far more.
         lines = 2 * B * K * 8 * max(R, 128) * 4
