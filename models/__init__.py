@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import llama, mistral, qwen
+from . import baichuan, llama, mistral, qwen
 from .config import ModelConfig, Rope
 from .huggingface import Stored
 from .transformer import Block, Transformer
@@ -23,8 +23,10 @@ __all__ = [
 ]
 
 # Each family module has `config`, `fields` (its inverse) and `names`.
-FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen}
-_SUPPORTED = "llama (Llama 2, 3, 3.1, 3.2), mistral (full attention), qwen2 (Qwen1.5, 2, 2.5) and qwen3 (dense)"
+FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen, "baichuan": baichuan}
+_SUPPORTED = (
+    "llama (Llama 2, 3, 3.1, 3.2), mistral (full attention), qwen2 (Qwen1.5, 2, 2.5), qwen3 (dense) and baichuan (13B)"
+)
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -45,6 +45,8 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    alibi: bool = False  # attention adds linear biases (`alibi.py`); no rotary embedding then
+    norm_head: bool = False  # rows of the output head are scaled to length 1
 
     @property
     def group_size(self) -> int:

@@ -27,27 +27,32 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor as a checkpoint holds it: its name, and how it becomes ours.
+    """One weight as a checkpoint holds it: its tensor's name, and how that becomes ours.
 
-    `pattern` is einops', stored axes -> our axes; `sizes` gives each of its letters a length.
+    `pattern` is einops', stored axes -> our axes; `sizes` gives each of its letters a length. A tensor that fuses
+    `parts` weights on its first axis holds this one as number `part`.
     """
 
     name: str
     pattern: str
     sizes: Mapping[str, int]
+    part: int = 0
+    parts: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape in the checkpoint, `[out, in]` for a projection."""
+        """Shape of the whole tensor in the checkpoint, `[out, in]` for a projection."""
         axes = re.findall(r"\([^)]*\)|\S+", self.pattern.split("->")[0])
-        return tuple(math.prod(self.sizes[letter] for letter in axis.strip("()").split()) for axis in axes)
+        first, *rest = (math.prod(self.sizes[letter] for letter in axis.strip("()").split()) for axis in axes)
+        return (self.parts * first, *rest)
 
     def to_ours(self, x: np.ndarray) -> np.ndarray:
-        """A view of the stored tensor with our axes."""
-        return self._rearrange(x, self.pattern)
+        """A view of the stored tensor, or of its part, with our axes."""
+        rows = len(x) // self.parts
+        return self._rearrange(x[self.part * rows :][:rows], self.pattern)
 
     def to_stored(self, x: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ours`."""
+        """The inverse of `to_ours`: the tensor, or its part."""
         left, right = self.pattern.split("->")
         return self._rearrange(x, f"{right.strip()} -> {left.strip()}")
 

@@ -2,7 +2,7 @@
 
 B batch, T tokens of this call, D model width, L layers, N query heads, K KV heads, G = N/K query
 heads per KV head, H head width, F feed-forward width, V vocabulary. Query rows of a KV head are
-packed t-major: row t·G + g.
+packed t-major: row t·G + g. Rotary embedding is the model's, ALiBi's biases are attention's.
 
 The model never hears of caches: `attend(q, k, v, state) -> (out, state)` is given by the caller, one
 opaque state a layer. `Block` also offers its two halves (`keys_values`, `queries`, `mix`), so that a
@@ -61,7 +61,7 @@ class Block(nn.Module):
         if self.config.qk_norm:
             q = self.q_norm(q)
         B, T, K, G, H = q.shape
-        return rotate(q, rope).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+        return self._place(q, rope).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
 
     def keys_values(
         self, x: Float[jax.Array, "B T D"], rope: Tables
@@ -71,7 +71,11 @@ class Block(nn.Module):
         k, v = self.k(y), self.v(y)
         if self.config.qk_norm:
             k = self.k_norm(k)
-        return rotate(k, rope).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        return self._place(k, rope).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+    def _place(self, x: jax.Array, rope: Tables) -> jax.Array:
+        """Positions go into queries and keys, unless attention itself adds them (ALiBi)."""
+        return x if self.config.alibi else rotate(x, rope)
 
     def mix(self, x: Float[jax.Array, "B T D"], out: Float[jax.Array, "B K R H"]) -> Float[jax.Array, "B T D"]:
         """Residual stream x [B, T, D] and attention output [B, K, T·G, H] -> x [B, T, D]."""
@@ -111,7 +115,11 @@ class Transformer(nn.Module):
         """Hidden states [..., D] -> float32 logits [..., V]."""
         y = self.norm(x)
         y = self.embedding.attend(y) if self.config.tie_embeddings else self.head(y)
-        return y.astype(jnp.float32)
+        y = y.astype(jnp.float32)
+        if self.config.norm_head:
+            rows = self.head.variables["params"]["kernel"].astype(jnp.float32)
+            y = y / jnp.maximum(jnp.linalg.norm(rows, axis=0), 1e-12)
+        return y
 
     def __call__(self, tokens: jax.Array, rope: Tables, attend: Attend, states: Sequence[Any]):
         """tokens int32 [B, T] -> float32 logits [B, T, V] and each layer's new state."""

@@ -12,6 +12,8 @@ import math
 from typing import cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from . import cache as kv
@@ -31,6 +33,7 @@ def attend(
     *,
     start: jax.Array | int,
     group_size: int,
+    slopes: np.ndarray | None = None,
 ) -> Float[jax.Array, "B K R H"]:
     """What queries of a call see: the layer's cache before the call ⊕ the call's tokens, causally.
 
@@ -41,20 +44,35 @@ def attend(
       call: lengths before the call and new tokens, int32 [B].
       start: index in the call of q's first token, an int or int32 scalar; q may be a chunk of the call.
       group_size: G.
+      slopes: float32 [K, G] of a model with ALiBi, heads in held order.
 
     Returns:
       [B, K, G·Tq, H] in q's type. Rows past a row's new tokens are finite and meaningless.
     """
     scale = 1.0 / math.sqrt(q.shape[-1])
     few = k.shape[2] <= FEW_TOKENS
+    at = call.length[:, None] + start + jnp.arange(q.shape[2] // group_size, dtype=jnp.int32)
+    every = slice(0, k.shape[1])
 
-    def own(q, k, v, state, **options):
+    def slope(heads):
+        return None if slopes is None else jnp.asarray(slopes[heads], jnp.float32)
+
+    def own(heads, state, **options):
         return kernel.attend_causal(
-            q, k, v, call.new, start=start, group_size=group_size, scale=scale, state=state, **options
+            q[:, heads],
+            k[:, heads],
+            v[:, heads],
+            call.new,
+            start=start,
+            group_size=group_size,
+            scale=scale,
+            state=state,
+            slopes=slope(heads),
+            **options,
         )
 
     if call.fresh:
-        return cast(jax.Array, own(q, k, v, None, implementation=call.spec.kernels))
+        return cast(jax.Array, own(every, None, implementation=call.spec.kernels))
     parts, first = [], 0
     for group in layer:
         heads = slice(first, first + group.k.shape[1])
@@ -64,18 +82,20 @@ def attend(
             state = kernel.compensation(rows, group.k_mean, group.v_mean, call.dropped, scale)
         if few:
             # A handful of keys is no work for a kernel: with the compensation token they are its initial state.
-            options = {"return_state": True, "implementation": "xla"}
-            state = cast(kernel.State, own(rows, k[:, heads], v[:, heads], state, **options))
-        valid = call.valid(group.windowed)
-        parts.append(kernel.Part(rows, group.k, group.v, valid, state, group.k_scale, group.v_scale))
+            state = cast(kernel.State, own(heads, state, return_state=True, implementation="xla"))
+        alibi = None if slopes is None else kernel.Alibi(slope(heads), at, kv.positions(group, call))
+        valid = call.valid(group)
+        parts.append(kernel.Part(rows, group.k, group.v, valid, state, group.k_scale, group.v_scale, alibi=alibi))
     cached = kernel.attend_groups(parts, scale=scale, return_state=not few, implementation=call.spec.kernels)
     if few:
         return cast(jax.Array, cached)
-    return cast(jax.Array, own(q, k, v, cached, implementation=call.spec.kernels))
+    return cast(jax.Array, own(every, cached, implementation=call.spec.kernels))
 
 
-def attend_and_write(q, k, v, layer: tuple[Group, ...], call: Call) -> tuple[jax.Array, tuple[Group, ...]]:
+def attend_and_write(
+    q, k, v, layer: tuple[Group, ...], call: Call, slopes: np.ndarray | None = None
+) -> tuple[jax.Array, tuple[Group, ...]]:
     """A whole call at once: the attention output, and the layer with the call's tokens written."""
-    out = attend(q, k, v, layer, call, start=0, group_size=q.shape[2] // k.shape[2])
+    out = attend(q, k, v, layer, call, start=0, group_size=q.shape[2] // k.shape[2], slopes=slopes)
     k, v = (kv.after(x, out, call) for x in (k, v))
     return out, kv.write(layer, k, v, call)

@@ -6,12 +6,15 @@ ring of the W newest other tokens and, in float32, the means of all it dropped:
     slots   | sinks 0 … N0-1 | ring N0 … N0+W-1 |      position p ≥ N0 lives in slot N0 + (p - N0) mod W
     means   k_mean, v_mean over the n = max(0, length - N0 - W) dropped tokens
 
+A group of an ALiBi model has a *scope*, the ring's length for every row, and no sinks and no means.
+
 n is derived, never stored, and a row's valid slots are always a prefix. Letters as in `models.transformer`,
 and S cache slots. W is each row's own (`KVCache.window`), inside the static allocation.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import warnings
 from typing import Any
@@ -46,6 +49,7 @@ class CacheSpec:
     windowed_dtype: str = ""  # of the windowed heads, "" for `dtype`
     implementation: Implementation = "xla"  # of attention and writes
     forced: bool = False  # asked for by name
+    scopes: tuple[tuple[int, ...], ...] = ()  # of the split: how many tokens each KV head of an ALiBi model keeps
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -64,9 +68,11 @@ class CacheSpec:
             return self.capacity
         return min(self.capacity, self.sinks + ring_length(self.razor, self.capacity))
 
-    def slots(self, windowed: bool) -> int:
+    def slots(self, windowed: bool, scope: int = 0) -> int:
         """Slots allocated for a head: those it may use, rounded up to whole tiles where a kernel wants them."""
         slots = self.windowed_slots if windowed else self.capacity
+        if scope:
+            slots = min(self.capacity, scope)
         tile = _TILE.get(self.implementation, 1)
         return -(-slots // tile) * tile
 
@@ -79,23 +85,39 @@ class CacheSpec:
         """What calls ask for: kernels that nobody forced leave a call that they cannot take to XLA."""
         return self.implementation if self.forced or self.implementation == "xla" else None
 
-    def groups(self, layer: int) -> tuple[tuple[int, bool], ...]:
-        """(KV heads, windowed) of each of the layer's groups, in the order in which heads are held."""
+    def groups(self, layer: int) -> tuple[tuple[int, bool, int], ...]:
+        """(KV heads, windowed, scope or 0) of each of the layer's groups, in the order in which heads are held."""
         if self.razor is None:
-            return ((self.num_kv_heads, False),)
+            return ((self.num_kv_heads, False, 0),)
         kept = self.counts[layer]
-        both = ((kept, False), (self.num_kv_heads - kept, True))
-        return tuple(group for group in both if group[0])
+        rest = ((self.num_kv_heads - kept, True, 0),)
+        if self.scopes:
+            heads = collections.Counter(scope for scope in self.scopes[layer] if scope)
+            rest = tuple((heads[scope], True, scope) for scope in sorted(heads, reverse=True))
+        return tuple(group for group in ((kept, False, 0), *rest) if group[0])
+
+    def compensated(self, windowed: bool, scope: int) -> bool:
+        """Whether such a group has means."""
+        return windowed and not scope and self.razor is not None and self.razor.compensation
+
+    def describe(self) -> str:
+        """The policy in one line, for reports."""
+        if self.razor is None:
+            return "dense"
+        if not self.scopes:
+            return self.razor.describe()
+        kept = [scope for layer in self.scopes for scope in layer if scope]
+        return f"ALiBi scopes of {min(kept):,} to {max(kept):,} tokens" if kept else "no ALiBi head is cut"
 
     def kv_bytes(self, batch: int) -> int:
         """Bytes of all groups, as `init` allocates them."""
         total = 0
         for layer in range(len(self.counts)):
-            for heads, windowed in self.groups(layer):
+            for heads, windowed, scope in self.groups(layer):
                 kind = self.type(windowed)
                 token = self.head_dim * kind.itemsize + (4 if kind == INT8 else 0)
-                means = 4 * self.head_dim if windowed and self.razor and self.razor.compensation else 0
-                total += heads * 2 * (self.slots(windowed) * token + means)
+                means = 4 * self.head_dim if self.compensated(windowed, scope) else 0
+                total += heads * 2 * (self.slots(windowed, scope) * token + means)
         return batch * total
 
     def dense_bytes(self, batch: int) -> int:
@@ -111,6 +133,7 @@ class Group(flax.struct.PyTreeNode):
       k_mean, v_mean: float32 [B, K_group, 1, H], or None without a compensation token.
       windowed: sinks and a ring, or every token.
       k_scale, v_scale: float32 [B, K_group, 1, S] of an int8 cache, or None.
+      scope: tokens that a ring of an ALiBi model keeps, else 0.
     """
 
     k: jax.Array
@@ -120,6 +143,7 @@ class Group(flax.struct.PyTreeNode):
     windowed: bool = flax.struct.field(pytree_node=False)
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
+    scope: int = flax.struct.field(pytree_node=False, default=0)
 
     @property
     def stored(self) -> Stored:
@@ -174,9 +198,10 @@ def make_spec(
     razor: RazorConfig | None,
     dtype: Any,
     implementation: Implementation | None = None,
+    alibi: bool = False,
 ) -> CacheSpec:
     """The spec of a cache for a model of that split, head width and weight type, which is the cache's too where
-    razor names none.
+    razor names none; `alibi` where attention adds biases.
 
     `implementation` None chooses by the device; where no kernel takes the model's shapes or types the XLA path runs
     and a warning says so. Raises ValueError where a forced one cannot run.
@@ -195,12 +220,15 @@ def make_spec(
         full.name,
         razor,
         windowed_dtype="" if windowed == full else windowed.name,
-        implementation=_choose(implementation, head_dim, jnp.dtype(dtype), {full, windowed}),
+        implementation=_choose(implementation, head_dim, jnp.dtype(dtype), {full, windowed}, alibi),
         forced=implementation is not None,
+        scopes=split.scopes,
     )
 
 
-def _choose(asked: Implementation | None, H: int, dtype: jnp.dtype, cached: set[jnp.dtype]) -> Implementation:
+def _choose(
+    asked: Implementation | None, H: int, dtype: jnp.dtype, cached: set[jnp.dtype], alibi: bool
+) -> Implementation:
     """The implementation that runs for queries and new tokens of `dtype` and caches of the types `cached`."""
 
     def of(kind) -> Any:
@@ -209,7 +237,7 @@ def _choose(asked: Implementation | None, H: int, dtype: jnp.dtype, cached: set[
     def unsupported(name):
         for kind in sorted(cached | {dtype}, key=str):
             keys = of(kind)
-            reason = attention.unsupported(name, of(dtype), keys, keys) or cache_write.unsupported(
+            reason = attention.unsupported(name, of(dtype), keys, keys, alibi) or cache_write.unsupported(
                 name, Stored(keys, keys)
             )
             if reason is not None:
@@ -227,8 +255,8 @@ def _choose(asked: Implementation | None, H: int, dtype: jnp.dtype, cached: set[
 def init(spec: CacheSpec, batch: int, prompt_lengths: jax.Array | np.ndarray | None = None) -> KVCache:
     """An empty cache. `prompt_lengths` int32 [B] fixes each row's window; None leaves it to the first extend."""
 
-    def group(heads: int, windowed: bool) -> Group:
-        slots, kind = spec.slots(windowed), spec.type(windowed)
+    def group(heads: int, windowed: bool, scope: int) -> Group:
+        slots, kind = spec.slots(windowed, scope), spec.type(windowed)
 
         # Zeros, not empty: memory never written must not hold NaN (0 × NaN is NaN).
         def pair(*shape, dtype):
@@ -236,9 +264,9 @@ def init(spec: CacheSpec, batch: int, prompt_lengths: jax.Array | np.ndarray | N
 
         k, v = pair(slots, spec.head_dim, dtype=kind)
         k_scale, v_scale = pair(1, slots, dtype=jnp.float32) if kind == INT8 else (None, None)
-        compensated = windowed and spec.razor and spec.razor.compensation
-        k_mean, v_mean = pair(1, spec.head_dim, dtype=jnp.float32) if compensated else (None, None)
-        return Group(k, v, k_mean, v_mean, windowed, k_scale, v_scale)
+        means = spec.compensated(windowed, scope)
+        k_mean, v_mean = pair(1, spec.head_dim, dtype=jnp.float32) if means else (None, None)
+        return Group(k, v, k_mean, v_mean, windowed, k_scale, v_scale, scope)
 
     # Buffers of their own: a cache is donated, and no buffer can be given away twice.
     length, window = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32)
@@ -268,9 +296,16 @@ class Call(flax.struct.PyTreeNode):
     spec: CacheSpec = flax.struct.field(pytree_node=False)
     fresh: bool = flax.struct.field(pytree_node=False, default=False)
 
-    def valid(self, windowed: bool) -> jax.Array:
+    def ring(self, group: Group) -> tuple[jax.Array | None, int]:
+        """W int32 [B], None where everything is kept, and N0."""
+        if group.scope:
+            return jnp.full_like(self.window, group.scope), 0
+        return (self.window if group.windowed else None), self.spec.sinks
+
+    def valid(self, group: Group) -> jax.Array:
         """int32 [B], valid slots before the call."""
-        return jnp.minimum(self.length, self.spec.sinks + self.window) if windowed else self.length
+        window, sinks = self.ring(group)
+        return self.length if window is None else jnp.minimum(self.length, sinks + window)
 
     @property
     def dropped(self) -> jax.Array:
@@ -311,8 +346,7 @@ def write(
             Stored(new_k, new_v, k_scale, v_scale),
             call.length,
             call.new,
-            call.window if group.windowed else None,
-            call.spec.sinks,
+            *call.ring(group),
             implementation=call.spec.kernels,
         )
         groups.append(group.replace(**held._asdict()))
@@ -325,9 +359,12 @@ def after(x: jax.Array, earlier: jax.Array, call: Call) -> jax.Array:
 
 
 def dropped(spec: CacheSpec, length: Any, window: Any) -> Any:
-    """n = max(0, length - N0 - W), int32 [B], as jax or NumPy arrays go in."""
+    """n = max(0, length - N0 - W), int32 [B], as jax or NumPy arrays go in; by the shortest scope if there are any."""
     if spec.razor is None:
         return length * 0
+    if spec.scopes:
+        shortest = min((scope for layer in spec.scopes for scope in layer if scope), default=spec.capacity)
+        return (length - shortest).clip(0)
     # A window of 0 is one not yet set: nothing was seen, so nothing dropped.
     return ((length - spec.sinks - window) * (window > 0)).clip(0)
 
@@ -343,7 +380,7 @@ def broadcast(cache: KVCache, batch: int, capacity: int) -> KVCache:
         return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
     def grow(group: Group) -> Group:
-        extra = spec.slots(group.windowed) - group.k.shape[2]
+        extra = spec.slots(group.windowed, group.scope) - group.k.shape[2]
         return group.with_slots(lambda x, axis: jnp.pad(x, [(0, extra if i == axis else 0) for i in range(4)]))
 
     layers = tuple(tuple(grow(g) for g in layer) for layer in cache.layers)
@@ -360,6 +397,16 @@ def rollback(cache: KVCache, saved: KVCache) -> KVCache:
         for layer, kept in zip(cache.layers, saved.layers, strict=True)
     )
     return saved.replace(layers=layers)
+
+
+def positions(group: Group, call: Call) -> jax.Array:
+    """int32 [B, S], the position that each slot of a group without sinks held before the call; of a slot that was
+    not written, anything."""
+    slots = jnp.arange(group.k.shape[2], dtype=jnp.int32)
+    if not group.windowed:
+        return jnp.broadcast_to(slots, (call.length.shape[0], slots.shape[0]))
+    turns = (call.length[:, None] - 1 - slots) // group.scope
+    return slots + group.scope * turns
 
 
 def deleted(cache: KVCache) -> bool:

@@ -244,7 +244,7 @@ def _check(path: Path, config: ModelConfig, tensors: Mapping[str, Stored], found
 
 def _bytes(found: _Found, stored: Stored) -> int:
     kind = _FLOATS[found[stored.name].get_slice(stored.name).get_dtype()]
-    return int(np.prod(stored.shape)) * jnp.dtype(kind).itemsize
+    return int(np.prod(stored.shape)) // stored.parts * jnp.dtype(kind).itemsize
 
 
 def _dtype(asked: Any, hf: Mapping[str, Any], stored: str) -> np.dtype:
@@ -284,21 +284,25 @@ def _write_huggingface(params: Params, folder: Path, shard_bytes: int) -> None:
     }
     _write_json(folder / "config.json", write_config(params.config) | about)
     flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params.weights, sep="/"))
-    tensors = {stored.name: (stored, flat[path]) for path, stored in tensor_names(params.config).items()}
-    groups = _group({name: x.nbytes for name, (_, x) in tensors.items()}, shard_bytes)
+    # A tensor's parts, where it fuses weights; they are listed in order.
+    tensors: dict[str, list[tuple[Stored, Any]]] = {}
+    for path, stored in tensor_names(params.config).items():
+        tensors.setdefault(stored.name, []).append((stored, flat[path]))
+    sizes = {name: sum(x.nbytes for _, x in parts) for name, parts in tensors.items()}
+    groups = _group(sizes, shard_bytes)
     files = {}
     for i, names in enumerate(groups):
         file = _WEIGHTS if len(groups) == 1 else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
         files |= dict.fromkeys(names, file)
         arrays = {}
         for name in names:
-            stored, x = tensors[name]
-            arrays[name] = np.ascontiguousarray(stored.to_stored(np.asarray(x)))
+            parts = [stored.to_stored(np.asarray(x)) for stored, x in tensors[name]]
+            # Joining turned tensors may leave them turned, and safetensors writes memory as it lies.
+            arrays[name] = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
         # transformers reads only files that say which framework's layout they hold.
         safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
     if len(groups) > 1:
-        total = sum(x.nbytes for _, x in tensors.values())
-        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+        _write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
 
 
 def _group(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

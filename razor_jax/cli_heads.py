@@ -18,7 +18,7 @@ import razor_jax
 from razor_jax import HeadSplit, Params, RazorConfig, terminal
 from razor_jax.config import check_split
 from razor_jax.evals.bench import machine
-from razor_jax.heads import HeadScores, causal, find_heads, interchange, needle, plots, report, store, study
+from razor_jax.heads import HeadScores, alibi, causal, find_heads, interchange, needle, plots, report, store, study
 from razor_jax.terminal import note
 
 Share = partial(typer.Option, min=0, max=1)
@@ -89,6 +89,12 @@ def heads(
     beside = "auto" if uses_policy else None
     with terminal.working(f"loading {model}") as progress:
         params = razor_jax.load(model, dtype=dtype, heads=beside, progress=progress)
+    if params.config.alibi:
+        asked = (induction, echo, share, size, window, source, save_duo, report_to)
+        if any(value is not None for value in asked) or keep_layer or balanced_over > 1 or scorer != "probe":
+            raise typer.BadParameter("an ALiBi model's scopes follow from its weights: only --save and --json apply")
+        _scopes(params, model, save, as_json)
+        return
     policy = params.razor or RazorConfig()
     if window is not None:
         policy = dataclasses.replace(policy, window=window)
@@ -119,7 +125,7 @@ def heads(
         return
     if scores is not None:
         for name, values in (("induction", scores.induction), ("echo", scores.echo)):
-            Console().print(_table(name, values, chosen))
+            Console().print(_table(f"{name} score of each KV head, %", 100 * values, chosen))
     total = chosen.num_layers * chosen.num_kv_heads
     typer.echo(f"● {sum(chosen.counts)} of {total} KV heads keep every token: {chosen.note}")
 
@@ -135,6 +141,21 @@ def _scores(params: Params, model: str, scorer: str, preset: str, seeds: int) ->
         if scorer == "causal":
             return causal.causal_heads(params, seeds=draws)
         return find_heads(params, seeds=draws, preset=preset, progress=probed)
+
+
+def _scopes(params: Params, model: str, save: Path | None, as_json: bool) -> None:
+    """An ALiBi model's heads: how far each looks, and the split that follows."""
+    chosen = alibi.split(params)
+    if save is not None:
+        note(f"saved {store.write(save, chosen)}")
+    exact = alibi.scopes(params)
+    if as_json:
+        content = {"model": model, "scopes": exact.tolist(), "split": dataclasses.asdict(chosen)}
+        typer.echo(json.dumps(content, indent=1))
+        return
+    Console().print(_table("scope of each query head, tokens", exact, chosen, params.config.group_size))
+    total = chosen.num_layers * chosen.num_kv_heads
+    typer.echo(f"● {sum(chosen.counts)} of {total} KV heads keep every token: {chosen.note}")
 
 
 def _duo(params: Params, folder: Path) -> HeadScores:
@@ -165,12 +186,13 @@ def _report(params: Params, folder: Path, model: str, seeds: int) -> None:
         note(f"saved {path}")
 
 
-def _table(name: str, scores: np.ndarray, chosen: HeadSplit) -> Table:
-    """Layers × KV heads of one score [L, K] in per cent, the chosen heads marked; narrow, for there may be many."""
-    table = Table(title=f"{name} score of each KV head, %", box=box.SIMPLE, padding=0, title_justify="left")
+def _table(title: str, scores: np.ndarray, chosen: HeadSplit, group_size: int = 1) -> Table:
+    """Layers × heads of one number [L, heads], the chosen KV heads marked; narrow, for there may be many."""
+    table = Table(title=title, box=box.SIMPLE, padding=0, title_justify="left")
     for column in ("layer", *map(str, range(scores.shape[1]))):
         table.add_column(column, justify="right", min_width=5, no_wrap=True)
     for layer, row in enumerate(scores):
-        cells = (f"{'[bold]●' if head in chosen.retrieval[layer] else ''}{100 * s:.0f}" for head, s in enumerate(row))
+        kept = (head // group_size in chosen.retrieval[layer] for head in range(len(row)))
+        cells = (f"{'[bold]●' if keeps else ''}{value:.0f}" for keeps, value in zip(kept, row, strict=True))
         table.add_row(str(layer), *cells)
     return table

@@ -109,6 +109,8 @@ class HeadSplit:
       architecture: SHA-256 of the architecture that the split was made for, "" if unknown.
       weights: SHA-256 of samples of its weights, "" if unknown.
       note: where it came from, for people.
+      scopes: of an ALiBi model (`heads.alibi`), for each layer and KV head the newest tokens that it keeps, 0 for one
+        that keeps everything; () where sinks and a window decide.
     """
 
     retrieval: tuple[tuple[int, ...], ...]
@@ -116,6 +118,7 @@ class HeadSplit:
     architecture: str = ""
     weights: str = ""
     note: str = dataclasses.field(default="", compare=False)
+    scopes: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "retrieval", tuple(tuple(int(h) for h in layer) for layer in self.retrieval))
@@ -125,6 +128,14 @@ class HeadSplit:
                     f"layer {layer}: retrieval heads {list(heads)} must be distinct, ascending and within "
                     f"0..{self.num_kv_heads - 1}"
                 )
+        object.__setattr__(self, "scopes", tuple(tuple(int(s) for s in layer) for layer in self.scopes))
+        whole = tuple(tuple(h for h, scope in enumerate(layer) if scope == 0) for layer in self.scopes)
+        shaped = all(len(layer) == self.num_kv_heads and min(layer) >= 0 for layer in self.scopes)
+        if self.scopes and not (shaped and whole == self.retrieval):
+            raise ValueError(
+                f"scopes {self.scopes} must hold {self.num_kv_heads} numbers a layer, 0 for the retrieval heads "
+                f"{self.retrieval} and at least 1 for the others"
+            )
 
     @classmethod
     def of(
@@ -170,9 +181,12 @@ class HeadSplit:
         return sum(self.counts) / (self.num_layers * self.num_kv_heads)
 
     def order(self, layer: int) -> tuple[int, ...]:
-        """The layer's KV heads, retrieval heads first: the order in which weights and cache are held."""
+        """The layer's KV heads, retrieval heads first, then by falling scope: how weights and cache are held."""
         kept = self.retrieval[layer]
-        return kept + tuple(h for h in range(self.num_kv_heads) if h not in kept)
+        rest = [h for h in range(self.num_kv_heads) if h not in kept]
+        if self.scopes:
+            rest.sort(key=lambda h: -self.scopes[layer][h])
+        return kept + tuple(rest)
 
 
 def check_split(split: HeadSplit, num_layers: int, num_kv_heads: int) -> None:

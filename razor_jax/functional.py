@@ -14,7 +14,7 @@ from . import cache as kv
 from .attention import attend, attend_and_write
 from .cache import Call, Group, KVCache, after
 from .config import RazorConfig
-from .models import rope
+from .models import alibi, rope
 from .models.transformer import Block, Transformer
 from .params import Params
 
@@ -49,12 +49,21 @@ def init_cache(
     if prompt_lengths is not None and jnp.shape(prompt_lengths) != (batch,):
         raise ValueError(f"prompt_lengths {jnp.shape(prompt_lengths)}: must be [batch] with batch = {batch}")
     require_split(params, razor)
-    spec = kv.make_spec(params.split, params.config.head_dim, capacity, razor, params.dtype, params.implementation)
+    config = params.config
+    spec = kv.make_spec(
+        params.split, config.head_dim, capacity, razor, params.dtype, params.implementation, config.alibi
+    )
     return kv.init(spec, batch, prompt_lengths)
 
 
 def require_split(params: Params, razor: RazorConfig | None) -> None:
     """Refuse to compress when nobody has said which heads keep everything."""
+    if razor is not None and params.heads is None and params.config.alibi:
+        raise ValueError(
+            "these params carry no scopes, so nothing says how far back their heads look: "
+            "params = razor_jax.with_heads(params, razor_jax.heads.alibi.split(params)), or pass razor=None for dense "
+            "attention"
+        )
     if razor is not None and params.heads is None:
         raise ValueError(
             "these params carry no head split, so nothing says which heads may drop tokens: "
@@ -158,7 +167,7 @@ def check_cache(params: Params, cache: KVCache) -> None:
     if have != want:
         raise ValueError(f"the cache is for (layers, KV heads, head width) {have}, the model has {want}")
     # Another split of the same weights holds its heads in another order, dense or not.
-    if spec.retrieval != params.split.retrieval:
+    if (spec.retrieval, spec.scopes) != (params.split.retrieval, params.split.scopes):
         raise ValueError(
             f"the cache was made for another head split: retrieval heads by layer {list(spec.retrieval)}, these "
             f"params have {list(params.split.retrieval)}; make the cache from the same params"
@@ -174,11 +183,19 @@ def _tables(params: Params, call: Call, start: jax.Array | int, T: int) -> rope.
     return rope.tables(params.config.rope, params.config.head_dim, positions, call.length + call.new)
 
 
+def _slopes(params: Params, index: int) -> np.ndarray | None:
+    """float32 [K, G] of a layer's heads in held order, None without ALiBi."""
+    c = params.config
+    if not c.alibi:
+        return None
+    return alibi.slopes(c.num_heads).reshape(c.num_kv_heads, c.group_size)[list(params.split.order(index))]
+
+
 def _whole(params: Params, index: int, x: jax.Array, layer: tuple[Group, ...], call: Call):
     """One layer over x [B, T, D] at once."""
 
     def attend_(q, k, v, state):
-        return attend_and_write(q, k, v, state, call)
+        return attend_and_write(q, k, v, state, call, _slopes(params, index))
 
     return _block(params, index, x, _tables(params, call, 0, x.shape[1]), attend_, layer, method="__call__")
 
@@ -187,7 +204,7 @@ def _in_chunks(params: Params, index: int, x: jax.Array, layer: tuple[Group, ...
     """One layer over x [B, T, D], T a multiple of CHUNK: keys and values of all tokens, then attention and
     MLP chunk by chunk in place, then the cache write. Chunks past the longest row cost nothing."""
     config = params.config
-    name = f"blocks_{index}"
+    name, slopes = f"blocks_{index}", _slopes(params, index)
     # Where a compiler lays a loop's weights out anew (seen for TPU 7x) it would do so for all layers at once.
     weights, x = lax.optimization_barrier((params.weights[name], x))
     params = params.replace(weights={name: weights})
@@ -211,7 +228,7 @@ def _in_chunks(params: Params, index: int, x: jax.Array, layer: tuple[Group, ...
         start = chunk * CHUNK
         x_chunk = tokens(x, start)
         q = _block(params, index, x_chunk, _tables(params, call, start, CHUNK), method="queries")
-        out = attend(q, k, v, layer, call, start=start, group_size=config.group_size)
+        out = attend(q, k, v, layer, call, start=start, group_size=config.group_size, slopes=slopes)
         return lax.dynamic_update_slice_in_dim(x, _block(params, index, x_chunk, out, method="mix"), start, axis=1)
 
     x = lax.fori_loop(0, chunks, mix, x)

@@ -399,6 +399,7 @@ def make_spec(params: Params, policy: RazorConfig | None, tokens: int, capacity:
         policy,
         params.dtype,
         params.implementation,
+        params.config.alibi,
     )
 
 

@@ -16,7 +16,7 @@ from huggingface_hub import errors
 
 from . import checkpoint
 from .config import HeadSplit
-from .heads import find_heads, store
+from .heads import alibi, find_heads, store
 from .kernels.backend import Implementation, choose
 from .params import Params, with_heads
 
@@ -180,6 +180,8 @@ def _remembered(params: Params) -> HeadSplit | None:
 
 
 def _probe(params: Params, progress: Callable[[int, int], None] | None) -> HeadSplit:
+    if params.config.alibi:
+        return alibi.split(params)  # from the weights alone
     log.info("no %s beside the model and none remembered: probing its heads once", store.NAME)
     split = find_heads(params, progress=progress).select()
     try:

@@ -104,6 +104,11 @@ def with_heads(params: Params, split: HeadSplit | None) -> Params:
     config = params.config
     if split is not None:
         check_split(split, config.num_layers, config.num_kv_heads)
+        if bool(split.scopes) != config.alibi and split.share < 1:
+            raise ValueError(
+                "an ALiBi model's heads are cut by scope, and only theirs are: razor_jax.heads.alibi.split(params) for "
+                "ALiBi, razor_jax.find_heads(params).select() for rotary embedding"
+            )
         if split.architecture and split.architecture != architecture_fingerprint(config):
             raise ValueError(
                 f"the head split was made for another architecture (fingerprint {split.architecture[:12]}…, this "
@@ -131,6 +136,10 @@ def architecture_fingerprint(config: ModelConfig) -> str:
     # Stretching the context or renaming the family changes no head.
     for name in ("rope", "family", "max_position_embeddings"):
         fields.pop(name)
+    # Switches that are off by default and came later: other models keep their fingerprints.
+    for name in ("alibi", "norm_head"):
+        if not fields[name]:
+            fields.pop(name)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

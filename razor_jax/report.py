@@ -45,7 +45,7 @@ class KVReport:
         # In NumPy: a session's compilations are counted, and this is not worth one.
         dropped = kv.dropped(spec, np.asarray(cache.length), np.asarray(cache.window))
         return cls(
-            setting="dense" if spec.razor is None else spec.razor.describe(),
+            setting=spec.describe(),
             share=1.0 if spec.razor is None else split.share,
             batch=cache.batch,
             capacity=spec.capacity,

@@ -1,12 +1,14 @@
 """Blockwise flash attention whose initial state carries the compensation token."""
 
 from ..backend import Implementation
+from .alibi import Alibi
 from .dispatch import attend, attend_causal, attend_groups, unsupported
 from .part import Part
 from .state import NEG, State, compensation, empty, finish
 
 __all__ = [
     "NEG",
+    "Alibi",
     "Implementation",
     "Part",
     "State",

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 
 from ..backend import Implementation, choose, platform
 from ..quantize import INT8
+from .alibi import Alibi
 from .part import Part
 from .state import State
 
@@ -33,6 +34,7 @@ def attend(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     block_table: Int[jax.Array, "B pages"] | None = None,
+    alibi: Alibi | None = None,
     return_state: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[jax.Array, "B K R H"] | State:
@@ -47,6 +49,7 @@ def attend(
       k_scale, v_scale: float32 [B, K, 1, S] of an int8 cache, which has both; no other type has any.
       block_table: int32 [B, pages]; k, v are then pools [P, K, page, H] (scales [P, K, 1, page]), and slot s of row
         b is slot s % page of page block_table[b, s // page]. Entries past the last valid page are never followed.
+      alibi: slopes and positions, None for no bias; every part of one softmax gets its own.
       return_state: give (acc, m, l) instead of acc / l.
       implementation: the backend by name, None to choose by device and shapes.
 
@@ -57,8 +60,8 @@ def attend(
       ValueError: shapes or types that disagree, pages that are no whole tiles of the backend, or a forced backend
         that cannot run.
     """
-    _check_part(Part(q, k, v, lengths, state, k_scale, v_scale, block_table))
-    return _backend(implementation, q, k, v).attend(
+    _check_part(Part(q, k, v, lengths, state, k_scale, v_scale, block_table, alibi))
+    return _backend(implementation, q, k, v, alibi is not None).attend(
         q,
         k,
         v,
@@ -69,6 +72,7 @@ def attend(
         v_scale=v_scale,
         block_table=block_table,
         return_state=return_state,
+        **({} if alibi is None else {"alibi": alibi}),  # which only XLA has
     )
 
 
@@ -82,7 +86,7 @@ def attend_groups(
     """`attend` over the head groups of a layer, concatenated on K in the order of `parts`; one launch where the
     backend has one. Raises as `attend` does."""
     together = len(parts) > 1 and platform() == "gpu" and implementation in (None, "pallas_gpu")
-    if together and all(unsupported("pallas_gpu", p.q, p.k, p.v) is None for p in parts):
+    if together and all(unsupported("pallas_gpu", p.q, p.k, p.v, p.alibi is not None) is None for p in parts):
         for part in parts:
             _check_part(part)
         return _module("pallas_gpu").attend_groups(parts, scale=scale, return_state=return_state)
@@ -101,6 +105,7 @@ def attend_causal(
     group_size: int,
     scale: float,
     state: State | None = None,
+    slopes: Float32[jax.Array, "K G"] | None = None,
     return_state: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[jax.Array, "B K R H"] | State:
@@ -112,6 +117,7 @@ def attend_causal(
       lengths: int32 [B], valid tokens of the chunk.
       start: index in the chunk of q's first token, an int or int32 scalar.
       group_size: G.
+      slopes: float32 [K, G] of ALiBi, None for no bias.
       scale, state, return_state, implementation: as in `attend`.
 
     Returns:
@@ -123,13 +129,24 @@ def attend_causal(
     _check(q, k, v, lengths, state, paged=False)
     if q.shape[2] % group_size:
         raise ValueError(f"q has {q.shape[2]} rows a KV head, no multiple of group_size={group_size}")
-    return _backend(implementation, q, k, v).attend_causal(
-        q, k, v, lengths, start=start, group_size=group_size, scale=scale, state=state, return_state=return_state
+    return _backend(implementation, q, k, v, slopes is not None).attend_causal(
+        q,
+        k,
+        v,
+        lengths,
+        start=start,
+        group_size=group_size,
+        scale=scale,
+        state=state,
+        return_state=return_state,
+        **({} if slopes is None else {"slopes": slopes}),
     )
 
 
-def unsupported(implementation: Implementation, q: Any, k: Any, v: Any) -> str | None:
+def unsupported(implementation: Implementation, q: Any, k: Any, v: Any, alibi: bool = False) -> str | None:
     """Why a Pallas implementation cannot take such arrays, of which shapes and types are enough, or None: it can."""
+    if alibi:
+        return "ALiBi runs on XLA"
     return _module(implementation).unsupported(q, k, v)
 
 
@@ -137,14 +154,18 @@ def _module(implementation: Implementation) -> ModuleType:
     return importlib.import_module(f".{_MODULES[implementation]}", __package__)
 
 
-def _backend(implementation: Implementation | None, q: jax.Array, k: jax.Array, v: jax.Array) -> ModuleType:
-    return _module(choose(implementation, lambda name: unsupported(name, q, k, v)))
+def _backend(
+    implementation: Implementation | None, q: jax.Array, k: jax.Array, v: jax.Array, alibi: bool
+) -> ModuleType:
+    return _module(choose(implementation, lambda name: unsupported(name, q, k, v, alibi)))
 
 
 def _check_part(part: Part) -> None:
     """Shapes and types of an `attend`, before anything is launched."""
-    q, k, v, lengths, state, k_scale, v_scale, table = part
+    q, k, v, lengths, state, k_scale, v_scale, table, alibi = part
     _check(q, k, v, lengths, state, paged=table is not None)
+    if alibi is not None:
+        _check_alibi(alibi, q, k.shape[2] if table is None else k.shape[2] * table.shape[1])
     _check_scales(k, v, k_scale, v_scale)
     if table is None:
         return
@@ -175,6 +196,16 @@ def _check(q, k, v, lengths, state: State | None, paged: bool) -> None:
         for name, x, shape in zip(("acc", "m", "l"), state, (q.shape, (B, K, R), (B, K, R)), strict=True):
             if x.shape != shape or x.dtype != jnp.float32:
                 raise ValueError(f"state's {name} is {x.dtype}{list(x.shape)}, must be float32{list(shape)}")
+
+
+def _check_alibi(alibi: Alibi, q: jax.Array, S: int) -> None:
+    B, K, R, _ = q.shape
+    slopes, queries, keys = (x.shape for x in alibi)
+    if slopes[0] != K or queries[0] != B or slopes[1] * queries[1] != R or keys != (B, S):
+        raise ValueError(
+            f"alibi of slopes {list(slopes)}, queries {list(queries)} and keys {list(keys)}: must be [K, G], [B, T] "
+            f"and [B, S] with K = {K}, B = {B}, T·G = {R} and S = {S}"
+        )
 
 
 def _check_scales(k, v, k_scale, v_scale) -> None:

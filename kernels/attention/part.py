@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 
+from .alibi import Alibi
 from .state import State
 
 
@@ -20,3 +21,4 @@ class Part(NamedTuple):
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
     block_table: jax.Array | None = None
+    alibi: Alibi | None = None

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from ..quantize import EIGHT_BIT
+from .alibi import Alibi
 from .state import NEG, State, empty, finish
 
 # Slots a step. Few query rows (decode) are bound by memory and want long steps; many rows (prefill) keep
@@ -34,6 +35,7 @@ def attend(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     block_table: Int[jax.Array, "B pages"] | None = None,
+    alibi: Alibi | None = None,
     return_state: bool = False,
 ) -> Float[jax.Array, "B K R H"] | State:
     """Every query row sees slots [0, lengths[b]): decode, and a chunk against the cache.
@@ -47,6 +49,7 @@ def attend(
       k_scale, v_scale: float32 [B, K, 1, S], of an int8 cache: logits of slot s times k_scale, weights times v_scale.
       block_table: int32 [B, pages]; k, v are then pools [P, K, page, H] (scales [P, K, 1, page]), and slot s of row
         b is slot s % page of page block_table[b, s // page]. Entries past the last valid page are never followed.
+      alibi: slopes and positions, None for no bias.
       return_state: give (acc, m, l) instead of acc / l.
 
     Returns:
@@ -57,7 +60,11 @@ def attend(
         k, v = pages(k), pages(v)
         k_scale, v_scale = (x if x is None else pages(x) for x in (k_scale, v_scale))
     keys = (k, v, k_scale, v_scale)
-    state = _scan(q, keys, lengths, lambda slots: None, jnp.max(lengths), scale, state)
+
+    def bias(slots):
+        return None if alibi is None else alibi.bias(jnp.take(alibi.keys, slots, axis=1))
+
+    state = _scan(q, keys, lengths, lambda slots: None, bias, jnp.max(lengths), scale, state)
     return state if return_state else finish(state, q.dtype)
 
 
@@ -71,6 +78,7 @@ def attend_causal(
     group_size: int,
     scale: float,
     state: State | None = None,
+    slopes: jax.Array | None = None,
     return_state: bool = False,
 ) -> Float[jax.Array, "B K R H"] | State:
     """Query token t, at index start + t of a chunk, sees the chunk's tokens up to its own.
@@ -81,6 +89,7 @@ def attend_causal(
       lengths: int32 [B], valid tokens of the chunk.
       start: index in the chunk of q's first token, an int or int32 scalar.
       group_size: G.
+      slopes: float32 [K, G] of ALiBi, None for no bias.
       scale, state, return_state: as in `attend`.
 
     Returns:
@@ -93,7 +102,11 @@ def attend_causal(
     def causal(slots):
         return slots[None, :] <= token[:, None]
 
-    state = _scan(q, (k, v, None, None), lengths, causal, jnp.minimum(jnp.max(lengths), last), scale, state)
+    def bias(slots):
+        return None if slopes is None else Alibi(slopes, token[None, ::group_size], slots[None]).bias(slots[None])
+
+    end = jnp.minimum(jnp.max(lengths), last)
+    state = _scan(q, (k, v, None, None), lengths, causal, bias, end, scale, state)
     return state if return_state else finish(state, q.dtype)
 
 
@@ -107,10 +120,11 @@ def _gather_pages(pool: jax.Array, table: jax.Array, lengths: jax.Array, page: i
     return rows.reshape(B, K, pages * first, last)
 
 
-def _scan(q, keys, lengths, visible, end, scale: float, state: State | None) -> State:
+def _scan(q, keys, lengths, visible, bias, end, scale: float, state: State | None) -> State:
     """Fold slots [0, end) of keys (k, v, k_scale, v_scale) into the state.
 
-    `visible(slots)` gives the pairs that may meet, bool [R, s], or None for all; `end` is traced.
+    `visible(slots)` gives the pairs that may meet, bool [R, s], or None for all; `bias(slots)` what is added to
+    logits, float32 [B or 1, K, R, s], or None; `end` is traced.
     """
     state = empty(q) if state is None else state
     S, few = keys[0].shape[2], q.shape[2] <= _FEW_ROWS
@@ -118,7 +132,7 @@ def _scan(q, keys, lengths, visible, end, scale: float, state: State | None) -> 
 
     def fold(keys, slots, state, fresh=True, clean=True):
         valid = (slots[None, :] < lengths[:, None]) & fresh
-        return _fold(q, keys, valid, visible(slots), scale, state, clean)
+        return _fold(q, keys, valid, visible(slots), bias(slots), scale, state, clean)
 
     def whole(state, clean):
         return fold(keys, jnp.arange(S, dtype=jnp.int32), state, clean=clean)
@@ -151,8 +165,8 @@ def _scan(q, keys, lengths, visible, end, scale: float, state: State | None) -> 
     return lax.cond(2 * end > S, at_once, by_blocks, state)
 
 
-def _fold(q, keys, valid, visible, scale: float, state: State, clean: bool) -> State:
-    """One online-softmax step over slots k, v [B,K,s,H]: valid bool [B,s], visible bool [R,s] or None.
+def _fold(q, keys, valid, visible, bias, scale: float, state: State, clean: bool) -> State:
+    """One online-softmax step over slots k, v [B,K,s,H]: valid bool [B,s]; visible bool [R,s], bias [B,K,R,s] or None.
 
     `clean`: take unread values out of the product, for 0 × NaN is NaN.
     """
@@ -163,6 +177,8 @@ def _fold(q, keys, valid, visible, scale: float, state: State, clean: bool) -> S
     logits = _dot("bkrh,bksh->bkrs", q.astype(dtype), k.astype(dtype)) * scale
     if k_scale is not None:
         logits = logits * k_scale
+    if bias is not None:
+        logits = logits + bias
     logits = jnp.where(mask, logits, NEG)
     m_new = jnp.maximum(m, jnp.max(logits, axis=-1))
     # A masked logit equals NEG: in a row that has seen nothing, exp(NEG - NEG) would count it.

@@ -1,5 +1,5 @@
 """Retrieval heads: finding them (`probe`, `needle`, `causal`), choosing among them (`scores`, `select`), keeping the
-choice (`store`, `interchange`), judging it (`study`, `report`, `plots`).
+choice (`store`, `interchange`), judging it (`study`, `report`, `plots`). `alibi`: ALiBi models, without a search.
 """
 
 from .causal import causal_heads

@@ -54,6 +54,11 @@ def attention_mass(
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: must be at least 1 token")
     config = params.config
+    if config.alibi:
+        raise ValueError(
+            "this model has no rotary embedding: how far its heads look follows from its weights, "
+            "razor_jax.heads.alibi.split(params)"
+        )
     B, T = tokens.shape
     mesh = None if devices is None else _mesh(devices, B)
     chunk = min(chunk, T)

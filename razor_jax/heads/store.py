@@ -38,6 +38,7 @@ def write(path: str | os.PathLike[str], split: HeadSplit, recommended: RazorConf
         "architecture": split.architecture,
         "weights": split.weights,
         "note": split.note,
+        **({"scopes": [list(layer) for layer in split.scopes]} if split.scopes else {}),
         "recommended": None if recommended is None else dataclasses.asdict(recommended),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ def parse(data: Any) -> HeadFile:
         if not isinstance(heads, list) or not all(_integer(head) for head in heads):
             raise ValueError(f"retrieval_heads[{number}]={heads!r}: must be a list of integers")
     try:
-        split = HeadSplit(tuple(map(tuple, layers)), num_kv_heads, **texts)
+        split = HeadSplit(tuple(map(tuple, layers)), num_kv_heads, **texts, scopes=_scopes(data))
     except ValueError as error:
         raise ValueError(f"retrieval_heads: {error}") from error
     return HeadFile(split, _policy(data.get("recommended")))
@@ -116,6 +117,13 @@ def _policy(data: Any) -> RazorConfig | None:
         return RazorConfig(**data)
     except ValueError as error:
         raise ValueError(f"recommended.{error}") from error
+
+
+def _scopes(data: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    layers = data.get("scopes", [])
+    if not isinstance(layers, list) or not all(isinstance(x, list) and all(map(_integer, x)) for x in layers):
+        raise ValueError(f"scopes={layers!r}: must be a list with one list of tokens a layer")
+    return tuple(map(tuple, layers))
 
 
 def _text(data: Mapping[str, Any], name: str) -> str:

@@ -1,0 +1,26 @@
+"""ALiBi: the key at distance d behind a query weighs e^(-slope·d) as much, with a slope for each query head.
+
+Press, Smith and Lewis, arXiv 2108.12409.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from jaxtyping import Float32
+
+
+def slopes(num_heads: int) -> Float32[np.ndarray, " N"]:
+    """Slopes of N query heads, largest first where N is a power of two.
+
+    2^(-8/N), 2^(-16/N), … 2^-8 for a power of two. Otherwise those of the power of two below N, then every second one
+    of the next power of two, as many as are missing.
+    """
+    below = 2 ** math.floor(math.log2(num_heads))
+    rest = _geometric(2 * below)[::2][: num_heads - below]
+    return np.concatenate([_geometric(below), rest]).astype(np.float32)
+
+
+def _geometric(count: int) -> np.ndarray:
+    return 2.0 ** (-8.0 * np.arange(1, count + 1) / count)
