@@ -54,9 +54,6 @@ def attend(
     at = call.length[:, None] + start + jnp.arange(q.shape[2] // group_size, dtype=jnp.int32)
     every = slice(0, k.shape[1])
 
-    def slope(heads):
-        return None if slopes is None else jnp.asarray(slopes[heads], jnp.float32)
-
     def own(heads, state, **options):
         return kernel.attend_causal(
             q[:, heads],
@@ -67,7 +64,7 @@ def attend(
             group_size=group_size,
             scale=scale,
             state=state,
-            slopes=slope(heads),
+            slopes=None if slopes is None else jnp.asarray(slopes[heads], jnp.float32),
             **options,
         )
 
@@ -83,7 +80,9 @@ def attend(
         if few:
             # A handful of keys is no work for a kernel: with the compensation token they are its initial state.
             state = cast(kernel.State, own(heads, state, return_state=True, implementation="xla"))
-        alibi = None if slopes is None else kernel.Alibi(slope(heads), at, kv.positions(group, call))
+        alibi = None
+        if slopes is not None:
+            alibi = kernel.Alibi(jnp.asarray(slopes[heads], jnp.float32), at, kv.positions(group, call))
         valid = call.valid(group)
         parts.append(kernel.Part(rows, group.k, group.v, valid, state, group.k_scale, group.v_scale, alibi=alibi))
     cached = kernel.attend_groups(parts, scale=scale, return_state=not few, implementation=call.spec.kernels)
