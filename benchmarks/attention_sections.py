@@ -312,7 +312,7 @@ def streaming_section(bench: Bench) -> Iterator[Case]:
         shapes = ((1, K, tokens * G, H), (1, K, tokens, H), (1, K, tokens, H))
         q, k, v = (noise(i, shape, jnp.dtype("bfloat16")) for i, shape in enumerate(shapes))
         held = []
-        for heads, windowed in spec.groups(layer):
+        for heads, windowed, _ in spec.groups(layer):
             slots = [jnp.zeros((1, heads, spec.slots(windowed), H), jnp.bfloat16) for _ in range(2)]
             means = [jnp.zeros((1, heads, 1, H)) if windowed else None for _ in range(2)]
             held.append(Stored(*slots, None, None, *means))
