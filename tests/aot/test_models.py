@@ -56,6 +56,7 @@ for L in layers or [config.num_layers]:
             "temporary": memory.temp_size_in_bytes,
             "aliased": memory.alias_size_in_bytes,
             "cache": cache.spec.kv_bytes(1),
+            "layer": sum(x.size * 2 for x in jax.tree.leaves(params.weights["blocks_0"])),
             "kv": 2 * T * K * config.head_dim * 2,
             "copies": copies(compiled, jax.tree.leaves(cache.layers)),
         }))
@@ -119,12 +120,16 @@ def test_exact_prefill_needs_one_layer_at_a_time(shape, record_property):
     assert growth < 0.10
 
 
+# Not Llama-3-8B on v5e, whose weights alone take 14.96 of 15.75 GiB: the compiler refuses, as it should.
+WHOLE = [(QWEN, "v5e:2x2"), *((shape, topology) for shape in (LLAMA, QWEN) for topology in TOPOLOGIES[1:])]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("shape", [LLAMA, QWEN], ids=["llama", "qwen"])
+@pytest.mark.parametrize(("shape", "topology"), WHOLE, ids=[f"{shape['args'][0]}-{t}" for shape, t in WHOLE])
 def test_whole_models(shape, topology):
     (decode,) = compiled(topology, shape, None, "decode")
     in_place(decode)
     (extend,) = compiled(topology, shape, None, "extend", T=2048)
     assert extend["aliased"] >= extend["cache"]
-    assert extend["temporary"] < 0.5e9
+    # Activations, and on 7x one layer's weights laid out anew.
+    assert extend["temporary"] < 0.2e9 + extend["layer"]
