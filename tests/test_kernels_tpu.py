@@ -17,8 +17,8 @@ from razor_jax.kernels import attention as kernel
 from razor_jax.kernels.attention import dispatch, tpu, xla
 
 from . import oracle
+from .kernel_inputs import NAN, literal, poison, random
 
-NAN = np.float32(np.nan)
 BLOCK, S, H = 16, 40, 128  # the block does not divide S
 BLOCKS = tpu.Blocks(8, BLOCK)
 EDGES = np.array([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, S], np.int32)
@@ -34,33 +34,9 @@ attend_causal = jax.jit(
 compensation = jax.jit(kernel.compensation, static_argnames="scale")
 
 
-def random(*shape, seed, size=1.0, dtype="float32"):
-    """Normal numbers that the type holds exactly, as float32."""
-    x = size * np.random.default_rng([seed, *shape]).standard_normal(shape)
-    return np.asarray(jnp.asarray(x, dtype).astype(jnp.float32))
-
-
 def inputs(B, K, R, S, dtype, seed=0, H=H):
     shapes = ((B, K, R, H), (B, K, S, H), (B, K, S, H))
     return tuple(random(*shape, seed=seed + i, dtype=dtype) for i, shape in enumerate(shapes))
-
-
-def poison(x, lengths, dtype):
-    """x [B,K,S,H] in its type, NaN in every slot from lengths[b] on."""
-    seen = np.arange(x.shape[2])[:, None] < np.asarray(lengths)[:, None, None, None]
-    return jnp.asarray(np.where(seen, x, NAN), dtype)
-
-
-def literal(q, k, v, lengths, causal=None, means=None, n=None):
-    """Every query over its visible slots; `causal[r]` slots at most, and n copies of a mean."""
-    out = np.zeros(q.shape)
-    for b, h, r in np.ndindex(q.shape[:3]):
-        end = lengths[b] if causal is None else min(lengths[b], causal[r])
-        keys, values, weights = list(k[b, h, :end]), list(v[b, h, :end]), [1.0] * end
-        if n is not None and n[b]:
-            keys, values, weights = [*keys, means[0][b, h, 0]], [*values, means[1][b, h, 0]], [*weights, float(n[b])]
-        out[b, h, r] = oracle.softmax_attention(q[b, h, r], keys, values, weights)
-    return out
 
 
 def check(got, want, dtype):

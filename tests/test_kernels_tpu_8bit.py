@@ -15,7 +15,8 @@ import pytest
 from razor_jax.kernels.attention import tpu, xla
 from razor_jax.kernels.quantize import INT8, dequantize, quantize
 
-from .test_kernels_tpu import BLOCK, COPIES, EDGES, NAN, SCALE, H, S, compensation, inputs, literal, random
+from .kernel_inputs import NAN, literal, random
+from .test_kernels_tpu import BLOCK, COPIES, EDGES, SCALE, H, S, compensation, inputs
 
 EIGHT_BIT = ["int8", "float8_e4m3fn"]
 # float32 queries widen the cache, so they lose nothing; bfloat16 ones round the weights.

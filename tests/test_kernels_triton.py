@@ -17,10 +17,10 @@ from razor_jax.kernels.attention import triton, xla
 from razor_jax.kernels.quantize import dequantize, quantize
 
 from . import oracle
+from .kernel_inputs import NAN, literal, poison, random
 
 pytestmark = pytest.mark.skipif(triton.plt is None, reason="this JAX has no Pallas-Triton")
 
-NAN = np.float32(np.nan)
 BLOCK, S, H = 16, 40, 128  # the block does not divide S
 BLOCKS = triton.Blocks(16, BLOCK)
 SPLIT = triton.Blocks(16, BLOCK, splits=2)
@@ -51,12 +51,6 @@ def check(record_property):
     return compare
 
 
-def random(*shape, seed, size=1.0, dtype="float32"):
-    """Normal numbers that the type holds exactly, as float32."""
-    x = size * np.random.default_rng([seed, *shape]).standard_normal(shape)
-    return np.asarray(jnp.asarray(x, dtype).astype(jnp.float32))
-
-
 def inputs(B, K, R, S, dtype, seed=0, H=H):
     shapes = ((B, K, R, H), (B, K, S, H), (B, K, S, H))
     return tuple(random(*shape, seed=seed + i, dtype=dtype) for i, shape in enumerate(shapes))
@@ -67,29 +61,12 @@ def unseen(S, lengths):
     return np.arange(S)[:, None] >= np.asarray(lengths)[:, None, None, None]
 
 
-def poison(x, lengths, dtype):
-    """x [B,K,S,H] in its type, NaN in every slot from lengths[b] on."""
-    return jnp.asarray(np.where(unseen(x.shape[2], lengths), NAN, x), dtype)
-
-
 def int8(x, lengths):
     """x [B,K,S,H] as int8 with scales, what they stand for, and both spoilt from lengths[b] on."""
     held, scale = quantize(jnp.asarray(x), jnp.dtype("int8"))
     meant = np.asarray(dequantize(held, scale), np.float64)
     bad = unseen(x.shape[2], lengths)
     return jnp.where(bad, jnp.int8(127), held), jnp.where(bad.swapaxes(2, 3), NAN, scale), meant
-
-
-def literal(q, k, v, lengths, causal=None, means=None, n=None):
-    """Every query over its visible slots; `causal[r]` slots at most, and n copies of a mean."""
-    out = np.zeros(q.shape)
-    for b, h, r in np.ndindex(q.shape[:3]):
-        end = lengths[b] if causal is None else min(lengths[b], causal[r])
-        keys, values, weights = list(k[b, h, :end]), list(v[b, h, :end]), [1.0] * end
-        if n is not None and n[b]:
-            keys, values, weights = [*keys, means[0][b, h, 0]], [*values, means[1][b, h, 0]], [*weights, float(n[b])]
-        out[b, h, r] = oracle.softmax_attention(q[b, h, r], keys, values, weights)
-    return out
 
 
 def compensated(q, K, dtype):

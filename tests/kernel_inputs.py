@@ -1,0 +1,34 @@
+"""Inputs of the attention kernels' tests, spoilt where nothing may be read, and what they come to in float64."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from . import oracle
+
+NAN = np.float32(np.nan)
+
+
+def random(*shape, seed, size=1.0, dtype="float32"):
+    """Normal numbers that the type holds exactly, as float32."""
+    x = size * np.random.default_rng([seed, *shape]).standard_normal(shape)
+    return np.asarray(jnp.asarray(x, dtype).astype(jnp.float32))
+
+
+def poison(x, lengths, dtype):
+    """x [B,K,S,H] in its type, NaN in every slot from lengths[b] on."""
+    seen = np.arange(x.shape[2])[:, None] < np.asarray(lengths)[:, None, None, None]
+    return jnp.asarray(np.where(seen, x, NAN), dtype)
+
+
+def literal(q, k, v, lengths, causal=None, means=None, n=None):
+    """Every query over its visible slots; `causal[r]` slots at most, and n copies of a mean."""
+    out = np.zeros(q.shape)
+    for b, h, r in np.ndindex(q.shape[:3]):
+        end = lengths[b] if causal is None else min(lengths[b], causal[r])
+        keys, values, weights = list(k[b, h, :end]), list(v[b, h, :end]), [1.0] * end
+        if n is not None and n[b]:
+            keys, values, weights = [*keys, means[0][b, h, 0]], [*values, means[1][b, h, 0]], [*weights, float(n[b])]
+        out[b, h, r] = oracle.softmax_attention(q[b, h, r], keys, values, weights)
+    return out
