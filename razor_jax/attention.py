@@ -4,6 +4,8 @@ Position p of a call sees the sinks, the ring as it was before the call, the com
 been dropped before the call, and the call's own tokens up to p, unrounded. Only then are the call's tokens
 written. One call with a whole prompt is therefore the paper's exact prefill, many small calls are streaming
 prefill, a call of one token is a decode step: one operation.
+
+On a mesh this is what each device does with its share (`attention_mesh.py`).
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from . import attention_slots
 from . import cache as kv
+from .attention_slots import Split
 from .cache import Call, Group
 from .kernels import attention as kernel
+from .kernels.ordering import after
 
 # Up to so many tokens of a call are a part of attention's initial state, built by XLA; more are a kernel's own work.
 FEW_TOKENS = 16
@@ -33,7 +38,8 @@ def attend(
     *,
     start: jax.Array | int,
     group_size: int,
-    slopes: np.ndarray | None = None,
+    slopes: np.ndarray | jax.Array | None = None,
+    split: Split = None,
 ) -> Float[jax.Array, "B K R H"]:
     """What queries of a call see: the layer's cache before the call ⊕ the call's tokens, causally.
 
@@ -45,14 +51,19 @@ def attend(
       start: index in the call of q's first token, an int or int32 scalar; q may be a chunk of the call.
       group_size: G.
       slopes: float32 [K, G] of a model with ALiBi, heads in held order.
+      split: on a mesh, how devices that share heads share these queries; `start` is then of all their queries.
 
     Returns:
       [B, K, G·Tq, H] in q's type. Rows past a row's new tokens are finite and meaningless.
     """
     scale = 1.0 / math.sqrt(q.shape[-1])
     few = k.shape[2] <= FEW_TOKENS
+    every, cached = slice(0, k.shape[1]), None
+    if call.spec.shards > 1 and not call.fresh:
+        cached = attention_slots.attend(q, layer, call, start=start, group_size=group_size, slopes=slopes, split=split)
+    if call.spec.mesh is not None:
+        start, slopes = attention_slots.of_this_device(q, start, group_size, slopes, split)
     at = call.length[:, None] + start + jnp.arange(q.shape[2] // group_size, dtype=jnp.int32)
-    every = slice(0, k.shape[1])
 
     def own(heads, state, **options):
         return kernel.attend_causal(
@@ -68,6 +79,8 @@ def attend(
             **options,
         )
 
+    if cached is not None:
+        return cast(jax.Array, own(every, cached, implementation="xla" if few else call.spec.kernels))
     if call.fresh:
         return cast(jax.Array, own(every, None, implementation=call.spec.kernels))
     parts, first = [], 0
@@ -92,9 +105,27 @@ def attend(
 
 
 def attend_and_write(
-    q, k, v, layer: tuple[Group, ...], call: Call, slopes: np.ndarray | None = None
+    q,
+    k,
+    v,
+    layer: tuple[Group, ...],
+    call: Call,
+    slopes: np.ndarray | None = None,
+    group_size: int | None = None,
+    split: Split = None,
 ) -> tuple[jax.Array, tuple[Group, ...]]:
     """A whole call at once: the attention output, and the layer with the call's tokens written."""
-    out = attend(q, k, v, layer, call, start=0, group_size=q.shape[2] // k.shape[2], slopes=slopes)
-    k, v = (kv.after(x, out, call) for x in (k, v))
+    group_size = group_size or q.shape[2] // k.shape[2]
+    out = attend(q, k, v, layer, call, start=0, group_size=group_size, slopes=slopes, split=split)
+    k, v = (after(x, out, call.length) for x in kv.bring(layer, k, v, call))
     return out, kv.write(layer, k, v, call)
+
+
+def write_behind(x: jax.Array, k, v, layer: tuple[Group, ...], call: Call) -> tuple[jax.Array, tuple[Group, ...]]:
+    """Write when everything has been read, which x says; and x, not before it is written: or a compiler may put the
+    writes of all layers off to the end and keep every layer's K/V until then."""
+    k, v = (after(a, x, call.length) for a in (k, v))
+    layer = kv.write(layer, *kv.bring(layer, k, v, call), call)
+    for group in layer:
+        x = after(after(x, group.k, call.length), group.v, call.length)
+    return x, layer

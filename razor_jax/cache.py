@@ -10,119 +10,31 @@ A group of an ALiBi model has a *scope*, the ring's length for every row, and no
 
 n is derived, never stored, and a row's valid slots are always a prefix. Letters as in `models.transformer`,
 and S cache slots. W is each row's own (`KVCache.window`), inside the static allocation.
+
+On a mesh a group lies by head or by slot (`spec.py`). By slot its arrays are the devices' shares (`slots.py`) one
+after the other, and each has means of its own, of the tokens that were dropped there.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import warnings
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from .config import HeadSplit, RazorConfig, kv_type
-from .kernels import attention, cache_write
-from .kernels.backend import Implementation, choose, first_choice, obstacle
+from .kernels import cache_write
 from .kernels.cache_write import Stored
-from .kernels.ordering import after as _after
 from .kernels.quantize import INT8, quantize
-
-# Slots that a kernel reads are whole tiles: on TPU of the smallest type, or the cache is copied each step.
-_TILE = {"pallas_tpu": 32, "mosaic_gpu": 8}
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheSpec:
-    """All that is static about a cache: what jit compiles for."""
-
-    capacity: int  # tokens a row can hold
-    head_dim: int  # H
-    retrieval: tuple[tuple[int, ...], ...]  # of the split: which KV heads keep everything, held first
-    num_kv_heads: int  # K
-    dtype: str
-    razor: RazorConfig | None  # None: dense, every head in one full group
-    windowed_dtype: str = ""  # of the windowed heads, "" for `dtype`
-    implementation: Implementation = "xla"  # of attention and writes
-    forced: bool = False  # asked for by name
-    scopes: tuple[tuple[int, ...], ...] = ()  # of the split: how many tokens each KV head of an ALiBi model keeps
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Retrieval KV heads of each layer."""
-        return tuple(len(heads) for heads in self.retrieval)
-
-    @property
-    def sinks(self) -> int:
-        """N0."""
-        return self.razor.sinks if self.razor else 0
-
-    @property
-    def windowed_slots(self) -> int:
-        """Slots that a windowed head may use."""
-        if self.razor is None:
-            return self.capacity
-        return min(self.capacity, self.sinks + ring_length(self.razor, self.capacity))
-
-    def slots(self, windowed: bool, scope: int = 0) -> int:
-        """Slots allocated for a head: those it may use, rounded up to whole tiles where a kernel wants them."""
-        slots = self.windowed_slots if windowed else self.capacity
-        if scope:
-            slots = min(self.capacity, scope)
-        tile = _TILE.get(self.implementation, 1)
-        return -(-slots // tile) * tile
-
-    def type(self, windowed: bool) -> jnp.dtype:
-        """The type of a head's keys and values."""
-        return jnp.dtype(self.windowed_dtype or self.dtype) if windowed else jnp.dtype(self.dtype)
-
-    @property
-    def kernels(self) -> Implementation | None:
-        """What calls ask for: kernels that nobody forced leave a call that they cannot take to XLA."""
-        return self.implementation if self.forced or self.implementation == "xla" else None
-
-    def groups(self, layer: int) -> tuple[tuple[int, bool, int], ...]:
-        """(KV heads, windowed, scope or 0) of each of the layer's groups, in the order in which heads are held."""
-        if self.razor is None:
-            return ((self.num_kv_heads, False, 0),)
-        kept = self.counts[layer]
-        rest = ((self.num_kv_heads - kept, True, 0),)
-        if self.scopes:
-            heads = collections.Counter(scope for scope in self.scopes[layer] if scope)
-            rest = tuple((heads[scope], True, scope) for scope in sorted(heads, reverse=True))
-        return tuple(group for group in ((kept, False, 0), *rest) if group[0])
-
-    def compensated(self, windowed: bool, scope: int) -> bool:
-        """Whether such a group has means."""
-        return windowed and not scope and self.razor is not None and self.razor.compensation
-
-    def describe(self) -> str:
-        """The policy in one line, for reports."""
-        if self.razor is None:
-            return "dense"
-        if not self.scopes:
-            return self.razor.describe()
-        kept = [scope for layer in self.scopes for scope in layer if scope]
-        return f"ALiBi scopes of {min(kept):,} to {max(kept):,} tokens" if kept else "no ALiBi head is cut"
-
-    def kv_bytes(self, batch: int) -> int:
-        """Bytes of all groups, as `init` allocates them."""
-        total = 0
-        for layer in range(len(self.counts)):
-            for heads, windowed, scope in self.groups(layer):
-                kind = self.type(windowed)
-                token = self.head_dim * kind.itemsize + (4 if kind == INT8 else 0)
-                means = 4 * self.head_dim if self.compensated(windowed, scope) else 0
-                total += heads * 2 * (self.slots(windowed, scope) * token + means)
-        return batch * total
-
-    def dense_bytes(self, batch: int) -> int:
-        """Bytes of a bfloat16 dense cache of the same capacity and batch, the denominator of every ratio."""
-        return batch * len(self.counts) * self.num_kv_heads * self.capacity * 2 * self.head_dim * 2
+from .sharding import HEADS, MODEL, ROWS
+from .slots import Shard, most_tokens
+from .spec import CacheSpec, ring_length
+from .spec import make_spec as make_spec
 
 
 class Group(flax.struct.PyTreeNode):
@@ -130,7 +42,7 @@ class Group(flax.struct.PyTreeNode):
 
     Attributes:
       k, v: [B, K_group, S, H].
-      k_mean, v_mean: float32 [B, K_group, 1, H], or None without a compensation token.
+      k_mean, v_mean: float32 [B, K_group, 1, H], or None without a compensation token; by slot [B, K_group, P, H].
       windowed: sinks and a ring, or every token.
       k_scale, v_scale: float32 [B, K_group, 1, S] of an int8 cache, or None.
       scope: tokens that a ring of an ALiBi model keeps, else 0.
@@ -183,78 +95,13 @@ class KVCache(flax.struct.PyTreeNode):
         return dropped(self.spec, self.length, self.window)
 
 
-def ring_length(razor: RazorConfig, tokens: Any) -> Any:
-    """W for a prompt of that many tokens (an int or an int32 array): fixed, or max(4000, tokens / 5)."""
-    if razor.window is not None:
-        return tokens * 0 + razor.window
-    larger = max if isinstance(tokens, int) else jnp.maximum
-    return larger(tokens // razor.window_divisor, razor.min_window)
-
-
-def make_spec(
-    split: HeadSplit,
-    head_dim: int,
-    capacity: int,
-    razor: RazorConfig | None,
-    dtype: Any,
-    implementation: Implementation | None = None,
-    alibi: bool = False,
-) -> CacheSpec:
-    """The spec of a cache for a model of that split, head width and weight type, which is the cache's too where
-    razor names none; `alibi` where attention adds biases.
-
-    `implementation` None chooses by the device; where no kernel takes the model's shapes or types the XLA path runs
-    and a warning says so. Raises ValueError where a forced one cannot run.
-    """
-    if capacity < 1:
-        raise ValueError(f"capacity={capacity}: a cache holds at least 1 token")
-    full = windowed = jnp.dtype(dtype)
-    if razor is not None:
-        full = kv_type(razor.kv_dtype) if razor.kv_dtype else full
-        windowed = kv_type(razor.windowed_kv_dtype) if razor.windowed_kv_dtype else full
-    return CacheSpec(
-        capacity,
-        head_dim,
-        split.retrieval,
-        split.num_kv_heads,
-        full.name,
-        razor,
-        windowed_dtype="" if windowed == full else windowed.name,
-        implementation=_choose(implementation, head_dim, jnp.dtype(dtype), {full, windowed}, alibi),
-        forced=implementation is not None,
-        scopes=split.scopes,
-    )
-
-
-def _choose(
-    asked: Implementation | None, H: int, dtype: jnp.dtype, cached: set[jnp.dtype], alibi: bool
-) -> Implementation:
-    """The implementation that runs for queries and new tokens of `dtype` and caches of the types `cached`."""
-
-    def of(kind) -> Any:
-        return jax.ShapeDtypeStruct((1, 1, 32, H), kind)
-
-    def unsupported(name):
-        for kind in sorted(cached | {dtype}, key=str):
-            keys = of(kind)
-            reason = attention.unsupported(name, of(dtype), keys, keys, alibi) or cache_write.unsupported(
-                name, Stored(keys, keys)
-            )
-            if reason is not None:
-                return reason
-        return None
-
-    chosen = choose(asked, unsupported)
-    if asked is None and chosen != first_choice():
-        # Python shows a warning from one place once.
-        reason = obstacle(first_choice(), unsupported)
-        warnings.warn(f"attention runs without its {first_choice()} kernels, on XLA: {reason}", stacklevel=3)
-    return chosen
-
-
 def init(spec: CacheSpec, batch: int, prompt_lengths: jax.Array | np.ndarray | None = None) -> KVCache:
     """An empty cache. `prompt_lengths` int32 [B] fixes each row's window; None leaves it to the first extend."""
+    # Compiled, or one device would allocate what all are to share.
+    return (_init if spec.mesh is None else _init_on_mesh)(spec, batch, prompt_lengths)
 
+
+def _init(spec: CacheSpec, batch: int, prompt_lengths: jax.Array | np.ndarray | None) -> KVCache:
     def group(heads: int, windowed: bool, scope: int) -> Group:
         slots, kind = spec.slots(windowed, scope), spec.type(windowed)
 
@@ -265,7 +112,7 @@ def init(spec: CacheSpec, batch: int, prompt_lengths: jax.Array | np.ndarray | N
         k, v = pair(slots, spec.head_dim, dtype=kind)
         k_scale, v_scale = pair(1, slots, dtype=jnp.float32) if kind == INT8 else (None, None)
         means = spec.compensated(windowed, scope)
-        k_mean, v_mean = pair(1, spec.head_dim, dtype=jnp.float32) if means else (None, None)
+        k_mean, v_mean = pair(spec.shards, spec.head_dim, dtype=jnp.float32) if means else (None, None)
         return Group(k, v, k_mean, v_mean, windowed, k_scale, v_scale, scope)
 
     # Buffers of their own: a cache is donated, and no buffer can be given away twice.
@@ -277,7 +124,42 @@ def init(spec: CacheSpec, batch: int, prompt_lengths: jax.Array | np.ndarray | N
         prompt = jnp.minimum(jnp.asarray(prompt_lengths, jnp.int32), spec.capacity)
         window = ring_length(spec.razor, prompt)
     layers = tuple(tuple(group(*g) for g in spec.groups(layer)) for layer in range(len(spec.counts)))
-    return KVCache(layers, length, window, jnp.zeros((batch,), bool), spec)
+    return placed(KVCache(layers, length, window, jnp.zeros((batch,), bool), spec))
+
+
+_init_on_mesh = jax.jit(_init, static_argnums=(0, 1))
+
+
+def places(tree: Any, spec: CacheSpec, batch: int) -> list[PartitionSpec]:
+    """The PartitionSpec of each leaf of a cache on a mesh, or of a part of one; leaves may be shapes.
+
+    What a row has seen is known everywhere.
+    """
+    rows = spec.rows(batch)
+    slots, scales = PartitionSpec(rows, None, MODEL), PartitionSpec(rows, None, None, MODEL)
+    by_slot = {"k": slots, "v": slots, "k_mean": slots, "v_mean": slots, "k_scale": scales, "v_scale": scales}
+    by_head = dict.fromkeys(by_slot, PartitionSpec(rows, MODEL))
+    names = by_head if spec.layout == "head" else by_slot
+    paths = (path[-1].name for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
+    return [names.get(name, PartitionSpec()) for name in paths]
+
+
+def shardings(cache: KVCache) -> KVCache:
+    """The NamedSharding of each leaf of a cache on a mesh, arrays or their shapes, as a cache."""
+    mesh = cache.spec.mesh
+    assert mesh is not None, "a cache on one device has no mesh to lie on"
+    where = [NamedSharding(mesh, place) for place in places(cache, cache.spec, cache.batch)]
+    return jax.tree.unflatten(jax.tree.structure(cache), where)
+
+
+def placed(cache: KVCache) -> KVCache:
+    """The cache, laid out as `shardings` says; as it is without a mesh."""
+    mesh = cache.spec.mesh
+    if mesh is None:
+        return cache
+    leaves, tree = jax.tree.flatten(cache)
+    where = (NamedSharding(mesh, place) for place in places(cache, cache.spec, cache.batch))
+    return jax.tree.unflatten(tree, [lax.with_sharding_constraint(x, at) for x, at in zip(leaves, where, strict=True)])
 
 
 class Call(flax.struct.PyTreeNode):
@@ -335,27 +217,76 @@ def begin(
 def write(
     layer: tuple[Group, ...], k: Float[jax.Array, "B K T H"], v: Float[jax.Array, "B K T H"], call: Call
 ) -> tuple[Group, ...]:
-    """Write a call's k, v [B, K, T, H], heads in held order: evict, fold into the means, store."""
+    """Write a call's k, v [B, K, T, H], heads in held order: evict, fold into the means, store.
+
+    On a mesh this runs on one device's share, inside `shard_map`, and k and v are what `bring` gave.
+    """
+    if call.spec.shards > 1:
+        return _write_slots(layer, k, v, call)
     groups, first = [], 0
     for group in layer:
         heads = slice(first, first + group.k.shape[1])
         first = heads.stop
-        (new_k, k_scale), (new_v, v_scale) = (quantize(x[:, heads], group.k.dtype) for x in (k, v))
-        held = cache_write.write(
-            group.stored,
-            Stored(new_k, new_v, k_scale, v_scale),
-            call.length,
-            call.new,
-            *call.ring(group),
-            implementation=call.spec.kernels,
-        )
-        groups.append(group.replace(**held._asdict()))
+        groups.append(_write_group(group, k[:, heads], v[:, heads], call.length, call.new, *call.ring(group), call))
     return tuple(groups)
 
 
-def after(x: jax.Array, earlier: jax.Array, call: Call) -> jax.Array:
-    """x, but not before `earlier` is there: `kernels.ordering`."""
-    return _after(x, earlier, call.length)
+def _write_group(group: Group, k, v, length, new, window, sinks, call: Call) -> Group:
+    (new_k, k_scale), (new_v, v_scale) = (quantize(x, group.k.dtype) for x in (k, v))
+    tokens = Stored(new_k, new_v, k_scale, v_scale)
+    held = cache_write.write(group.stored, tokens, length, new, window, sinks, implementation=call.spec.kernels)
+    return group.replace(**held._asdict())
+
+
+def _write_slots(layer: tuple[Group, ...], k, v, call: Call) -> tuple[Group, ...]:
+    """`write` on one device of a cache by slot: tokens [B, K, T', H] of all heads, those that come to its slots."""
+    here, groups = Shard(call.spec.shards, lax.axis_index(MODEL)), []
+    for group, heads in zip(layer, call.spec.held([group.k.shape[1] for group in layer]), strict=True):
+        ring = call.ring(group)
+        length, end = (here.length(x, *ring) for x in (call.length, call.length + call.new))
+        new_k, new_v = (pick(x, heads) for x in (k, v))
+        groups.append(_write_group(group, new_k, new_v, length, end - length, *here.ring(*ring), call))
+    return tuple(groups)
+
+
+def bring(
+    layer: tuple[Group, ...], k: Float[jax.Array, "B K T H"], v: Float[jax.Array, "B K T H"], call: Call
+) -> tuple[jax.Array, jax.Array]:
+    """A call's k, v [B, K, T, H] as this device is to `write` them.
+
+    By slot a device has every token of its own heads, and needs, of every head, the tokens that come to its slots.
+    Devices that differ by their heads trade the one for the other.
+    """
+    spec, mesh, T = call.spec, call.spec.mesh, k.shape[2]
+    if spec.shards == 1:
+        return k, v
+    assert mesh is not None
+    if T == 1:
+        return lax.all_gather(k, HEADS, axis=1, tiled=True), lax.all_gather(v, HEADS, axis=1, tiled=True)
+    peers = jnp.arange(mesh.shape[HEADS], dtype=jnp.int32) * mesh.shape[ROWS] + lax.axis_index(ROWS)
+    there = Shard(spec.shards, peers[:, None])
+    most = max(most_tokens(T, spec.shards, spec.shortest_ring(g.scope) if g.windowed else None) for g in layer)
+    # int32 [groups, heads, B, T'], and of each head of this device which group's it is
+    wanted = jnp.stack([there.tokens(call.length, *call.ring(group), most) for group in layer])
+    group_of = np.zeros((spec.num_kv_heads,), np.int32)
+    for index, heads in enumerate(spec.held([group.k.shape[1] for group in layer])):
+        group_of[heads] = index
+    mine = lax.dynamic_slice_in_dim(jnp.asarray(group_of), lax.axis_index(HEADS) * k.shape[1], k.shape[1])
+    index = jnp.clip(wanted[mine], 0, T - 1).transpose(1, 2, 0, 3)[..., None]  # [heads, B, k, T', 1]
+
+    def trade(x):
+        parts = jnp.take_along_axis(x[None], index, axis=3)
+        return lax.all_to_all(parts, HEADS, split_axis=0, concat_axis=2, tiled=True)[0]
+
+    return trade(k), trade(v)
+
+
+def pick(x: jax.Array, heads: np.ndarray) -> jax.Array:
+    """KV heads of x [B, K, …]; mostly a slice."""
+    first, last = int(heads[0]), int(heads[-1])
+    if np.array_equal(heads, np.arange(first, last + 1)):
+        return x[:, first : last + 1]
+    return x[:, heads]
 
 
 def dropped(spec: CacheSpec, length: Any, window: Any) -> Any:
@@ -380,11 +311,20 @@ def broadcast(cache: KVCache, batch: int, capacity: int) -> KVCache:
         return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
     def grow(group: Group) -> Group:
-        extra = spec.slots(group.windowed, group.scope) - group.k.shape[2]
+        extra = (spec.slots(group.windowed, group.scope) - group.k.shape[2]) // spec.shards
+
+        def shares(x, axis):
+            # By slot every device's share grows.
+            shape = (*x.shape[:axis], spec.shards, x.shape[axis] // spec.shards, *x.shape[axis + 1 :])
+            grown = jnp.pad(x.reshape(shape), [(0, extra if i == axis + 1 else 0) for i in range(5)])
+            return grown.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+        if spec.shards > 1:
+            return group.with_slots(shares)
         return group.with_slots(lambda x, axis: jnp.pad(x, [(0, extra if i == axis else 0) for i in range(4)]))
 
     layers = tuple(tuple(grow(g) for g in layer) for layer in cache.layers)
-    return jax.tree.map(rows, cache.replace(layers=layers, spec=spec))
+    return placed(jax.tree.map(rows, cache.replace(layers=layers, spec=spec)))
 
 
 def rollback(cache: KVCache, saved: KVCache) -> KVCache:
@@ -399,10 +339,12 @@ def rollback(cache: KVCache, saved: KVCache) -> KVCache:
     return saved.replace(layers=layers)
 
 
-def positions(group: Group, call: Call) -> jax.Array:
+def positions(group: Group, call: Call, here: Shard | None = None) -> jax.Array:
     """int32 [B, S], the position that each slot of a group without sinks held before the call; of a slot that was
-    not written, anything."""
+    not written, anything. `here`: of the slots that lie there."""
     slots = jnp.arange(group.k.shape[2], dtype=jnp.int32)
+    if here is not None:
+        slots = here.index + here.devices * slots
     if not group.windowed:
         return jnp.broadcast_to(slots, (call.length.shape[0], slots.shape[0]))
     turns = (call.length[:, None] - 1 - slots) // group.scope
@@ -415,5 +357,12 @@ def deleted(cache: KVCache) -> bool:
 
 
 def allocated_bytes(cache: KVCache) -> int:
-    """Bytes of the cache's key, value and mean arrays, read off the arrays themselves."""
+    """Bytes of the cache's key, value and mean arrays, read off the arrays themselves; on a mesh of all devices, each
+    row counted where it lies over `data`."""
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(cache.layers))
+
+
+def device_bytes(cache: KVCache) -> int:
+    """Of these bytes, those on each device; the same on all of them."""
+    leaves = jax.tree.leaves(cache.layers)
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)

@@ -10,13 +10,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float32, Int
 
+from . import attention_mesh as attention
 from . import cache as kv
-from .attention import attend, attend_and_write
-from .cache import Call, Group, KVCache, after
+from .cache import Call, Group, KVCache
 from .config import RazorConfig
 from .models import alibi, rope
 from .models.transformer import Block, Transformer
 from .params import Params
+from .sharding import constrain, describe, present
+from .spec import Layout
 
 Logits = Literal["last", "all", "none"]
 Ids = jax.Array | np.ndarray
@@ -33,16 +35,18 @@ def init_cache(
     capacity: int,
     razor: RazorConfig | None,
     prompt_lengths: Int[Ids, " B"] | None = None,
+    layout: Layout | None = None,
 ) -> KVCache:
     """An empty cache of `batch` rows of `capacity` tokens under a policy; None for dense attention.
 
     Args:
       prompt_lengths: int32 [B], fixes each row's window under the paper's rule; None leaves it to the
         lengths of the first `extend`.
+      layout: on a mesh, "slot" or "head" (`spec.py`); None is by head where every group divides, else by slot.
 
     Raises:
-      ValueError: batch or capacity below 1, a policy without a head split, or a forced implementation that cannot
-        run here.
+      ValueError: batch or capacity below 1, a policy without a head split, a forced implementation that cannot
+        run here, or a batch or layout that does not divide over the mesh.
     """
     if batch < 1:
         raise ValueError(f"batch={batch}: a cache has at least 1 row")
@@ -51,7 +55,15 @@ def init_cache(
     require_split(params, razor)
     config = params.config
     spec = kv.make_spec(
-        params.split, config.head_dim, capacity, razor, params.dtype, params.implementation, config.alibi
+        params.split,
+        config.head_dim,
+        capacity,
+        razor,
+        params.dtype,
+        params.implementation,
+        config.alibi,
+        params.mesh,
+        layout,
     )
     return kv.init(spec, batch, prompt_lengths)
 
@@ -108,13 +120,13 @@ def extend_known(
     call, cache = kv.begin(cache, lengths, T, fresh)
     model = Transformer(params.config)
 
-    x = cast(jax.Array, model.apply({"params": params.weights}, tokens, method="embed"))
+    x = _embed(params, tokens, call)
     layers = []
     for index, layer in enumerate(cache.layers):
         with jax.named_scope(f"layer_{index}"):
             x, layer = run(params, index, x, layer, call)
             layers.append(layer)
-    cache = cache.replace(layers=tuple(layers))
+    cache = kv.placed(cache.replace(layers=tuple(layers)))
 
     if logits == "none":
         return None, cache
@@ -122,6 +134,7 @@ def extend_known(
         last = jnp.clip(call.new - 1, 0, x.shape[1] - 1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
     out = cast(jax.Array, model.apply({"params": params.weights}, x[:, :T], method="logits"))
+    out = constrain(out, call.spec.mesh, call.spec.rows(cache.batch))
     if logits == "all":
         return out, cache
     return jnp.where((call.new > 0)[:, None], out[:, 0], 0.0), cache
@@ -155,7 +168,13 @@ def _check_call(cache: KVCache, tokens: Ids, lengths: Ids, logits: Logits) -> No
 
 
 def check_cache(params: Params, cache: KVCache) -> None:
-    """Refuse a cache that was made for other heads or shapes, or for another implementation than a forced one."""
+    """Refuse a cache that was made for other heads, shapes or devices, or for another implementation than a forced
+    one."""
+    if cache.spec.mesh != present(params.mesh):
+        raise ValueError(
+            f"the cache lies on {describe(cache.spec.mesh)}, the params on {describe(present(params.mesh))}: make the "
+            "cache from the same params"
+        )
     if params.implementation not in (None, cache.spec.implementation):
         raise ValueError(
             f"these params force implementation={params.implementation!r}, the cache was made for "
@@ -188,16 +207,37 @@ def _slopes(params: Params, index: int) -> np.ndarray | None:
     c = params.config
     if not c.alibi:
         return None
-    return alibi.slopes(c.num_heads).reshape(c.num_kv_heads, c.group_size)[list(params.split.order(index))]
+    return alibi.slopes(c.num_heads).reshape(c.num_kv_heads, c.group_size)[list(params.order(index))]
+
+
+def _embed(params: Params, tokens: jax.Array, call: Call) -> jax.Array:
+    """Hidden states [B, T, D] of tokens int32 [B, T]; on a mesh those of a long call come chunk by chunk, for they
+    lie split, and a chunk is whole when it is looked up."""
+    mesh, (B, T) = call.spec.mesh, tokens.shape
+
+    def embed(tokens):
+        return cast(jax.Array, Transformer(params.config).apply({"params": params.weights}, tokens, method="embed"))
+
+    if mesh is None or T <= CHUNK:
+        return constrain(embed(tokens), mesh, call.spec.rows(B))
+    x = jnp.zeros((B, T, params.config.hidden_size), params.dtype)
+    at = attention.hidden(x, call)
+
+    def chunk(index, x):
+        part = constrain(embed(lax.dynamic_slice_in_dim(tokens, index * CHUNK, CHUNK, axis=1)), mesh, *at)
+        return lax.dynamic_update_slice_in_dim(x, part, index * CHUNK, axis=1)
+
+    return lax.fori_loop(0, T // CHUNK, chunk, constrain(x, mesh, *at))
 
 
 def _whole(params: Params, index: int, x: jax.Array, layer: tuple[Group, ...], call: Call):
     """One layer over x [B, T, D] at once."""
 
-    def attend_(q, k, v, state):
-        return attend_and_write(q, k, v, state, call, _slopes(params, index))
+    def attend(q, k, v, state):
+        return attention.attend_and_write(q, k, v, state, call, _slopes(params, index))
 
-    return _block(params, index, x, _tables(params, call, 0, x.shape[1]), attend_, layer, method="__call__")
+    x, layer = _block(params, index, x, _tables(params, call, 0, x.shape[1]), attend, layer, method="__call__")
+    return constrain(x, call.spec.mesh, call.spec.rows(x.shape[0])), layer
 
 
 def _in_chunks(params: Params, index: int, x: jax.Array, layer: tuple[Group, ...], call: Call):
@@ -209,32 +249,34 @@ def _in_chunks(params: Params, index: int, x: jax.Array, layer: tuple[Group, ...
     weights, x = lax.optimization_barrier((params.weights[name], x))
     params = params.replace(weights={name: weights})
     B, T, _ = x.shape
+    mesh = call.spec.mesh
     chunks = (jnp.max(call.new) + CHUNK - 1) // CHUNK
 
-    def tokens(x, start):
-        return lax.dynamic_slice_in_dim(x, start, CHUNK, axis=1)
+    def put(x, chunk, start):
+        if mesh is not None:
+            chunk = constrain(chunk, mesh, *attention.hidden(x, call))
+        return lax.dynamic_update_slice_in_dim(x, chunk, start, axis=1)
 
     def project(chunk, kv_):
         start = chunk * CHUNK
-        new = _block(params, index, tokens(x, start), _tables(params, call, start, CHUNK), method="keys_values")
+        new = _block(
+            params,
+            index,
+            attention.chunk(x, start, CHUNK, call),
+            _tables(params, call, start, CHUNK),
+            method="keys_values",
+        )
         return tuple(lax.dynamic_update_slice_in_dim(a, b, start, axis=2) for a, b in zip(kv_, new, strict=True))
 
-    # Zeros that need x: buffers that need nothing would be laid out for every layer at once.
-    zero = after(jnp.zeros((1,), x.dtype), x, call)
-    empty = jnp.broadcast_to(zero, (B, config.num_kv_heads, T, config.head_dim))
+    empty = attention.blank(x, (B, config.num_kv_heads, T, config.head_dim), call)
     k, v = lax.fori_loop(0, chunks, project, (empty, empty))
 
     def mix(chunk, x):
         start = chunk * CHUNK
-        x_chunk = tokens(x, start)
+        x_chunk = attention.chunk(x, start, CHUNK, call)
         q = _block(params, index, x_chunk, _tables(params, call, start, CHUNK), method="queries")
-        out = attend(q, k, v, layer, call, start=start, group_size=config.group_size, slopes=slopes)
-        return lax.dynamic_update_slice_in_dim(x, _block(params, index, x_chunk, out, method="mix"), start, axis=1)
+        out = attention.attend(q, k, v, layer, call, start=start, group_size=config.group_size, slopes=slopes)
+        return put(x, _block(params, index, x_chunk, out, method="mix"), start)
 
     x = lax.fori_loop(0, chunks, mix, x)
-    # Write when everything has been read; and let the next layer wait for the write, or a compiler may put
-    # all writes off to the end and keep every layer's K/V until then.
-    layer = kv.write(layer, after(k, x, call), after(v, x, call), call)
-    for group in layer:
-        x = after(after(x, group.k, call), group.v, call)
-    return x, layer
+    return attention.write_behind(x, k, v, layer, call)

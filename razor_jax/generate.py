@@ -22,6 +22,7 @@ from .params import Params
 from .prompts import Prompts
 from .report import FinishReason, KVReport, Result, Timings
 from .sampling import Greedy, Sampling
+from .sharding import DATA, everywhere
 from .tokenizer import Detokenizer, find_stop
 
 Policy = RazorConfig | None | Literal["auto"]
@@ -109,10 +110,11 @@ def prefill(params: Params, document: Any, *, razor: Policy = "auto", capacity: 
     read = prompts.read(params, document, what="document")
     policy = choose_policy(params, razor)
     spec = make_spec(params, policy, read.longest, capacity)
-    tokens, lengths = prompts.pad(read.rows, prompts.prompt_bucket(read.longest))
+    spec.rows(len(read.rows))
+    batch = everywhere(prompts.pad(read.rows, prompts.prompt_bucket(read.longest)), spec.mesh)
     prompts.warn_beyond_trained(params.config, read.longest)
     with compilation.announced("prefill"):
-        _, cache = loop.prefill(params, tokens, lengths, spec=spec, chunk=_chunk(policy))
+        _, cache = loop.prefill(params, *batch, spec=spec, chunk=_chunk(policy))
         return jax.block_until_ready(cache)
 
 
@@ -213,7 +215,7 @@ class Session:
             yield
 
     def _begin(self) -> None:
-        tokens, lengths = prompts.pad(self.prompts.rows, prompts.prompt_bucket(self.prompts.longest))
+        tokens, lengths = read_batch(self.prompts.rows, self.spec)
         # A cache that has to grow cannot be written in place.
         in_place = self._owns_source and self.source is not None and self.source.spec == self.spec
         program = loop.resume if in_place else loop.begin
@@ -221,10 +223,7 @@ class Session:
             self.state = program(
                 self.params,
                 self.source,
-                tokens,
-                lengths,
-                self._stop_ids,
-                self.limit,
+                *everywhere((tokens, lengths, self._stop_ids, self._limits), self.spec.mesh),
                 self.sampling,
                 self.seed,
                 spec=self.spec,
@@ -243,14 +242,19 @@ class Session:
     def _block(self, steps: int) -> None:
         before = [len(row.tokens) for row in self.rows]
         out = loop.decode_block(
-            self.params, self._live, self._stop_ids, self.limit, np.int32(steps), self.sampling, keep=bool(self.stop)
+            self.params,
+            self._live,
+            *everywhere((self._stop_ids, self._limits, np.int32(steps)), self.spec.mesh),
+            self.sampling,
+            keep=bool(self.stop),
         )
         (self.state, self._unread, self._saved), self._before = out, before
 
     def _collect(self) -> None:
         """Hand to the rows what they lack of the last block, or of the prefill, which chose one token."""
         new = np.asarray(self._live.token)[:, None] if self._unread is None else np.asarray(self._unread)
-        counts = np.asarray(self._live.count)
+        counts = self._counts
+        new = new[: len(counts)]
         for row, tokens, count, before in zip(self.rows, new, counts, self._before, strict=True):
             row.push(tokens[len(row.tokens) - before : count - before].tolist(), int(self.limit.max()))
 
@@ -261,10 +265,10 @@ class Session:
         for index, row in enumerate(self.rows):
             if row.stopped_at is not None:
                 self.limit[index] = row.stopped_at
-        if np.any(np.asarray(self._live.count) > taken):
+        if np.any(self._counts > taken):
             assert self._saved is not None, "only a stop string ends a row on the host alone"
             self.state = loop.rewind(self._live, self._saved)
-        if np.any(np.asarray(self._live.count) < taken):
+        if np.any(self._counts < taken):
             self._block(steps)
         self._saved = None  # a copy of the windowed groups, of no more use
 
@@ -278,6 +282,16 @@ class Session:
         self._collect()
         self._replay(loop.BLOCK)
         return self.state.cache
+
+    @property
+    def _limits(self) -> np.ndarray:
+        """`limit` of the rows on the device: those that only fill the batch end at once."""
+        return np.pad(self.limit, (0, padding(len(self.limit), self.spec)))
+
+    @property
+    def _counts(self) -> np.ndarray:
+        """Tokens chosen so far by each row that is one of ours."""
+        return np.asarray(self._live.count)[: len(self.rows)]
 
     @property
     def _live(self) -> loop.LoopState:
@@ -400,7 +414,20 @@ def make_spec(params: Params, policy: RazorConfig | None, tokens: int, capacity:
         params.dtype,
         params.implementation,
         params.config.alibi,
+        params.mesh,
     )
+
+
+def padding(rows: int, spec: CacheSpec) -> int:
+    """Empty rows that a batch needs to divide over the mesh's `data`; a single row needs none."""
+    data = 1 if spec.mesh is None else spec.mesh.shape[DATA]
+    return -rows % data if rows > 1 else 0
+
+
+def read_batch(rows: Sequence[Sequence[int]], spec: CacheSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as a batch for the programs: int32 [B, T] in a bucket, lengths [B], with `padding`."""
+    longest = max(len(row) for row in rows)
+    return prompts.pad([*rows, *[()] * padding(len(rows), spec)], prompts.prompt_bucket(longest))
 
 
 __all__ = [

@@ -2,6 +2,8 @@
 
 Both are compiled for shapes only. Sampling numbers, stop ids' values, budgets and lengths are traced, so a
 session costs two compilations, and another call in the same bucket none.
+
+On a mesh what the host reads (tokens, counts, flags) is on every device, so that every process can read it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from .cache import CacheSpec, KVCache
 from .functional import decode, extend, extend_known
 from .params import Params
 from .sampling import Sampling, sample
+from .sharding import constrain
 
 BLOCK = 32  # decode steps a call at most; the host reads tokens and looks for stop strings between calls
 
@@ -142,7 +145,14 @@ def decode_block(
         return index + 1, state, lax.dynamic_update_slice(out, state.token[:, None], (0, index))
 
     _, state, out = lax.while_loop(going, step, (jnp.int32(0), state, out))
-    return state, out, saved
+    return _placed(state), constrain(out, state.cache.spec.mesh), None if saved is None else _placed(saved)
+
+
+def _placed(state: LoopState) -> LoopState:
+    """The state where the host and the next call want it: a constraint in a loop's body does not bind its result."""
+    mesh = state.cache.spec.mesh
+    everywhere = {name: constrain(getattr(state, name), mesh) for name in ("token", "count", "done")}
+    return state.replace(**everywhere, cache=kv.placed(state.cache))
 
 
 def rewind(state: LoopState, saved: LoopState) -> LoopState:
@@ -160,6 +170,7 @@ def _choose(state: LoopState, cache: KVCache, logits, stop_ids, limit, sampling:
         seen = seen.at[jnp.arange(token.shape[0], dtype=jnp.int32), token].set(True)
     stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=1)
     done = state.done | stopped | (count >= limit) | cache.overflow
+    token, count, done, seen = (x if x is None else constrain(x, cache.spec.mesh) for x in (token, count, done, seen))
     return state.replace(cache=cache, token=token, count=count, done=done, seen=seen)
 
 

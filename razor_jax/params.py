@@ -8,11 +8,12 @@ checkpoint's own order, and `with_heads(params, None)` gives it back.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import flax.struct
@@ -20,21 +21,25 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .config import HeadSplit, RazorConfig, check_split
 from .kernels.backend import Implementation
 from .models.config import ModelConfig
+from .models.linear import dequantize, is_kernel, quantize_tree, scale_of
 from .models.transformer import Transformer
+from .sharding import held_order
 from .tokenizer import Assets
 
 # Which axis of which weight runs over KV heads.
-_KV_HEAD_AXIS = {
+_KV_HEAD_AXIS: dict[tuple[str, ...], int] = {
     ("q", "kernel"): 1,
     ("q", "bias"): 0,
     ("k", "kernel"): 1,
     ("k", "bias"): 0,
     ("v", "kernel"): 1,
     ("v", "bias"): 0,
+    **{(name, "scale"): 0 for name in "qkv"},  # of int8 kernels
     ("o", "kernel"): 0,
 }
 _SAMPLES = 64  # values of a tensor that the weight fingerprint reads
@@ -51,6 +56,8 @@ class Params(flax.struct.PyTreeNode):
       assets: tokenizer, chat template and stop ids, None for token arrays only.
       implementation: of attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None chooses by
         the device.
+      origin: fingerprint of the float weights that int8 ones were made from, None for float weights.
+      mesh: (data, heads, rows) devices that the weights and every cache lie on (`sharding.py`), None for one device.
     """
 
     weights: Any
@@ -59,10 +66,14 @@ class Params(flax.struct.PyTreeNode):
     razor: RazorConfig | None = flax.struct.field(pytree_node=False, default=None)
     assets: Assets | None = flax.struct.field(pytree_node=False, default=None)
     implementation: Implementation | None = flax.struct.field(pytree_node=False, default=None)
+    origin: str | None = flax.struct.field(pytree_node=False, default=None)
+    mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
     def from_flax(cls, variables: Mapping[str, Any], config: ModelConfig, tokenizer: Assets | None = None) -> Params:
         """From linen variables of `models.transformer.Transformer`, `{"params": tree}` or the tree itself.
+
+        Kernels may be int8 with their scales beside them, as `models.linear.quantize_tree` makes them.
 
         Raises ValueError that lists every missing, unexpected, mis-shaped and non-float array.
         """
@@ -78,13 +89,22 @@ class Params(flax.struct.PyTreeNode):
         return self.weights["embedding"]["embedding"].dtype
 
     @property
+    def int8(self) -> bool:
+        """Whether kernels are int8."""
+        return "scale" in self.weights["blocks_0"]["q"]
+
+    @property
     def split(self) -> HeadSplit:
         """`heads`, or every head where nobody has said: dense attention."""
         return self.heads or HeadSplit.all(self.config.num_layers, self.config.num_kv_heads)
 
+    def order(self, layer: int) -> tuple[int, ...]:
+        """The layer's KV heads in the order in which its weights are held."""
+        return held_order(self.split, layer, self.mesh)
 
-def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
-    """The weight tree of a model as shapes, nothing allocated."""
+
+def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32, weights: Literal["int8"] | None = None) -> Any:
+    """The weight tree of a model as shapes, nothing allocated; `weights="int8"` for int8 kernels and their scales."""
 
     def init():
         tokens = jnp.zeros((1, 1), jnp.int32)
@@ -93,11 +113,15 @@ def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
         return Transformer(config).init(jax.random.key(0), tokens, rope, lambda q, k, v, s: (q, s), states)
 
     tree = nn.unbox(jax.eval_shape(init)["params"])
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), tree)
+    tree = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), tree)
+    return jax.eval_shape(quantize_tree, tree) if weights == "int8" else tree
 
 
-def with_heads(params: Params, split: HeadSplit | None) -> Params:
+def with_heads(params: Params, split: HeadSplit | None, *, donate: bool = False) -> Params:
     """The same weights under another head split; None for none, in the checkpoint's order.
+
+    Weights stay on their devices and move one by one. `donate` frees each one that has moved, so that two copies of
+    one tensor is the most there is; the given params are of no use after.
 
     Raises ValueError if the split was made for another architecture; warns if for other weights.
     """
@@ -122,12 +146,12 @@ def with_heads(params: Params, split: HeadSplit | None) -> Params:
                 stacklevel=2,
             )
     weights = dict(params.weights)
-    target = split or HeadSplit.all(config.num_layers, config.num_kv_heads)
+    held = params.replace(heads=split)
     for layer in range(config.num_layers):
-        move = _permutation(params.split.order(layer), target.order(layer))
+        move = _permutation(params.order(layer), held.order(layer))
         if move is not None:
-            weights[f"blocks_{layer}"] = _permute(weights[f"blocks_{layer}"], move)
-    return params.replace(weights=weights, heads=split)
+            weights[f"blocks_{layer}"] = _permute(weights[f"blocks_{layer}"], move, donate)
+    return held.replace(weights=weights)
 
 
 def architecture_fingerprint(config: ModelConfig) -> str:
@@ -145,19 +169,46 @@ def architecture_fingerprint(config: ModelConfig) -> str:
 
 def weights_fingerprint(params: Params) -> str:
     """SHA-256 of samples of every layer, rounded to bfloat16: the same in each head order, and whether loaded as
-    float32 or bfloat16. (float32 weights loaded as float16 are rounded twice, and may differ.)"""
-    return hashlib.sha256(np.asarray(_sample_weights(params.weights)).tobytes()).hexdigest()
+    float32 or bfloat16. (float32 weights loaded as float16 are rounded twice, and may differ.) int8 weights have the
+    fingerprint of those that they were made from."""
+    if params.origin is not None:
+        return params.origin
+    flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params.weights, sep="/"))
+    maps = [{"kernel": flat[path]} for path in sampled(params.config)]
+    for path, linear in zip(sampled(params.config), maps, strict=True):
+        if is_kernel(path) and params.int8:
+            linear["scale"] = flat[scale_of(path)]
+    return fingerprint(samples(maps, params.mesh))
 
 
-@jax.jit
-def _sample_weights(weights: Any) -> jax.Array:
-    """Strided samples of tensors that no head split permutes, bfloat16 [values]."""
-    tensors = [weights["embedding"]["embedding"]]
-    for name in sorted((n for n in weights if n.startswith("blocks_")), key=lambda n: int(n[7:])):
-        tensors += [weights[name]["gate"]["kernel"], weights[name]["down"]["kernel"]]
-    return jnp.concatenate(
-        [t[:: max(1, t.shape[0] // 8), :: max(1, t.shape[1] // 8)].reshape(-1)[:_SAMPLES] for t in tensors]
-    ).astype(jnp.bfloat16)
+def sampled(config: ModelConfig) -> list[str]:
+    """The weights that a fingerprint looks at, in order: none that a head split permutes."""
+    layers = (f"blocks_{layer}/{name}/kernel" for layer in range(config.num_layers) for name in ("gate", "down"))
+    return ["embedding/embedding", *layers]
+
+
+def samples(maps: Sequence[Mapping[str, jax.Array]], mesh: Mesh | None) -> np.ndarray:
+    """Strided samples of kernels, their scales beside them where they are int8: bfloat16 [values]."""
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return np.asarray(_samples(maps, everywhere))
+
+
+def fingerprint(values: np.ndarray) -> str:
+    """SHA-256 of samples of all the weights that `sampled` names."""
+    return hashlib.sha256(values.tobytes()).hexdigest()
+
+
+@functools.partial(jax.jit, static_argnames="where")
+def _samples(maps: Sequence[Mapping[str, jax.Array]], where: NamedSharding | None) -> jax.Array:
+    def sample(linear: Mapping[str, jax.Array]) -> jax.Array:
+        rows, columns = (slice(None, None, max(1, size // 8)) for size in linear["kernel"].shape)
+        part = {"kernel": linear["kernel"][rows, columns]}
+        if "scale" in linear:
+            part["scale"] = linear["scale"][columns]
+        return dequantize(part).reshape(-1)[:_SAMPLES]
+
+    values = jnp.concatenate([sample(linear) for linear in maps]).astype(jnp.bfloat16)
+    return values if where is None else jax.lax.with_sharding_constraint(values, where)
 
 
 def _permutation(now: tuple[int, ...], target: tuple[int, ...]) -> np.ndarray | None:
@@ -168,28 +219,55 @@ def _permutation(now: tuple[int, ...], target: tuple[int, ...]) -> np.ndarray | 
     return np.asarray([place[head] for head in target], np.int32)
 
 
-def _permute(block: Mapping[str, Any], move: np.ndarray) -> dict[str, Any]:
+def in_order(name: str, weight: jax.Array, split: HeadSplit) -> jax.Array:
+    """A weight by its path, joined by "/", from the checkpoint's order of heads into a split's; it is donated."""
+    block, *path = name.split("/")
+    axis = _KV_HEAD_AXIS.get(tuple(path))
+    if axis is None:
+        return weight
+    mesh = weight.sharding.mesh if isinstance(weight.sharding, NamedSharding) else None
+    order = held_order(split, int(block.removeprefix("blocks_")), cast(Mesh | None, mesh))
+    move = _permutation(tuple(range(split.num_kv_heads)), order)
+    return weight if move is None else _move(weight, move, axis, donate=True)
+
+
+def _permute(block: Mapping[str, Any], move: np.ndarray, donate: bool) -> dict[str, Any]:
     flat: dict[tuple[str, ...], Any] = dict(flax.traverse_util.flatten_dict(dict(block)))
     for path, axis in _KV_HEAD_AXIS.items():
         if path in flat:
-            flat[path] = jnp.take(flat[path], move, axis=axis)
+            flat[path] = _move(flat[path], move, axis, donate)
     return flax.traverse_util.unflatten_dict(flat)
 
 
+def _move(weight: jax.Array, move: np.ndarray, axis: int, donate: bool) -> jax.Array:
+    where = getattr(weight, "sharding", None)  # a tracer has none
+    where = where if isinstance(where, NamedSharding) else None
+    moved = _take(weight, move, axis=axis, where=where)
+    if donate:
+        jax.block_until_ready(moved)
+        weight.delete()
+    return moved
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "where"))
+def _take(weight: jax.Array, move: jax.Array, *, axis: int, where: NamedSharding | None) -> jax.Array:
+    moved = jnp.take(weight, move, axis=axis)
+    return moved if where is None else jax.lax.with_sharding_constraint(moved, where)
+
+
 def _check_tree(weights: Any, config: ModelConfig) -> None:
-    want: dict[str, Any] = dict(flax.traverse_util.flatten_dict(abstract_weights(config), sep="/"))
     have: dict[str, Any] = dict(flax.traverse_util.flatten_dict(dict(weights), sep="/"))
+    int8 = any(is_kernel(name) and scale_of(name) in have for name in have)
+    tree = abstract_weights(config, weights="int8" if int8 else None)
+    want: dict[str, Any] = dict(flax.traverse_util.flatten_dict(tree, sep="/"))
     problems = [f"missing {name} {want[name].shape}" for name in sorted(want.keys() - have.keys())]
     problems += [f"unexpected {name}" for name in sorted(have.keys() - want.keys())]
-    problems += [
-        f"{name} has shape {tuple(have[name].shape)}, expected {want[name].shape}"
-        for name in sorted(want.keys() & have.keys())
-        if tuple(have[name].shape) != want[name].shape
-    ]
-    problems += [
-        f"{name} has type {have[name].dtype}, expected floating point"
-        for name in sorted(want.keys() & have.keys())
-        if not jnp.issubdtype(have[name].dtype, jnp.floating)
-    ]
+    for name in sorted(want.keys() & have.keys()):
+        if tuple(have[name].shape) != want[name].shape:
+            problems.append(f"{name} has shape {tuple(have[name].shape)}, expected {want[name].shape}")
+        expected = jnp.floating if jnp.issubdtype(want[name].dtype, jnp.floating) else want[name].dtype
+        if not jnp.issubdtype(have[name].dtype, expected):
+            kind = "floating point" if expected is jnp.floating else expected
+            problems.append(f"{name} has type {have[name].dtype}, expected {kind}")
     if problems:
         raise ValueError("these weights do not fit the config:\n  " + "\n  ".join(problems))

@@ -26,6 +26,9 @@ class KVReport:
       dense_bytes: a bfloat16 dense cache of the same batch and capacity, the denominator of every ratio.
       dropped_tokens: tokens that each windowed head has folded away, one number a row.
       implementation: of attention and cache writes.
+      devices: of the mesh that the cache lies on; 1 without one.
+      device_bytes: of the cache on each of them.
+      layout: on a mesh "slot" or "head" (`spec.py`).
     """
 
     setting: str
@@ -37,6 +40,9 @@ class KVReport:
     dense_bytes: int
     dropped_tokens: tuple[int, ...]
     implementation: str = "xla"
+    devices: int = 1
+    device_bytes: int = 0
+    layout: str | None = None
 
     @classmethod
     def of(cls, cache: KVCache, split: HeadSplit) -> KVReport:
@@ -54,6 +60,9 @@ class KVReport:
             dense_bytes=spec.dense_bytes(cache.batch),
             dropped_tokens=tuple(int(n) for n in dropped),
             implementation=spec.implementation,
+            devices=1 if spec.mesh is None else spec.mesh.size,
+            device_bytes=kv.device_bytes(cache),
+            layout=spec.layout,
         )
 
     def row(self, index: int) -> KVReport:
@@ -72,6 +81,8 @@ class KVReport:
 
     def __str__(self) -> str:
         size = f"KV {_mib(self.allocated_bytes)} {self.dtype}, dense bfloat16 {_mib(self.dense_bytes)}"
+        if self.devices > 1:
+            size += f", {_mib(self.device_bytes)} on each of {self.devices} devices by {self.layout}"
         where = f"batch {self.batch} × {self.capacity:,} tokens, {self.share:.0%} of KV heads keep everything"
         if self.setting == "dense":
             return f"{size}: dense attention, {self.ratio:.2f}× ({where})"

@@ -15,9 +15,10 @@ from . import cache as kv
 from . import compilation, loop, prompts
 from .cache import CacheSpec
 from .functional import extend
-from .generate import Policy, choose_policy, make_spec
+from .generate import Policy, choose_policy, make_spec, read_batch
 from .params import Params
 from .report import KVReport
+from .sharding import constrain, everywhere
 
 CHUNK = 16  # continuation tokens a call, unless exact
 
@@ -67,17 +68,18 @@ def score(
     policy = choose_policy(params, razor)
     total = max(len(a) + len(b) for a, b in zip(context.rows, target.rows, strict=True))
     prompts.warn_beyond_trained(params.config, total)
-    tokens, lengths = prompts.pad(context.rows, prompts.prompt_bucket(context.longest))
-    targets, target_lengths = prompts.pad(target.rows, prompts.prompt_bucket(target.longest))
     chunk = 1 if exact else CHUNK
     spec = make_spec(params, policy, total)
+    tokens, lengths = read_batch(context.rows, spec)
+    targets, target_lengths = read_batch(target.rows, spec)
     with compilation.announced("score"):
         logprobs, greedy, cache = _teacher_force(
-            params, tokens, lengths, targets, target_lengths, spec=spec, chunk=chunk
+            params, *everywhere((tokens, lengths, targets, target_lengths), spec.mesh), spec=spec, chunk=chunk
         )
         logprobs, greedy = np.asarray(logprobs), np.asarray(greedy)
     report = KVReport.of(cache, params.split)
-    scores = [Score(logprobs[row, :n], greedy[row, :n], chunk, report.row(row)) for row, n in enumerate(target_lengths)]
+    sizes = [len(row) for row in target.rows]
+    scores = [Score(logprobs[row, :n], greedy[row, :n], chunk, report.row(row)) for row, n in enumerate(sizes)]
     return scores[0] if context.single and target.single else scores
 
 
@@ -112,4 +114,4 @@ def _teacher_force(params: Params, tokens, lengths, targets, target_lengths, *, 
     logprobs, greedy, cache = lax.fori_loop(0, steps, body, (*empty, cache))
     logprobs = jnp.concatenate([first[:, None], logprobs], axis=1)[:, :C]
     greedy = jnp.concatenate([first_greedy[:, None], greedy], axis=1)[:, :C]
-    return logprobs, greedy, cache
+    return constrain(logprobs, spec.mesh), constrain(greedy, spec.mesh), cache

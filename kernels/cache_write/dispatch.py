@@ -18,7 +18,7 @@ def write(
     lengths: Int[jax.Array, " B"],
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"] | None,
-    sinks: int = 0,
+    sinks: jax.Array | int = 0,
     *,
     implementation: Implementation | None = None,
 ) -> Stored:
@@ -32,7 +32,7 @@ def write(
       new: T tokens in the cache's own type, [B,K,T,H] and scales [B,K,1,T]; no means.
       lengths, counts: int32 [B]; a row of count 0 stays bit-identical.
       window: int32 [B], W of each row; None for a group that keeps every token.
-      sinks: N0.
+      sinks: N0, an int or, where it is known at run time only, an int32 scalar.
       implementation: the backend by name, None to choose by device and shapes.
 
     Returns:

@@ -47,15 +47,13 @@ def unsupported(held: Stored) -> str | None:
     return None
 
 
-# jit of its own: `stay` is no word outside of one.
-@functools.partial(jax.jit, static_argnames=("sinks", "block", "interpret"))
 def write(
     held: Stored,
     new: Stored,
     lengths: Int[jax.Array, " B"],
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"] | None,
-    sinks: int = 0,
+    sinks: jax.Array | int = 0,
     *,
     block: int | None = None,
     interpret: Any = False,
@@ -64,11 +62,23 @@ def write(
 
     `block` slots a step of a chunk, a multiple of 128; None to choose.
     """
+    static = isinstance(sinks, int)
+    return (_compiled if static else _compiled_for_any_sinks)(
+        held, new, lengths, counts, window, sinks, block=block, interpret=interpret
+    )
+
+
+def _write(held: Stored, new: Stored, lengths, counts, window, sinks: jax.Array | int, *, block, interpret) -> Stored:
     T = new.k.shape[2]
     if T == 1:
         return _write_token(held, new, lengths, counts, window, sinks, interpret)
     block = block or min(_LONGEST, max(_LANES, pl.next_power_of_2(T)))
     return _write_chunk(held, new, lengths, counts, window, sinks, block, interpret)
+
+
+# jit of its own: `stay` is no word outside of one.
+_compiled = jax.jit(_write, static_argnames=("sinks", "block", "interpret"))
+_compiled_for_any_sinks = jax.jit(_write, static_argnames=("block", "interpret"))
 
 
 def _turn(x: Stored) -> list[jax.Array]:
@@ -99,7 +109,7 @@ def _turn_back(arrays: Sequence[jax.Array], lanes: list[bool]) -> Stored:
     return Stored(k, v, *arrays[2:])
 
 
-def _write_token(held: Stored, new: Stored, lengths, counts, window, sinks: int, interpret) -> Stored:
+def _write_token(held: Stored, new: Stored, lengths, counts, window, sinks: jax.Array | int, interpret) -> Stored:
     slot = lengths if window is None else xla.ring_slot(lengths, window, sinks)
     slot = jnp.where((counts > 0) & (slot < held.k.shape[2]), slot, -1)
     arrays, tokens, lanes = _turn(held), _turn(new), _along_lanes(held)
@@ -188,7 +198,7 @@ class _Steps(NamedTuple):
     read: jax.Array
 
 
-def _runs(lengths, counts, window, sinks: int, S: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _runs(lengths, counts, window, sinks: jax.Array | int, S: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Slots [begin, end) of a row take tokens slot + offset, int32 [B, runs] each: ascending and disjoint.
 
     A full group has one run. A windowed one has its sinks, the ring up to the newest token, and, a lap
@@ -235,7 +245,9 @@ def _steps(runs, block: int, most: int) -> tuple[_Steps, jax.Array]:
     return _Steps(*(x.astype(jnp.int32) for x in (at, at * block + of_run(offset), first, last, read))), jnp.max(total)
 
 
-def _write_chunk(held: Stored, new: Stored, lengths, counts, window, sinks: int, block: int, interpret) -> Stored:
+def _write_chunk(
+    held: Stored, new: Stored, lengths, counts, window, sinks: jax.Array | int, block: int, interpret
+) -> Stored:
     (B, K, S, _), T = held.k.shape, new.k.shape[2]
     runs = _runs(lengths, counts, window, sinks, S)
     # A run of n slots touches at most one block more than n slots need.

@@ -22,7 +22,7 @@ def write(
     lengths: Int[jax.Array, " B"],
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"] | None,
-    sinks: int = 0,
+    sinks: jax.Array | int = 0,
 ) -> Stored:
     """The group with tokens 0 … counts[b]-1 of `new` appended to row b, which has seen lengths[b] tokens.
 
@@ -31,7 +31,7 @@ def write(
       new: T tokens in the cache's own type, [B,K,T,H] and scales [B,K,1,T]; no means.
       lengths, counts: int32 [B]; a row of count 0 stays bit-identical.
       window: int32 [B], W of each row; None for a group that keeps every token.
-      sinks: N0.
+      sinks: N0, an int or an int32 scalar.
 
     Returns:
       The group: slots as T single writes would leave them, exactly; means to float32 rounding.
@@ -42,7 +42,7 @@ def write(
     return (_write_ring_token if one else _write_ring_chunk)(held, new, lengths, counts, window, sinks)
 
 
-def dropped(lengths: jax.Array, window: jax.Array, sinks: int) -> jax.Array:
+def dropped(lengths: jax.Array, window: jax.Array, sinks: jax.Array | int) -> jax.Array:
     """n int32 [B]. A window of 0 is one not yet set: nothing was seen, so nothing dropped."""
     return ((lengths - sinks - window) * (window > 0)).clip(0)
 
@@ -54,12 +54,14 @@ def _write_full(held: Stored, new: Stored, lengths, counts) -> Stored:
     return _scatter(held, jnp.where(tokens < counts[:, None], lengths[:, None], S) + tokens, new)
 
 
-def ring_slot(position: Int[jax.Array, " B"], window: Int[jax.Array, " B"], sinks: int) -> Int[jax.Array, " B"]:
+def ring_slot(
+    position: Int[jax.Array, " B"], window: Int[jax.Array, " B"], sinks: jax.Array | int
+) -> Int[jax.Array, " B"]:
     """Slot of a position in a windowed group, int32 [B]."""
     return jnp.where(position < sinks, position, sinks + (position - sinks) % jnp.maximum(window, 1))
 
 
-def _write_ring_token(held: Stored, new: Stored, lengths, counts, window, sinks: int) -> Stored:
+def _write_ring_token(held: Stored, new: Stored, lengths, counts, window, sinks: jax.Array | int) -> Stored:
     """One token a row: one slot read, folded, overwritten."""
     S = held.k.shape[2]
     slot = ring_slot(lengths, window, sinks)
@@ -78,7 +80,7 @@ def _write_ring_token(held: Stored, new: Stored, lengths, counts, window, sinks:
     return _scatter(held, jnp.where(counts > 0, slot, S)[:, None], new)
 
 
-def _write_ring_chunk(held: Stored, new: Stored, lengths, counts, window, sinks: int) -> Stored:
+def _write_ring_chunk(held: Stored, new: Stored, lengths, counts, window, sinks: jax.Array | int) -> Stored:
     """T tokens a row: each slot gathers its newest position, so no slot is written twice."""
     T = new.k.shape[2]
     source = _newest(held.k.shape[2], lengths + counts, window, sinks) - lengths[:, None]
@@ -105,7 +107,7 @@ def fold_token(
     lengths: Int[jax.Array, " B"],
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"],
-    sinks: int,
+    sinks: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
     """k_mean, v_mean once one token a row replaces `evicted`, [B,K,1,H], anything in a row that drops nothing."""
     n = _rows(dropped(lengths, window, sinks))
@@ -124,7 +126,7 @@ def fold_chunk(
     lengths: Int[jax.Array, " B"],
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"],
-    sinks: int,
+    sinks: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
     """k_mean, v_mean of the group `held` once T tokens a row are written: what leaves the ring or never enters it."""
     start, tokens = lengths[:, None], jnp.arange(new.k.shape[2], dtype=jnp.int32)[None, :]
@@ -147,7 +149,7 @@ def fold_chunk(
     )
 
 
-def _newest(S: int, length: jax.Array, window: jax.Array, sinks: int) -> jax.Array:
+def _newest(S: int, length: jax.Array, window: jax.Array, sinks: jax.Array | int) -> jax.Array:
     """int32 [B,S]: the position each slot holds once length [B] tokens were seen; below 0 where it is empty."""
     slots, ring, length = jnp.arange(S, dtype=jnp.int32)[None, :], jnp.maximum(window, 1)[:, None], length[:, None]
     laps = jnp.where(slots < sinks, 0, (length - 1 - slots) // ring)

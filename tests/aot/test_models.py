@@ -12,11 +12,11 @@ from __future__ import annotations
 import pytest
 
 from . import tpu_compiler
+from .tpu_compiler import COPIES, LLAMA
 
 pytest.importorskip("libtpu", reason="the TPU compiler is in the extra 'aot': pip install -e '.[aot]'")
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-LLAMA = {"args": ["llama", 128256, 4096, 14336, 32, 32, 8, 128, 131072]}
 QWEN = {"args": ["qwen2", 152064, 3584, 18944, 28, 28, 4, 128, 32768], "qkv_bias": True}
 NARROW = {"args": ["llama", 128256, 2048, 8192, 16, 32, 8, 64, 131072], "tie_embeddings": True}
 
@@ -62,22 +62,6 @@ for L in layers or [config.num_layers]:
         }))
 """
 
-# Of an array as large as a cache's, fast memory included, which `memory_analysis` does not count.
-COPIES = """
-import re
-
-def copies(compiled, leaves):
-    try:
-        text = compiled.as_text()
-    except Exception as error:  # 7x: "async-update instruction should have 1 operands"
-        return str(error)
-    caches = [x for x in leaves if x.ndim == 4 and x.size > 1 << 19]
-    sizes, slots = {x.size for x in caches}, {x.shape[2] for x in caches}
-    found = re.findall(r"= \\(?\\w+\\[([\\d,]+)\\][^=]* (?:copy|copy-start|transpose)\\(.*", text)
-    shapes = [[int(n) for n in shape.split(",")] for shape in found]
-    return [shape for shape in shapes if np.prod(shape) in sizes and slots & set(shape)]
-"""
-
 
 def compiled(topology, shape, layers, kind, T=1, kv_dtype=None):
     """What `memory_analysis` says of a call of T tokens for models of these depths, and sizes to hold it against."""
@@ -116,7 +100,7 @@ def test_exact_prefill_needs_one_layer_at_a_time(shape, record_property):
     """Temporaries of 4 against 8 layers grow by < 10 % of one layer's K/V per layer."""
     shallow, deep = compiled("v5e:2x2", shape, [4, 8], "prefill", T=16384)
     growth = (deep["temporary"] - shallow["temporary"]) / 4 / deep["kv"]
-    record_property("exact prefill on TPU, temporaries per added layer, share of its K/V", growth)
+    record_property("exact prefill on TPU, temporaries per added layer, share of its K/V", float(growth))
     assert growth < 0.10
 
 

@@ -8,6 +8,25 @@ import subprocess
 import sys
 from typing import Any
 
+# Llama-3-8B, as arguments of ModelConfig.
+LLAMA = {"args": ["llama", 128256, 4096, 14336, 32, 32, 8, 128, 131072]}
+
+# Of an array as large as a cache's, fast memory included, which `memory_analysis` does not count.
+COPIES = """
+import re
+
+def copies(compiled, leaves):
+    try:
+        text = compiled.as_text()
+    except Exception as error:  # 7x: "async-update instruction should have 1 operands"
+        return str(error)
+    caches = [x for x in leaves if x.ndim == 4 and x.size > 1 << 19]
+    sizes, slots = {x.size for x in caches}, {x.shape[2] for x in caches}
+    found = re.findall(r"= \\(?\\w+\\[([\\d,]+)\\][^=]* (?:copy|copy-start|transpose)\\(.*", text)
+    shapes = [[int(n) for n in shape.split(",")] for shape in found]
+    return [shape for shape in shapes if np.prod(shape) in sizes and slots & set(shape)]
+"""
+
 
 def run(script: str, argument: Any, timeout: int = 900) -> list[Any]:
     """What `script` prints as JSON, a line each; it finds `argument` as JSON in sys.argv[1]."""

@@ -1,0 +1,218 @@
+"""Meshes, and where arrays lie on them.
+
+A user's mesh has the axes `data` (rows of the batch) and `model` (everything else). Inside, `model` is two axes,
+`heads` times `rows`: as many devices as divide the KV heads take whole heads, and where there are more devices
+than that, the rest share a head's rows, be they queries or slots. (`data`, `heads`, `rows`) holds the devices in
+the order of the mesh that was given.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from .config import HeadSplit
+
+AXES = ("data", "model")
+DATA, HEADS, ROWS = "data", "heads", "rows"
+MODEL = (HEADS, ROWS)  # in a PartitionSpec: what a user calls `model`
+
+MeshLike = Mesh | Mapping[str, int] | str | None  # what `make_mesh` takes
+
+Axes = str | tuple[str, ...] | None  # what one dimension of an array is split over
+
+
+@runtime_checkable
+class Split(Protocol):
+    """What the places of heads depend on: of a `HeadSplit`, or of the cache made for it."""
+
+    @property
+    def retrieval(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def scopes(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+
+
+_FORM = re.compile(r"\s*(\w+)\s*=\s*(\d+)\s*")
+
+
+def parse(text: str) -> dict[str, int]:
+    """ "data=2,model=4" -> {"data": 2, "model": 4}; an axis left out is 1."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        match = _FORM.fullmatch(part)
+        if match is None or match[1] not in AXES or match[1] in sizes or int(match[2]) < 1:
+            raise ValueError(f"mesh={text!r}: write it as data=2,model=4, each axis once and at least 1")
+        sizes[match[1]] = int(match[2])
+    return dict.fromkeys(AXES, 1) | sizes
+
+
+def make_mesh(mesh: MeshLike, num_kv_heads: int, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The mesh (data, heads, rows) for a model of that many KV heads; None for none.
+
+    Args:
+      mesh: "data=2,model=4", the same as a mapping, or a jax Mesh of the axes data and model, in that order.
+      devices: what the axes are laid over, all devices of all processes by default.
+
+    On TPUs the axes follow the chips' own rings and grid, as far as jax knows a way.
+
+    Raises ValueError where the axes do not take all of the devices.
+    """
+    if mesh is None:
+        return None
+    if isinstance(mesh, Mesh):
+        if mesh.axis_names == (DATA, *MODEL):
+            mesh = Mesh(mesh.devices.reshape(mesh.devices.shape[0], -1), AXES, axis_types=(AxisType.Auto,) * 2)
+        if mesh.axis_names != AXES:
+            raise ValueError(f"a mesh of axes {mesh.axis_names}: must be {AXES}, in that order")
+        data, model = mesh.devices.shape
+        heads = math.gcd(model, num_kv_heads)
+        grid = mesh.devices.reshape(data, heads, model // heads)
+    else:
+        sizes = parse(mesh) if isinstance(mesh, str) else dict.fromkeys(AXES, 1) | dict(mesh)
+        if sizes.keys() != set(AXES) or any(not isinstance(n, int) or n < 1 for n in sizes.values()):
+            raise ValueError(f"mesh={mesh}: the axes are {AXES}, each a whole number of at least 1")
+        devices = jax.devices() if devices is None else list(devices)
+        wanted = math.prod(sizes.values())
+        if wanted != len(devices):
+            raise ValueError(
+                f"mesh data={sizes['data']},model={sizes['model']} needs {wanted} devices, there are {len(devices)}: "
+                f"choose axes whose product is {len(devices)}"
+            )
+        data, model = sizes["data"], sizes["model"]
+        heads = math.gcd(model, num_kv_heads)
+        shape = (data, heads, model // heads)
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, (DATA, *MODEL), axis_types=(AxisType.Auto,) * 3)
+
+
+def present(mesh: Mesh | None) -> Mesh | None:
+    """The mesh, None for one of a single device, on which everything is as without one."""
+    return mesh if mesh is not None and mesh.size > 1 else None
+
+
+def describe(mesh: Mesh | None) -> str:
+    """A mesh in words, as it is asked for."""
+    if mesh is None:
+        return "one device"
+    return f"a mesh data={mesh.shape[DATA]},model={model_devices(mesh)}"
+
+
+def model_devices(mesh: Mesh | None) -> int:
+    """P, devices of the model axes."""
+    return 1 if mesh is None else mesh.shape[HEADS] * mesh.shape[ROWS]
+
+
+def head_groups(split: Split, layer: int) -> tuple[int, ...]:
+    """KV heads of each of a layer's head groups, as `HeadSplit.order` has them one after the other."""
+    kept = len(split.retrieval[layer])
+    if not split.scopes:
+        return kept, split.num_kv_heads - kept
+    scopes = [scope for scope in split.scopes[layer] if scope]
+    return kept, *(scopes.count(scope) for scope in sorted(set(scopes), reverse=True))
+
+
+def dealt(split: Split, mesh: Mesh | None) -> int:
+    """Devices that every head group of every layer divides by, so that each holds its part of every group; else 1."""
+    devices = model_devices(mesh)
+    layers = range(len(split.retrieval))
+    return devices if all(n % devices == 0 for layer in layers for n in head_groups(split, layer)) else 1
+
+
+def places(sizes: Sequence[int], devices: int) -> list[np.ndarray]:
+    """Of groups of these sizes, which of all heads are each one's: groups one after the other, on every device."""
+    blocks = np.arange(sum(sizes)).reshape(devices, -1)
+    ends = np.cumsum(sizes) // devices
+    return [blocks[:, end - size // devices : end].reshape(-1) for end, size in zip(ends, sizes, strict=True)]
+
+
+def held_order(split: HeadSplit, layer: int, mesh: Mesh | None) -> tuple[int, ...]:
+    """A layer's KV heads as weights hold them: retrieval heads first, on each device where they divide over all."""
+    order, held = split.order(layer), [0] * split.num_kv_heads
+    spread = np.concatenate(places(head_groups(split, layer), dealt(split, mesh)))
+    for head, place in zip(order, spread, strict=True):
+        held[place] = head
+    return tuple(held)
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: Axes) -> jax.Array:
+    """x, laid out over the mesh axes that its dimensions are given; as it is without a mesh."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def everywhere(tree: Any, mesh: Mesh | None) -> Any:
+    """Host arrays, the same in every process, as arrays that all devices of a mesh hold; as they are without one."""
+    if mesh is None:
+        return tree
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
+
+    return jax.tree.map(place, tree)
+
+
+# Where a weight lies: its path, and the dimensions that mesh axes split, best choice first. A choice counts where
+# all of its dimensions divide; where none does, every device holds the whole weight. Keys and values are not split
+# over `rows`: they are 2 % of a 70B (0.17 GiB a chip on 16), and partial sums would have to meet in every layer.
+# An int8 kernel's scales and its bias lie as its outputs do.
+_Spec = tuple[str | tuple[str, ...] | None, ...]
+WEIGHT_RULES: tuple[tuple[str, tuple[_Spec, ...]], ...] = (
+    (r"q/kernel", ((None, HEADS, ROWS, None), (ROWS, HEADS), (None, HEADS))),  # [D, K, G, H]
+    (r"q/(bias|scale)", ((HEADS, ROWS), (HEADS,))),  # [K, G, H]
+    (r"[kv]/kernel", ((None, HEADS),)),  # [D, K, H]
+    (r"[kv]/(bias|scale)", ((HEADS,),)),  # [K, H]
+    (r"o/kernel", ((HEADS, ROWS), (HEADS, None, None, ROWS), (HEADS,))),  # [K, G, H, D]
+    (r"(gate|up)/kernel", ((None, MODEL), (MODEL,), (None, HEADS), (HEADS,))),  # [D, F]
+    (r"(gate|up)/(bias|scale)", ((MODEL,), (HEADS,))),  # [F]
+    (r"down/kernel", ((MODEL,), (None, MODEL), (HEADS,))),  # [F, D]
+    (r"embedding/embedding", ((MODEL,), (None, MODEL), (HEADS,), (None, HEADS))),  # [V, D]
+    (r"head/kernel", ((None, MODEL), (MODEL,), (None, HEADS), (HEADS,))),  # [D, V]
+    (r"head/scale", ((MODEL,), (HEADS,))),  # [V]
+)
+
+
+def weight_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Where a weight lies on a mesh (data, heads, rows); `path` is its keys joined by "/"."""
+    for pattern, choices in WEIGHT_RULES:
+        if re.search(rf"(^|/){pattern}$", path):
+            for choice in choices:
+                if all(size % _parts(axes, mesh) == 0 for size, axes in zip(shape, choice, strict=False)):
+                    return PartitionSpec(*choice)
+    return PartitionSpec()
+
+
+def weight_shardings(weights: Any, mesh: Mesh) -> Any:
+    """A tree of NamedSharding for a tree of weights, arrays or their shapes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(
+            mesh, weight_spec(jax.tree_util.keystr(path, simple=True, separator="/"), x.shape, mesh)
+        ),
+        weights,
+    )
+
+
+def weight_bytes(weights: Any, mesh: Mesh | None) -> tuple[int, int]:
+    """Bytes of a tree of weights, arrays or their shapes, on each device of a mesh; and how many of them every
+    device of the model axes holds alike. All on one device, where there is no mesh."""
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
+    if mesh is None:
+        return total, 0
+    leaves = list(zip(jax.tree.leaves(weights), jax.tree.leaves(weight_shardings(weights, mesh)), strict=True))
+    here = sum(math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize for x, where in leaves)
+    return here, sum(x.size * x.dtype.itemsize for x, where in leaves if where.is_fully_replicated)
+
+
+def _parts(axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+    """Into how many parts a dimension split over these axes falls."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
