@@ -8,9 +8,10 @@ refused by name, never ignored.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import einops
@@ -46,18 +47,48 @@ class Stored:
         first, *rest = (math.prod(self.sizes[letter] for letter in axis.strip("()").split()) for axis in axes)
         return (self.parts * first, *rest)
 
-    def to_ours(self, x: np.ndarray) -> np.ndarray:
-        """A view of the stored tensor, or of its part, with our axes."""
-        rows = len(x) // self.parts
-        return self._rearrange(x[self.part * rows :][:rows], self.pattern)
+    def read(self, tensor: Any, index: Sequence[slice], heads: Sequence[int] | None = None) -> np.ndarray:
+        """The part `index` of our array, a slice an axis; no other bytes of the file are read.
+
+        tensor: the whole stored tensor as a safetensors slice. heads: KV heads in the order in which our array holds
+        them, None for the checkpoint's.
+        """
+        left, right = (re.findall(r"\([^)]*\)|\S+", side) for side in self.pattern.split("->"))
+        order = {letter: np.arange(self.sizes[letter]) for letter in right}
+        if heads is not None and "k" in order:
+            order["k"] = np.asarray(heads)
+        chosen = {letter: order[letter][part] for letter, part in zip(right, index, strict=True)}
+        axes = []
+        for axis in left:
+            places = np.zeros((), int)
+            for letter in axis.strip("()").split():
+                places = places[..., None] * self.sizes[letter] + chosen[letter]
+            axes.append(_runs(places.ravel()))
+        rows = self.shape[0] // self.parts * self.part
+        axes[0] = [slice(run.start + rows, run.stop + rows) for run in axes[0]]
+        sizes = {letter: len(numbers) for letter, numbers in chosen.items()}
+        return einops.rearrange(_gather(tensor, axes), self.pattern, **sizes)
 
     def to_stored(self, x: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ours`: the tensor, or its part."""
+        """The stored tensor, or its part, from our whole array."""
         left, right = self.pattern.split("->")
-        return self._rearrange(x, f"{right.strip()} -> {left.strip()}")
+        return einops.rearrange(x, f"{right.strip()} -> {left.strip()}")
 
-    def _rearrange(self, x: np.ndarray, pattern: str) -> np.ndarray:
-        return einops.rearrange(x, pattern, **{a: n for a, n in self.sizes.items() if a in pattern})
+
+def _runs(places: np.ndarray) -> list[slice]:
+    """Ascending neighbours joined: [4, 5, 6, 0, 1] -> 4:7, 0:2."""
+    breaks = np.flatnonzero(np.diff(places) != 1) + 1
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(places, breaks)]
+
+
+def _gather(tensor: Any, axes: Sequence[Sequence[slice]]) -> np.ndarray:
+    """Runs of a stored matrix or vector, side by side."""
+    first, *rest = axes
+    rows = []
+    for run in first:
+        blocks = [tensor[(run, *columns)] for columns in itertools.product(*rest)]
+        rows.append(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
 def tensors(config: ModelConfig) -> dict[str, Stored]:

@@ -3,6 +3,7 @@
 B batch, T tokens of this call, D model width, L layers, N query heads, K KV heads, G = N/K query
 heads per KV head, H head width, F feed-forward width, V vocabulary. Query rows of a KV head are
 packed t-major: row t·G + g. Rotary embedding is the model's, ALiBi's biases are attention's.
+Kernels may be int8 (`linear.py`).
 
 The model never hears of caches: `attend(q, k, v, state) -> (out, state)` is given by the caller, one
 opaque state a layer. `Block` also offers its two halves (`keys_values`, `queries`, `mix`), so that a
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int
 
 from .config import ModelConfig
+from .linear import Linear
 from .rope import Tables, rotate
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -34,26 +36,21 @@ class Block(nn.Module):
 
     def setup(self):
         c = self.config
-        D, K, G, H = c.hidden_size, c.num_kv_heads, c.group_size, c.head_dim
-
-        def project(shape, spec, bias):
-            return nn.Einsum(shape, spec, use_bias=bias, kernel_init=_INIT)
-
-        def dense(features):
-            return nn.Dense(features, use_bias=c.mlp_bias, kernel_init=_INIT)
+        D, F = c.hidden_size, c.intermediate_size
+        K, G, H = c.num_kv_heads, c.group_size, c.head_dim
 
         self.attn_norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
-        self.q = project((D, K, G, H), "btd,dkgh->btkgh", c.qkv_bias)
-        self.k = project((D, K, H), "btd,dkh->btkh", c.qkv_bias)
-        self.v = project((D, K, H), "btd,dkh->btkh", c.qkv_bias)
-        self.o = project((K, G, H, D), "btkgh,kghd->btd", c.output_bias)
+        self.q = Linear((D, K, G, H), "btd,dkgh->btkgh", c.qkv_bias)
+        self.k = Linear((D, K, H), "btd,dkh->btkh", c.qkv_bias)
+        self.v = Linear((D, K, H), "btd,dkh->btkh", c.qkv_bias)
+        self.o = Linear((K, G, H, D), "btkgh,kghd->btd", c.output_bias)
         if c.qk_norm:
             self.q_norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
         self.mlp_norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
-        self.gate = dense(c.intermediate_size)
-        self.up = dense(c.intermediate_size)
-        self.down = dense(D)
+        self.gate = Linear((D, F), "btd,df->btf", c.mlp_bias)
+        self.up = Linear((D, F), "btd,df->btf", c.mlp_bias)
+        self.down = Linear((F, D), "btf,fd->btd", c.mlp_bias)
 
     def queries(self, x: Float[jax.Array, "B T D"], rope: Tables) -> Float[jax.Array, "B K R H"]:
         """x [B, T, D] -> q [B, K, T·G, H], normed and rotated as attention takes it."""
@@ -105,7 +102,7 @@ class Transformer(nn.Module):
         self.blocks = [Block(c) for _ in range(c.num_layers)]
         self.norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
         if not c.tie_embeddings:
-            self.head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=_INIT)
+            self.head = Linear((c.hidden_size, c.vocab_size), "...d,dv->...v", use_bias=False)
 
     def embed(self, tokens: Int[jax.Array, "B T"]) -> Float[jax.Array, "B T D"]:
         """int32 [B, T] -> [B, T, D]."""
@@ -117,8 +114,7 @@ class Transformer(nn.Module):
         y = self.embedding.attend(y) if self.config.tie_embeddings else self.head(y)
         y = y.astype(jnp.float32)
         if self.config.norm_head:
-            rows = self.head.variables["params"]["kernel"].astype(jnp.float32)
-            y = y / jnp.maximum(jnp.linalg.norm(rows, axis=0), 1e-12)
+            y = y / jnp.maximum(jnp.linalg.norm(self.head.weight(), axis=0), 1e-12)
         return y
 
     def __call__(self, tokens: jax.Array, rope: Tables, attend: Attend, states: Sequence[Any]):

@@ -1,24 +1,28 @@
-"""`load`: a model by name, folder or Hub id, with its retrieval heads."""
+"""`load`: a model by name, folder or Hub id, with its retrieval heads; `save`: both into a folder."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
+import jax
 from huggingface_hub import errors
 
 from . import checkpoint
-from .config import HeadSplit
+from .config import HeadSplit, check_split
 from .heads import alibi, find_heads, store
 from .kernels.backend import Implementation, choose
-from .params import Params, with_heads
+from .loading import Weights
+from .params import Params, architecture_fingerprint, weights_fingerprint, with_heads
+from .sharding import MeshLike
 
 log = logging.getLogger("razor_jax")
 
@@ -47,6 +51,8 @@ def load(
     dtype: Any = None,
     heads: str | os.PathLike[str] | HeadSplit | None = "auto",
     implementation: Implementation | None = None,
+    mesh: MeshLike = None,
+    weights: Weights | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Params:
     """A model ready for `generate`.
@@ -59,26 +65,86 @@ def load(
         None for dense attention only.
       implementation: of attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None for the
         device's own kernels where they take the model's shapes, else XLA.
+      mesh: the devices that the model lies on: "data=2,model=4" (two groups of four, each with half of the batch and
+        all weights), a mapping of the same, or a jax Mesh with these axes; None for one device. Every process of a
+        run loads the same, and reads only its own part.
+      weights: "int8" holds kernels as int8 with a scale an output channel: half of bfloat16's bytes. Embeddings and
+        norms stay.
       progress: called with ("read", bytes done, bytes to do), then, where heads have to be probed, with
         ("probed", layers done, layers to do).
 
-    Raises FileNotFoundError, PermissionError or ConnectionError where there is no such model, ValueError
-    where model and head split do not fit, or no device here runs the implementation.
+    Raises FileNotFoundError, PermissionError or ConnectionError where there is no such model (FileNotFoundError also
+    where heads would have to be probed in a run of several processes), ValueError
+    where model and head split do not fit, no device here runs the implementation, the mesh does not take the
+    devices, or the weights do not fit into them.
     """
     if implementation is not None:
         choose(implementation, lambda name: None)  # before gigabytes are read: a name, and a device for it
     directory = find(model)
-    params = checkpoint.read(directory, dtype, _stage(progress, "read")).replace(implementation=implementation)
-    found = _heads(params, directory, heads, _stage(progress, "probed"))
-    if found is None:
+    config = checkpoint.read_config(directory)
+    found = _given(directory, heads)
+    with _naming(directory, heads):
+        if found is not None:
+            check_split(found.split, config.num_layers, config.num_kv_heads)
+    params = checkpoint.read(
+        directory,
+        dtype,
+        _stage(progress, "read"),
+        mesh=mesh,
+        weights=weights,
+        split=None if found is None else found.split,
+    ).replace(implementation=implementation)
+    if heads is None:
         return params
+    found = found or store.HeadFile(_remembered(params) or _probe(params, _stage(progress, "probed")))
+    with _naming(directory, heads):
+        # A split that was known is only checked here: its heads have been read in place.
+        params = with_heads(params, found.split, donate=True)
+    return dataclasses.replace(params, razor=found.recommended)
+
+
+def save(
+    params: Params,
+    directory: str | os.PathLike[str],
+    format: Literal["huggingface", "orbax"] = "huggingface",
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = checkpoint.SHARD_BYTES,
+) -> None:
+    """Write weights, config, tokenizer and, as razor.json, the head split to a folder that `load` reads back exactly,
+    on any mesh and in any number of processes. The folder is there when it is whole, or as it was before.
+
+    Args:
+      format: "huggingface" loads in transformers too, in files of at most `shard_bytes`; "orbax" takes int8 weights as
+        well, and every process of a run writes its own shards.
+
+    Every process of a run calls this. Raises FileExistsError where `directory` holds something and `overwrite` is not
+    given.
+    """
+    split = params.heads
+    if split is not None:
+        split = dataclasses.replace(
+            split,
+            architecture=split.architecture or architecture_fingerprint(params.config),
+            weights=split.weights or weights_fingerprint(params),
+        )
+
+    def beside(folder: Path) -> None:
+        if split is not None:
+            store.write(folder, split, params.razor)
+
+    checkpoint.save(params, directory, format, overwrite=overwrite, shard_bytes=shard_bytes, beside=beside)
+
+
+@contextlib.contextmanager
+def _naming(directory: Path, heads: Any) -> Iterator[None]:
+    """Errors about a split that came from a file name the file."""
     try:
-        params = with_heads(params, found.split)
+        yield
     except ValueError as error:
         if isinstance(heads, HeadSplit):
             raise
         raise ValueError(f"{directory / store.NAME if heads == 'auto' else heads}: {error}") from error
-    return dataclasses.replace(params, razor=found.recommended)
 
 
 def _stage(progress: Callable[[str, int, int], None] | None, name: str) -> Callable[[int, int], None] | None:
@@ -145,12 +211,8 @@ def _download(name: str) -> Path:
     return folder
 
 
-def _heads(
-    params: Params,
-    directory: Path,
-    heads: str | os.PathLike[str] | HeadSplit | None,
-    progress: Callable[[int, int], None] | None,
-) -> store.HeadFile | None:
+def _given(directory: Path, heads: str | os.PathLike[str] | HeadSplit | None) -> store.HeadFile | None:
+    """The split that is known before the weights are, None where there is none."""
     if heads is None:
         return None
     if isinstance(heads, HeadSplit):
@@ -161,7 +223,13 @@ def _heads(
         return store.read(heads)
     if (directory / store.NAME).is_file():
         return store.read(directory)
-    return store.HeadFile(_remembered(params) or _probe(params, progress))
+    if jax.process_count() > 1:
+        # A probe is one process' work, and what each remembers may differ.
+        raise FileNotFoundError(
+            f"no {store.NAME} beside the model in {directory}: find its heads once on one machine, `razor-jax heads "
+            f"--model {directory} --save {directory / store.NAME}`, or pass the path of a {store.NAME} as heads="
+        )
+    return None
 
 
 def _remembered(params: Params) -> HeadSplit | None:

@@ -141,8 +141,8 @@ def test_what_a_cut_head_sees_and_what_it_loses(record_property):
         assert np.linalg.norm(kept - p @ vh) <= 2 * lost * np.linalg.norm(vh, axis=1).max() + 1e-15
         worst_one, worst_sum = max(worst_one, p[~seen].max(initial=0.0)), max(worst_sum, lost)
     assert 0 < worst_one <= alibi.EPSILON
-    record_property("weight of one token past its ALiBi scope", worst_one)
-    record_property("weight of all tokens past their ALiBi scope", worst_sum)
+    record_property("weight of one token past its ALiBi scope", float(worst_one))
+    record_property("weight of all tokens past their ALiBi scope", float(worst_sum))
     record_property("bound of the weight of all tokens past their ALiBi scope", float(bound.max()))
 
 

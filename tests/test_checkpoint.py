@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors
 import safetensors.numpy
@@ -251,8 +252,9 @@ def test_a_checkpoint_is_not_overwritten_unasked(folder, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("format", ["huggingface", "orbax"])
 @pytest.mark.parametrize("before", ["nothing", "a checkpoint"])
-def test_an_interrupted_save_leaves_what_was_there(folder, tmp_path, monkeypatch, before):
+def test_an_interrupted_save_leaves_what_was_there(folder, tmp_path, monkeypatch, before, format):
     params = checkpoint.read(folder)
     if before == "a checkpoint":
         checkpoint.save(params, tmp_path / "out")
@@ -261,9 +263,12 @@ def test_an_interrupted_save_leaves_what_was_there(folder, tmp_path, monkeypatch
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    if format == "huggingface":
+        monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    else:
+        monkeypatch.setattr(ocp.StandardCheckpointer, "wait_until_finished", full)
     with pytest.raises(OSError, match="no space left"):
-        checkpoint.save(params, tmp_path / "out", overwrite=True)
+        checkpoint.save(params, tmp_path / "out", format, overwrite=True)
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == there
 
 
@@ -387,6 +392,9 @@ def test_a_damaged_orbax_folder(folder, tmp_path):
         checkpoint.read(tmp_path / "out")
     record.write_text(json.dumps({"version": 1}))
     with pytest.raises(ValueError, match="damaged"):
+        checkpoint.read(tmp_path / "out")
+    record.write_text(json.dumps({**json.loads(good), "weights": "int4"}))
+    with pytest.raises(ValueError, match=r"damaged.*int4"):
         checkpoint.read(tmp_path / "out")
     config = {**json.loads(good)["config"], "hidden_size": 64}
     record.write_text(json.dumps({**json.loads(good), "config": config}))

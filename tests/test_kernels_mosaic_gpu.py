@@ -101,7 +101,7 @@ def errors(cases: dict[str, tuple], seconds: int) -> dict[str, float]:
 
 def check(cases: dict[str, tuple], seconds: int, record_property):
     for name, error in errors(cases, seconds).items():
-        record_property(f"Mosaic GPU kernel, interpreted: {name}", error)
+        record_property(f"Mosaic GPU kernel, interpreted: {name}", float(error))
         assert error <= LIMIT, name  # also fails on NaN
 
 

@@ -79,7 +79,7 @@ def test_decode_over_8_bits_and_a_compensation_token(G, T, H, q_type, kv_type, r
     got = run(q_, *cache, EDGES, state=state, **scales)
     assert got.dtype == q_type
     largest = error(got, literal(q, *values, EDGES, means=means, n=COPIES))
-    record_property(f"TPU kernel, {q_type} queries over {kv_type}", largest)
+    record_property(f"TPU kernel, {q_type} queries over {kv_type}", float(largest))
     assert largest <= LIMIT[q_type]
 
 

@@ -30,6 +30,7 @@ from jaxtyping import Float
 
 from ..config import HeadSplit
 from ..models.alibi import slopes
+from ..models.linear import dequantize
 from ..params import Params, architecture_fingerprint, weights_fingerprint, with_heads
 
 EPSILON = 1e-3  # of one token's weight
@@ -56,7 +57,7 @@ def logit_bound(params: Params) -> Float[np.ndarray, "L N"]:
     for layer in range(c.num_layers):
         block = params.weights[f"blocks_{layer}"]
         scale = np.asarray(block["attn_norm"]["scale"], np.float64)[:, None]
-        q, k = (np.asarray(block[name]["kernel"], np.float64).reshape(c.hidden_size, -1) for name in ("q", "k"))
+        q, k = (np.asarray(dequantize(block[name]), np.float64).reshape(c.hidden_size, -1) for name in ("q", "k"))
         # ‖A Bᵀ‖₂ = ‖R_A R_Bᵀ‖₂ of the QR factors: H × H in place of D × D.
         q, k = (np.split(scale * x, x.shape[1] // c.head_dim, axis=1) for x in (q, k))
         right_q, right_k = (np.linalg.qr(np.stack(x), mode="r") for x in (q, k))

@@ -75,7 +75,7 @@ def attention_mass(
     for layer in range(config.num_layers):
         weights = _place(params.weights[f"blocks_{layer}"], mesh, PartitionSpec())
         x, *found = score_layer(config, chunk, weights, x, rope, lengths, aims, mesh=mesh)
-        held = list(params.split.order(layer))
+        held = list(params.order(layer))
         echo[:, layer, held], induction[:, layer, held] = (np.asarray(mass) for mass in found)
         if progress is not None:
             progress(layer + 1)

@@ -1,0 +1,81 @@
+"""Folders that are there whole or not at all, from one process or from many that share a file system."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place if the block ends well, and goes if it does not.
+
+    Every process of a run enters; the first one makes, renames and removes, when all have come so far.
+
+    Raises FileExistsError, on every process, where `path` holds something and `overwrite` is not given.
+    """
+    path = path.absolute()
+    first = jax.process_index() == 0
+    taken = path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir()))
+    if _of_first(taken):
+        raise FileExistsError(f"{path} is there already: choose another folder, or pass overwrite=True")
+    mark = f"{_of_first(secrets.randbits(32)):08x}"
+    partial, old = path.with_name(f".{path.name}.{mark}.partial"), path.with_name(f".{path.name}.{mark}.old")
+    if first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    _meet(f"{partial} is made")
+    try:
+        yield partial
+        _meet(f"{partial} is written")
+        if first:
+            if path.exists():
+                path.rename(old)
+            partial.rename(path)
+    except BaseException:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            if old.exists() and not path.exists():
+                old.rename(path)
+        raise
+    _meet(f"{path} is in place")
+    if first:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json(file: Path, role: str) -> dict[str, Any]:
+    """A JSON object; FileNotFoundError or ValueError name the file, and `role` says what it is for."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: {role}")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}): copy or download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def write_json(file: Path, value: Any) -> None:
+    """The first process writes."""
+    if jax.process_index() == 0:
+        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _of_first(value: int) -> int:
+    """The first process' number, on every process."""
+    return int(multihost_utils.broadcast_one_to_all(np.uint32(value)))
+
+
+def _meet(where: str) -> None:
+    """Wait until every process is here."""
+    multihost_utils.sync_global_devices(where)
