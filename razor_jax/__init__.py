@@ -1,13 +1,13 @@
 """RazorAttention (arXiv 2407.15891) in JAX: long-context inference with a really compressed KV cache."""
 
 from .cache import KVCache
+from .cache_store import load_cache, save_cache
 from .chat import Chat
-from .checkpoint import save
 from .config import HeadSplit, RazorConfig
 from .functional import decode, extend, init_cache
 from .generate import Piece, generate, prefill, stream
 from .heads import HeadScores, find_heads
-from .hub import load
+from .hub import load, save
 from .params import Params, with_heads
 from .report import KVReport, Result
 from .sampling import Greedy, MinP, Sampling, Temperature, TopK, TopP
@@ -41,8 +41,10 @@ __all__ = [
     "generate",
     "init_cache",
     "load",
+    "load_cache",
     "prefill",
     "save",
+    "save_cache",
     "score",
     "stream",
     "with_heads",
