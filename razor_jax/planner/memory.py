@@ -1,0 +1,195 @@
+"""Bytes of a model, its cache and its steps on each device, by arithmetic alone.
+
+Weights and cache are exact: the rules by which `sharding` lays weights out, and `CacheSpec`, by which a cache is
+allocated. What a step needs above them is an estimate, whose form and numbers are those of the TPU compiler's own
+answers (docs/planning.md).
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from .. import sharding
+from ..config import HeadSplit, RazorConfig
+from ..functional import CHUNK
+from ..models.config import ModelConfig
+from ..params import abstract_weights
+from ..spec import CacheSpec, Layout, make_spec
+from .hardware import Hardware
+
+MOST_ROWS, MOST_TOKENS = 1 << 16, 1 << 27  # where the search for what fits ends
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One model, cache policy and load on one set of devices.
+
+    Attributes:
+      data, model: the mesh.
+      batch, context: rows, and tokens that each is to hold.
+      call: prompt tokens read in one call; `context` is exact prefill.
+      weights: "bfloat16", "float32", "float16" or "int8", which leaves what is no kernel in bfloat16.
+      razor: None for dense attention.
+      layout: of the cache; None chooses as `init_cache` does.
+    """
+
+    config: ModelConfig
+    hardware: Hardware
+    data: int
+    model: int
+    batch: int
+    context: int
+    call: int
+    split: HeadSplit
+    razor: RazorConfig | None
+    weights: str = "bfloat16"
+    layout: Layout | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The type in which the residual stream runs."""
+        return "bfloat16" if self.weights == "int8" else self.weights
+
+    def abstract_weights(self) -> Any:
+        """The weights as shapes."""
+        kernels = "int8" if self.weights == "int8" else None
+        return abstract_weights(self.config, jnp.dtype(self.dtype), weights=kernels)
+
+    def spec(self, mesh: Mesh) -> CacheSpec:
+        """Of the cache on that mesh, as `init_cache` would make it there."""
+        # A mesh of one device counts as none, and then nothing but this says which device it is.
+        inside = mesh.abstract_mesh.update(axis_types=(AxisType.Manual,) * len(mesh.axis_names))
+        c = self.config
+        with jax.sharding.use_abstract_mesh(inside):
+            return make_spec(
+                self.split, c.head_dim, self.context, self.razor, self.dtype, None, c.alibi, mesh, self.layout
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, of which every device has as much."""
+
+    weights: int
+    kv: int
+    prefill: int
+    decode: int
+
+    def of(self, step: str) -> int:
+        """While a step runs, "prefill" or "decode"."""
+        return self.weights + self.kv + (self.prefill if step == "prefill" else self.decode)
+
+    @property
+    def needed(self) -> int:
+        """At the worst moment."""
+        return max(self.of("prefill"), self.of("decode"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+    """Stands in for a device that is not here: all that a mesh asks of one."""
+
+    id: int
+    platform: str
+    device_kind: str
+    num_cores: int = 1
+    process_index: int = 0
+
+
+def stand_in_mesh(job: Job) -> Mesh:
+    """The job's mesh, of devices that stand in for those of its hardware."""
+    kind = job.hardware.device_kind
+    devices = [_Device(index, job.hardware.kind, kind) for index in range(job.data * job.model)]
+    grid = np.asarray(devices).reshape(job.data, job.model)
+    made = sharding.make_mesh(Mesh(grid, sharding.AXES), job.config.num_kv_heads)
+    assert made is not None
+    return made
+
+
+def memory(job: Job) -> Memory:
+    """What the job needs on each device.
+
+    Raises ValueError for a batch that does not divide over the mesh, or a layout that the split does not allow.
+    """
+    mesh = stand_in_mesh(job)
+    spec = job.spec(mesh)
+    rows = job.batch if spec.rows(job.batch) is None else job.batch // job.data
+    return Memory(
+        weights=_weight_bytes(job.config, job.weights, job.data, job.model),
+        kv=spec.kv_bytes(rows) // job.model,
+        prefill=_prefill(job, rows, mesh),
+        decode=_decode(job, rows),
+    )
+
+
+@functools.cache
+def _weight_bytes(config: ModelConfig, weights: str, data: int, model: int) -> int:
+    """Of a model as deep as it is: layers are alike, so one and two say what each of them adds."""
+    nowhere = Hardware("", "gpu", "", data * model, 1, 0)
+
+    def of(layers: int) -> int:
+        shallow = dataclasses.replace(config, num_layers=layers)
+        split = HeadSplit.all(layers, config.num_kv_heads)
+        job = Job(shallow, nowhere, data, model, 1, 1, 1, split, None, weights)
+        return sharding.weight_bytes(job.abstract_weights(), stand_in_mesh(job))[0]
+
+    return of(1) + (config.num_layers - 1) * (of(2) - of(1))
+
+
+def _decode(job: Job, rows: int) -> int:
+    """Temporaries of a decode step: logits, the widest activations, and a little in every layer."""
+    c = job.config
+    logits = rows * c.vocab_size * 8 // job.model
+    return logits + c.num_layers * (800_000 + rows * 8 * c.hidden_size)
+
+
+def _prefill(job: Job, rows: int, mesh: Mesh) -> int:
+    """Temporaries of a call of `job.call` tokens: their hidden states, one layer's keys and values with what they go
+    through on the way into the cache, and one chunk's activations; what the compiler took, at several shapes."""
+    c, size = job.config, jnp.dtype(job.dtype).itemsize
+    tokens = -(-min(job.call, job.context) // CHUNK) * CHUNK
+    heads, parts = mesh.shape[sharding.HEADS], mesh.shape[sharding.ROWS]
+    hidden = rows * tokens * c.hidden_size * size // job.model
+    kv = 2 * rows * tokens * (c.num_kv_heads // heads) * c.head_dim * size
+    width = c.num_heads * c.head_dim
+    chunk = rows * CHUNK * (3 * c.intermediate_size * size + 5 * width * 4) // job.model
+    if job.model == 1:
+        # Hidden states are copied between layers; and the widest of attention's weights is laid out anew, unless int8.
+        relaid = 0 if job.weights == "int8" else c.hidden_size * width * size
+        return max(2 * hidden, hidden + 2 * kv) + chunk + relaid
+    # Each device sends its slots to the others, one part of them where `parts` devices hold the same keys and values.
+    sent = kv * 3 // 2 if parts == 1 else kv // parts
+    return hidden + kv + sent + chunk
+
+
+def largest_batch(job: Job) -> int:
+    """The most rows of the job's context that fit, in multiples of the mesh's data axis; 0 if not even the first."""
+    return job.data * _most(MOST_ROWS, lambda n: _fits(dataclasses.replace(job, batch=n * job.data)))
+
+
+def largest_context(job: Job) -> int:
+    """The most tokens that the job's rows can hold each, 0 if not even one; exact prefill stays exact."""
+
+    def fits(tokens: int) -> bool:
+        call = tokens if job.call >= job.context else job.call
+        return _fits(dataclasses.replace(job, context=tokens, call=call))
+
+    return _most(MOST_TOKENS, fits)
+
+
+def _fits(job: Job) -> bool:
+    return memory(job).needed <= job.hardware.hbm
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest n of 1..limit that fits, 0 if none does; more never fits where less does not."""
+    return bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not fits(n))

@@ -1,0 +1,43 @@
+"""A plan as a picture: what fills a device's memory under each cache policy. Needs matplotlib, the extra `plots`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..heads.plots import require
+from .hardware import GIB
+from .plan import Plan
+
+# Readable in black and white.
+_PARTS = (("weights", "0.35", ""), ("KV cache", "0.65", ""), ("temporaries", "white", "///"))
+
+
+def draw(plan: Plan, file: Path) -> Path:
+    """Stacked bars of GiB on one device, a bar a policy, against the memory that there is; returns the path.
+
+    Raises ModuleNotFoundError, with the command that installs it, where matplotlib is missing.
+    """
+    pyplot = require()
+    job, hbm = plan.job, plan.job.hardware.hbm / GIB
+    figure, axes = pyplot.subplots(figsize=(6.4, 1.6 + 0.5 * len(plan.rows)))
+    names = [row.cache for row in plan.rows]
+    ends = [0.0] * len(plan.rows)
+    for part, (label, shade, hatch) in enumerate(_PARTS):
+        sizes = [_parts(row)[part] / GIB for row in plan.rows]
+        axes.barh(names, sizes, left=ends, color=shade, edgecolor="black", hatch=hatch, label=label)
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    axes.axvline(hbm, color="black", linestyle="--", label=f"there are {hbm:.2f}")
+    axes.set_xlim(0, 1.15 * max(hbm, *ends))
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB on each device")
+    axes.set_title(f"{plan.model} on {job.hardware.name}, {job.batch} × {job.context:,} tokens", fontsize="medium")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=len(_PARTS) + 1, frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+    return file
+
+
+def _parts(row) -> tuple[int, int, int]:
+    """Bytes of weights, cache and what is above them, which together are what the row needs."""
+    return row.memory.weights, row.memory.kv, max(0, row.needed - row.memory.weights - row.memory.kv)
