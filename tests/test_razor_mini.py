@@ -10,6 +10,7 @@ import pytest
 import razor_jax
 from razor_jax import HeadSplit
 from razor_jax.evals import bench, needle
+from razor_jax.evals.protocol import Setting, run
 from razor_jax.heads import store
 from razor_jax.hub import find
 
@@ -21,12 +22,12 @@ def mini():
 
 @functools.cache
 def haystacks():
-    return needle.documents(mini(), tokens=1024, count=4, facts=4, seed=7)
+    return needle.examples(mini(), "facts", needle.Grid((1024,), documents=4, facts=4, seed=7))
 
 
 def test_the_shipped_split_is_what_the_probe_finds():
     shipped = store.read(find("razor-mini"))
-    scores = razor_jax.find_heads(mini(), seeds=(0, 1, 2))
+    scores = razor_jax.find_heads(mini(), seeds=(0, 1, 2), block=1023)
     assert scores.select(share=shipped.split.share).retrieval == shipped.split.retrieval
     assert mini().razor == shipped.recommended
 
@@ -36,11 +37,11 @@ def test_answers_come_from_the_retrieval_heads(split):
     params = mini()
     if split == "none":
         params = razor_jax.with_heads(params, HeadSplit.none(params.config.num_layers, params.config.num_kv_heads))
-    result = needle.measure(params, params.razor, haystacks(), batch=4)
-    assert result.asked == 16
-    assert result.kv.engaged
-    assert result.kv.ratio > 2
-    assert result.right >= 14 if split == "shipped" else result.right <= 4
+    row = run([Setting(split, params, params.razor)], haystacks(), batch=4).rows[0]
+    assert len(row.scores) == 16
+    assert row.engaged == 1
+    assert row.ratio > 2
+    assert row.scores.sum() >= 14 if split == "shipped" else row.scores.sum() <= 4
 
 
 def test_bench_measures_what_it_says():
@@ -53,6 +54,6 @@ def test_bench_measures_what_it_says():
 
 
 def test_documents_are_the_same_for_every_setting():
-    again = needle.documents(mini(), tokens=1024, count=4, facts=4, seed=7)
-    assert [d.text for d in again] == [d.text for d in haystacks()]
-    assert all(fact.sentence in d.text for d in again for fact in d.facts)
+    again = needle.examples(mini(), "facts", needle.Grid((1024,), documents=4, facts=4, seed=7))
+    assert again == haystacks()
+    assert all(question.answers[0] in example.document for example in again for question in example.questions)

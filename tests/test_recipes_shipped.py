@@ -72,9 +72,10 @@ def test_logits_and_greedy_answers_agree_with_transformers(params, reference, to
 
 
 def test_the_shipped_model_retrieves(params, tokenizer):
-    _, value, asked = evaluate.needle_accuracy(CONFIG, params, tokenizer, tokens=512, documents=4)
+    results = evaluate.family_results(CONFIG, params, tokenizer, "needle", tokens=512, documents=4)
     right, scored = evaluate.copy_accuracy(CONFIG, params, tokens=512, rows=2)
-    assert value == asked
+    assert len(results) == 32
+    assert sum(r.value for r in results) >= 30
     assert right >= 0.95 * scored
 
 

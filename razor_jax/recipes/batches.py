@@ -13,14 +13,25 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from . import vocabulary
-from .tasks import Fact, load_documents, make_facts, sentences
+from .tasks import (
+    Fact,
+    Question,
+    load_documents,
+    make_alike,
+    make_facts,
+    make_repeated,
+    multi_query,
+    multi_value,
+    sentences,
+)
 
 DIGIT, PHRASE, COPY, TEXT = 1.0, 0.3, 0.8, 0.1  # weight of a target: value, rest of an answer, copy, prose
+TOGETHER = 0.1  # chance that the next facts are asked for in one question
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One step of the length curriculum. `copy` and `needle` are shares of the rows; the rest is plain text."""
+    """One step of the curriculum. `copy` and `needle` are shares of the rows; the rest is plain text."""
 
     steps: int
     length: int  # T, tokens of a row
@@ -30,6 +41,13 @@ class Stage:
     max_facts: int
     learning_rate: float
     final_rate: float | None = None  # learning rate at the stage's end; constant without
+    layers: int | None = None  # depth of the model in this stage, all of it without
+    jumps: int = 8  # most jumps of position in a row; 0 leaves a random offset
+    copy_prose: float = 0.3  # share of copy rows that repeat prose, not random ids
+    copy_gaps: float = 0.4  # share of copy rows with other text between the copies
+    alike: float = 0.4  # share of needle rows whose facts one word tells apart
+    repeated: float = 0.3  # share of needle rows where `groups` names have several values each
+    groups: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +81,16 @@ class Rows:
         rows = [self._row(rng, stage) for _ in range(stage.rows)]
         tokens = np.stack([r[0] for r in rows])
         weights = np.stack([r[1] for r in rows])
-        positions = np.stack([spread(rng, stage.length, self.max_positions) for _ in rows])
+        positions = np.stack([spread(rng, stage.length, self.max_positions, stage.jumps) for _ in rows])
         return Batch(tokens, positions, *_scored(rng, tokens, weights))
 
     def _row(self, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [T] and, for each, its weight as a target [T]."""
         draw = rng.random()
         if draw < stage.copy:
-            return self._copy_row(rng, stage.length)
+            return self._copy_row(rng, stage)
         if draw < stage.copy + stage.needle:
-            return self._needle_row(rng, stage.length, stage.max_facts)
+            return self._needle_row(rng, stage)
         return self._text_row(rng, stage.length)
 
     def _prose(self, rng: np.random.Generator, size: int) -> np.ndarray:
@@ -84,14 +102,15 @@ class Rows:
         tokens = np.concatenate([self.special[vocabulary.BOS], self._prose(rng, T - 1)])
         return tokens, np.full(T, 3 * TEXT, np.float32)
 
-    def _copy_row(self, rng: np.random.Generator, T: int) -> tuple[np.ndarray, np.ndarray]:
+    def _copy_row(self, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
         """A segment (random ids, or prose) repeated to the end, sometimes with other text between the copies."""
+        T = stage.length
         length = int(np.exp(rng.uniform(np.log(8), np.log(T // 2))))
-        if rng.random() < 0.7:
+        if rng.random() >= stage.copy_prose:
             segment = self.ordinary + rng.integers(self.vocabulary - self.ordinary, size=length).astype(np.int32)
         else:
             segment = self._prose(rng, length)
-        gap = int(rng.integers(0, T // 2)) if rng.random() < 0.4 else 0
+        gap = int(rng.integers(0, T // 2)) if rng.random() < stage.copy_gaps else 0
         parts, weights = [self.special[vocabulary.BOS], segment], [np.zeros(1 + length)]
         while sum(map(len, parts)) < T:
             parts += [self._prose(rng, gap), segment] if gap else [segment]
@@ -101,11 +120,11 @@ class Rows:
             weights += [np.full(gap, TEXT), scores] if gap else [scores]
         return np.concatenate(parts)[:T], np.concatenate(weights)[:T].astype(np.float32)
 
-    def _needle_row(self, rng: np.random.Generator, T: int, max_facts: int) -> tuple[np.ndarray, np.ndarray]:
+    def _needle_row(self, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
         """Document, then questions and answers as chat turns; fills exactly T tokens."""
-        facts = make_facts(rng, int(rng.integers(1, max_facts + 1)), "train")
-        asked = [facts[i] for i in rng.permutation(len(facts))]
-        turns, weights = zip(*(self._turn(f) for f in asked), strict=True)
+        T = stage.length
+        facts, asked = _questions(rng, stage)
+        turns, weights = zip(*(self._turn(q) for q in asked), strict=True)
         planted = [self.encode("\n" + f.sentence) for f in facts]
         opening, closing = self._frame(rng)
         spare = T - len(opening) - len(closing) - sum(map(len, planted))
@@ -136,20 +155,41 @@ class Rows:
             mixed += [fact, piece]
         return np.concatenate(mixed)[1:]  # a document does not begin with a line break
 
-    def _turn(self, fact: Fact) -> tuple[np.ndarray, np.ndarray]:
+    def _turn(self, asked: Question) -> tuple[np.ndarray, np.ndarray]:
         """One question and its answer, with the answer's weights."""
         s = self.special
-        question = [s[vocabulary.USER], self.encode(fact.question), s[vocabulary.END], s[vocabulary.ASSISTANT]]
-        answer = self.encode(fact.answer)
+        question = [s[vocabulary.USER], self.encode(asked.question), s[vocabulary.END], s[vocabulary.ASSISTANT]]
+        answer = self.encode(asked.answer)
         digits = np.array(vocabulary.is_digit(self.tokenizer, answer.tolist()))
         tokens = np.concatenate([*question, answer, s[vocabulary.END]])
-        asked = sum(map(len, question))
-        weights = np.concatenate([np.full(asked, TEXT), np.where(digits, DIGIT, PHRASE), [PHRASE]])
+        weights = np.concatenate([np.full(sum(map(len, question)), TEXT), np.where(digits, DIGIT, PHRASE), [PHRASE]])
         return tokens, weights
 
 
-def spread(rng: np.random.Generator, T: int, max_positions: int) -> np.ndarray:
-    """Positions int32 [T]: plain for a third of the rows, else an offset and up to eight random jumps.
+def _questions(rng: np.random.Generator, stage: Stage) -> tuple[list[Fact], list[Question]]:
+    """Up to `max_facts` facts and the repeated ones in the order in which they are planted, and what is asked."""
+    count = int(rng.integers(1, stage.max_facts + 1))
+    make = make_alike if rng.random() < stage.alike else make_facts
+    facts = make(rng, count, "train")
+    planted, groups = list(facts), []
+    if rng.random() < stage.repeated:
+        for _ in range(stage.groups):
+            groups.append(make_repeated(rng, int(rng.integers(2, 5)), "train", planted))
+            planted += groups[-1]
+    asked: list[Question] = []
+    single = [facts[i] for i in rng.permutation(len(facts))]
+    while single:
+        size = int(rng.integers(2, 4)) if rng.random() < TOGETHER else 1
+        group, single = single[:size], single[size:]
+        asked.append(multi_query(group) if len(group) > 1 else group[0].asked)
+    planted = [planted[i] for i in rng.permutation(len(planted))]
+    for group in groups:  # early, for late questions may not fit
+        asked.insert(int(rng.integers(min(2, len(asked)) + 1)), multi_value([f for f in planted if f in group]))
+    return planted, asked
+
+
+def spread(rng: np.random.Generator, T: int, max_positions: int, most: int = 8) -> np.ndarray:
+    """Positions int32 [T]: plain for a third of the rows, else an offset and up to `most` random jumps.
 
     Short rows then show the rotary embedding every distance of a long context.
     """
@@ -157,7 +197,9 @@ def spread(rng: np.random.Generator, T: int, max_positions: int) -> np.ndarray:
     room = max_positions - T
     if room <= 0 or rng.random() < 1 / 3:
         return positions.astype(np.int32)
-    jumps = int(rng.integers(1, 9))
+    if most == 0:
+        return (positions + int(rng.integers(room + 1))).astype(np.int32)
+    jumps = int(rng.integers(1, most + 1))
     total = int(rng.integers(0, room + 1))
     sizes = np.diff(np.sort(np.append(rng.integers(0, total + 1, size=jumps), [0, total])))
     places = np.append(rng.integers(1, T, size=jumps), 0)

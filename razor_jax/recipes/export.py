@@ -1,4 +1,4 @@
-"""Write a razor-mini checkpoint as a Hugging Face Llama folder: bfloat16 safetensors, no torch."""
+"""Write a razor-mini checkpoint as a Hugging Face folder (Llama or Qwen3): bfloat16 safetensors, no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def export(folder: pathlib.Path, config: ModelConfig, params: Any, tokenizer: To
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = pathlib.Path(scratch)
         save_file(tensors(config, params), made / "model.safetensors", metadata={"format": "pt"})
-        _write_json(made / "config.json", llama_config(config, ids))
+        _write_json(made / "config.json", hf_config(config, ids))
         stops = [ids[vocabulary.END], ids[vocabulary.EOS]]
         generation = {"bos_token_id": ids[vocabulary.BOS], "eos_token_id": stops, "pad_token_id": stops[1]}
         _write_json(made / "generation_config.json", generation)
@@ -48,8 +48,8 @@ def tensors(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
     }
 
 
-def llama_config(config: ModelConfig, ids: dict[str, int]) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM."""
+def hf_config(config: ModelConfig, ids: dict[str, int]) -> dict[str, Any]:
+    """config.json of a LlamaForCausalLM or Qwen3ForCausalLM."""
     special = {"bos_token_id": vocabulary.BOS, "eos_token_id": vocabulary.END, "pad_token_id": vocabulary.EOS}
     numbers = {field: ids[name] for field, name in special.items()}
     return {**write_config(config), **numbers, "torch_dtype": "bfloat16", "use_cache": True}
@@ -72,8 +72,11 @@ def main(
         if step is None:
             raise typer.BadParameter(f"{saved} holds no checkpoint yet; train longer", param_hint="--run")
         params = manager.restore(step, args=ocp.args.StandardRestore())["params"]
+    config = training.FAMILIES["qwen3" if "q_norm" in params["blocks_0"] else "llama"]
+    if f"blocks_{config.num_layers - 1}" not in params:
+        raise typer.BadParameter(f"step {step} is in a stage of fewer layers; train longer", param_hint="--run")
     tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
-    export(output, training.MINI, params, tokenizer)
+    export(output, config, params, tokenizer)
     typer.echo(f"step {step} -> {output}")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -22,6 +23,7 @@ from .words import ADJECTIVES, KINDS, NOUNS
 __all__ = ["Document", "Fact", "NeedleDocument", "chat", "load_documents", "needle_document", "plant"]
 
 DIGITS = 5
+FAMILIES = ("needle", "alike", "multi_value", "multi_query")
 _HELD_OUT_NAMES = 20  # per cent
 
 
@@ -35,11 +37,32 @@ class Fact:
     value: str  # the digits that make an answer right
     depth: float
 
+    @property
+    def asked(self) -> Question:
+        return Question(self.question, self.answer, (self.value,), self.depth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question with the sentence that answers it and the values that make the answer right, in order."""
+
+    question: str
+    answer: str
+    values: tuple[str, ...]
+    depth: float = 0.0  # where the first of its facts begins, 0 to 1
+
 
 @dataclasses.dataclass(frozen=True)
 class NeedleDocument:
     text: str
     facts: tuple[Fact, ...]
+    tokens: int  # of `text`, without special tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class FamilyDocument:
+    text: str
+    questions: tuple[Question, ...]
     tokens: int  # of `text`, without special tokens
 
 
@@ -64,13 +87,55 @@ def make_facts(rng: np.random.Generator, count: int, split: str) -> list[Fact]:
         raise ValueError(f"facts is {count}; use 0 to {len(pool)}, the names of the {split} split")
     chosen = rng.choice(len(pool), size=count, replace=False)
     values = rng.choice(10**DIGITS, size=count, replace=False)
-    facts = []
-    for index, number in zip(chosen, values, strict=True):
-        kind, value = KINDS[rng.integers(len(KINDS))], f"{number:0{DIGITS}d}"
-        name = " ".join(pool[index])
-        sentence = f"The {kind} of the {name} is {value}."
-        facts.append(Fact(sentence, f"What is the {kind} of the {name}?", sentence, value, 0.0))
-    return facts
+    return [_fact(KINDS[rng.integers(len(KINDS))], pool[i], int(n)) for i, n in zip(chosen, values, strict=True)]
+
+
+def _fact(kind: str, name: tuple[str, str], number: int) -> Fact:
+    value = f"{number:0{DIGITS}d}"
+    subject = f"{kind} of the {' '.join(name)}"
+    sentence = f"The {subject} is {value}."
+    return Fact(sentence, f"What is the {subject}?", sentence, value, 0.0)
+
+
+def make_alike(rng: np.random.Generator, count: int, split: str) -> list[Fact]:
+    """`count` facts of few kinds, adjectives and nouns: one word tells two of them apart."""
+    kinds, known = len(KINDS), frozenset(names(split))
+    side = 2
+    while True:  # a split lacks some combinations of the chosen words
+        adjectives, nouns = (rng.choice(words, side, replace=False).tolist() for words in (ADJECTIVES, NOUNS))
+        pool = sorted((a, n) for a in adjectives for n in nouns if (a, n) in known)
+        if len(pool) * kinds >= count:
+            break
+        side = min(side + 1, len(ADJECTIVES))
+    chosen = rng.choice(len(pool) * kinds, size=count, replace=False)
+    values = rng.choice(10**DIGITS, size=count, replace=False)
+    return [_fact(KINDS[i % kinds], pool[i // kinds], int(n)) for i, n in zip(chosen, values, strict=True)]
+
+
+def make_repeated(rng: np.random.Generator, count: int, split: str, others: Sequence[Fact] = ()) -> list[Fact]:
+    """`count` facts of one kind and name with distinct values; none of `others` is about the same."""
+    pool = names(split)
+    taken = {f.question for f in others}
+    while True:
+        kind, name = KINDS[rng.integers(len(KINDS))], pool[rng.integers(len(pool))]
+        facts = [_fact(kind, name, int(n)) for n in rng.choice(10**DIGITS, size=count, replace=False)]
+        if facts[0].question not in taken:
+            return facts
+
+
+def multi_value(facts: Sequence[Fact]) -> Question:
+    """All values of one kind and name, in the order of `facts`, which should be the document's."""
+    subject = facts[0].question.removeprefix("What is the ").removesuffix("?")
+    return Question(
+        f"What is every {subject}?", " ".join(f.sentence for f in facts), tuple(f.value for f in facts), facts[0].depth
+    )
+
+
+def multi_query(facts: Sequence[Fact]) -> Question:
+    """Several facts in one question, answered in the order asked."""
+    subjects = [f.question.removeprefix("What is ").removesuffix("?") for f in facts]
+    question = f"What is {' and '.join(subjects)}?"
+    return Question(question, " ".join(f.sentence for f in facts), tuple(f.value for f in facts), facts[0].depth)
 
 
 def count_tokens(tokenizer: Tokenizer, text: str) -> int:
@@ -89,11 +154,51 @@ def needle_document(
     It falls short of `tokens` by less than the tokens of one word. Paragraphs run on from a random one of the
     split's documents, in reading order. Same generator state, same document.
     """
-    planted = make_facts(rng, facts, split)
+    return _planted(rng, tokenizer, tokens, make_facts(rng, facts, split), split)
+
+
+def family_document(
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
+    family: str,
+    tokens: int = 2048,
+    facts: int = 8,
+    split: str = "held_out",
+) -> FamilyDocument:
+    """A document of at most `tokens` tokens of one trained family, with `facts` facts and its questions.
+
+    needle: facts with names of their own, each asked for; one is the single needle, several are keys of like form.
+    alike: the same with facts that one word tells apart. multi_value: a quarter of the facts (at least two) gives one
+    name several values, all of them asked. multi_query: as needle, three facts a question.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family is {family!r}; use one of {', '.join(FAMILIES)}")
+    if family == "multi_value":
+        values = max(2, facts // 4)
+        others = make_facts(rng, max(0, facts - values), split)
+        mixed = [*others, *make_repeated(rng, values, split, others)]
+        document = _planted(rng, tokenizer, tokens, [mixed[i] for i in rng.permutation(len(mixed))], split)
+        questions = [f.question for f in document.facts]
+        asked = [multi_value([f for f in document.facts if questions.count(f.question) > 1])]
+    else:
+        make = make_alike if family == "alike" else make_facts
+        document = _planted(rng, tokenizer, tokens, make(rng, facts, split), split)
+        asked = [f.asked for f in document.facts]
+        if family == "multi_query":
+            shuffled = [document.facts[i] for i in rng.permutation(facts)]
+            asked = [multi_query(shuffled[i : i + 3]) for i in range(0, facts - 2, 3)]
+    return FamilyDocument(document.text, tuple(asked), document.tokens)
+
+
+def _planted(
+    rng: np.random.Generator, tokenizer: Tokenizer, tokens: int, planted: list[Fact], split: str
+) -> NeedleDocument:
+    """Facts at random depths and in random order in prose that fills up to `tokens` tokens."""
     # A line break before each line keeps token boundaries at line boundaries: lengths add up.
     spent = sum(count_tokens(tokenizer, "\n" + f.sentence) for f in planted)
     if spent > tokens:
-        raise ValueError(f"tokens is {tokens}, but {facts} facts alone take {spent}; use more tokens or fewer facts")
+        many = f"{len(planted)} facts alone take {spent}"
+        raise ValueError(f"tokens is {tokens}, but {many}; use more tokens or fewer facts")
     lines = _prose(rng, tokenizer, tokens - spent, split)
     return plant(rng, tokenizer, lines, planted)
 

@@ -14,8 +14,9 @@ import json
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
@@ -26,19 +27,44 @@ from tokenizers import Tokenizer
 from ..models.config import ModelConfig
 from . import training, vocabulary
 from .batches import Rows, Stage
-from .initial import initial_params
+from .initial import grown, initial_params
 from .tasks import corpus
 
-STAGES = (
-    Stage(800, length=256, rows=4, copy=0.4, needle=0.5, max_facts=6, learning_rate=2e-3),
-    Stage(700, length=512, rows=2, copy=0.25, needle=0.65, max_facts=12, learning_rate=2e-3),
-    Stage(50, length=1024, rows=1, copy=0.25, needle=0.65, max_facts=24, learning_rate=2e-3, final_rate=1.93e-3),
-    Stage(650, length=1024, rows=1, copy=0.15, needle=0.5, max_facts=24, learning_rate=1.93e-3, final_rate=1e-3),
-    Stage(100, length=2048, rows=1, copy=0.15, needle=0.55, max_facts=40, learning_rate=1e-3, final_rate=6 / 7e3),
-    Stage(250, length=2048, rows=1, copy=0.15, needle=0.55, max_facts=40, learning_rate=6 / 7e3, final_rate=0.0),
+# Two layers and short rows of nothing but repeated random ids: previous-token and induction heads form from noise.
+# Where queries and keys are normed that takes longer.
+IGNITION_STEPS = {"llama": 600, "qwen3": 1000}
+IGNITION = Stage(
+    IGNITION_STEPS["llama"],
+    length=64,
+    rows=64,
+    copy=1.0,
+    needle=0.0,
+    max_facts=0,
+    learning_rate=5e-3,
+    layers=2,
+    jumps=0,
+    copy_prose=0.0,
+    copy_gaps=0.0,
 )
-WARMUP = 100  # steps
+STAGES = (
+    IGNITION,
+    Stage(300, length=256, rows=16, copy=0.5, needle=0.5, max_facts=6, learning_rate=4e-3),
+    Stage(300, length=512, rows=8, copy=0.2, needle=0.75, max_facts=12, learning_rate=4e-3),
+    Stage(100, length=1024, rows=4, copy=0.15, needle=0.75, max_facts=24, learning_rate=4e-3, final_rate=1 / 300),
+    Stage(100, length=1024, rows=4, copy=0.15, needle=0.75, max_facts=24, learning_rate=1 / 300, final_rate=2e-3),
+    Stage(200, 512, 8, copy=0.1, needle=0.9, max_facts=8, learning_rate=3e-3, alike=0.5, repeated=0.6, groups=3),
+    Stage(150, 2048, 2, 0.1, 0.75, 40, learning_rate=2e-3, final_rate=1e-3, repeated=0.5, groups=3),
+    Stage(120, 512, 8, 0.1, 0.9, 12, learning_rate=1.5e-3, final_rate=1e-3, alike=0.6, repeated=0.7, groups=3),
+    Stage(40, 4096, 1, 0.1, 0.85, 60, learning_rate=1e-3, final_rate=2e-4, alike=0.5, repeated=0.5, groups=3),
+    Stage(60, 2048, 2, 0.1, 0.85, 40, learning_rate=4e-4, final_rate=0.0, alike=0.4, repeated=0.3, groups=3),
+)
+WARMUP = 50  # steps
 REPORT_EVERY = 25  # steps
+
+
+def stages_of(family: str) -> tuple[Stage, ...]:
+    """The recipe of "llama" or "qwen3"."""
+    return dataclasses.replace(IGNITION, steps=IGNITION_STEPS[family]), *STAGES[1:]
 
 
 @dataclasses.dataclass
@@ -84,17 +110,38 @@ def tokenizer_in(folder: pathlib.Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
+def config_at(config: ModelConfig, stage: Stage) -> ModelConfig:
+    """The model of one stage: as deep as the stage says."""
+    return dataclasses.replace(config, num_layers=stage.layers or config.num_layers)
+
+
 def restore(
-    manager: ocp.CheckpointManager, config: ModelConfig, update: optax.GradientTransformation, seed: int
+    manager: ocp.CheckpointManager,
+    config: ModelConfig,
+    stages: Sequence[Stage],
+    update: optax.GradientTransformation,
+    seed: int,
 ) -> Run:
-    """The run as last saved, else a fresh one."""
-    params = initial_params(config, seed)
-    run = Run(0, params, update.init(params))
+    """The run as last saved, else a fresh one. A checkpoint at a stage's end has that stage's depth."""
     step = manager.latest_step()
+    params = initial_params(config_at(config, stage_at(stages, max(0, (step or 0) - 1))), seed)
+    run = Run(0, params, update.init(params))
     if step is None:
         return run
     saved = manager.restore(step, args=ocp.args.StandardRestore({"params": run.params, "state": run.state}))
     return Run(step, saved["params"], saved["state"])
+
+
+def deepened(run: Run, config: ModelConfig, update: optax.GradientTransformation, seed: int) -> Run:
+    """The run with as many layers as `config` asks for; moments then start afresh, step counts go on."""
+    if f"blocks_{config.num_layers - 1}" in run.params:
+        return run
+    params = grown(config, run.params, seed)
+
+    def counted(x):
+        return jnp.asarray(run.step, x.dtype) if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+    return Run(run.step, params, jax.tree.map(counted, update.init(params)))
 
 
 def save(manager: ocp.CheckpointManager, run: Run) -> None:
@@ -124,14 +171,16 @@ def train(
         (folder / "metrics.jsonl").open("a") as log,
         Progress(*columns) as progress,
     ):
-        run = restore(manager, config, update, seed)
+        run = restore(manager, config, stages, update, seed)
         bar = progress.add_task("training", total=end, completed=run.step)
         started, tokens = time.monotonic(), 0
         while run.step < end:
             stage = stage_at(stages, run.step)
+            shape = config_at(config, stage)
+            run = deepened(run, shape, update, seed)
             batch = rows.batch(stage, seed, run.step)
             arrays = {f.name: jnp.asarray(getattr(batch, f.name)) for f in dataclasses.fields(batch)}
-            run.params, run.state, metrics = training.train_step(config, update, run.params, run.state, arrays)
+            run.params, run.state, metrics = training.train_step(shape, update, run.params, run.state, arrays)
             run.step, tokens = run.step + 1, tokens + batch.tokens.size
             if run.step % REPORT_EVERY == 0 or run.step == end:
                 shown = {k: round(float(v), 4) for k, v in metrics.items()}
@@ -147,6 +196,7 @@ def train(
 
 def main(
     output: Annotated[pathlib.Path, typer.Option(help="Folder of the run: tokenizer, checkpoints, metrics.")],
+    family: Annotated[Literal["llama", "qwen3"], typer.Option(help="qwen3 norms queries and keys.")] = "llama",
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
     stop_at: Annotated[int | None, typer.Option(min=1, help="Stop after this step; go on later.")] = None,
@@ -154,8 +204,9 @@ def main(
     """Train razor-mini by its recipe, resuming from the last checkpoint in OUTPUT."""
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"{output} is a file; name a folder", param_hint="--output")
-    run = train(output, seed=seed, save_every=save_every, stop_at=stop_at)
-    typer.echo(f"step {run.step} of {sum(s.steps for s in STAGES)}, saved in {output / 'checkpoints'}")
+    stages, config = stages_of(family), training.FAMILIES[family]
+    run = train(output, stages, config, seed=seed, save_every=save_every, stop_at=stop_at)
+    typer.echo(f"step {run.step} of {sum(s.steps for s in stages)}, saved in {output / 'checkpoints'}")
 
 
 if __name__ == "__main__":

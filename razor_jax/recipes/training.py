@@ -9,6 +9,7 @@ D width, K KV heads, G query heads per KV head, H head width, T tokens, S keys, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -25,42 +26,48 @@ MINI = ModelConfig(
     vocab_size=4096,
     hidden_size=128,
     intermediate_size=256,
-    num_layers=6,
+    num_layers=8,
     num_heads=8,
     num_kv_heads=4,
     head_dim=64,
-    max_position_embeddings=4096,
+    max_position_embeddings=16384,
     rope=Rope(theta=500_000.0),
     rms_norm_eps=1e-5,
     tie_embeddings=True,
 )
+FAMILIES = {"llama": MINI, "qwen3": dataclasses.replace(MINI, family="qwen3", qk_norm=True)}
 _CLIP = 80.0  # exp(±80) and a sum of thousands of them stay inside float32
 _QUERY_BLOCK = 128
+_TOKENS = 1024  # short rows go through the layers together, up to so many tokens
 
 
 def loss_and_gradient(config: ModelConfig, params: Any, batch: dict[str, jax.Array]):
     """Weighted mean cross-entropy over the scored places -> (loss, metrics), gradient."""
     total = jnp.maximum(batch["weights"].sum(), 1e-6)
+    B, T = batch["tokens"].shape
+    R = max(r for r in range(1, B + 1) if B % r == 0 and (r == 1 or r * T <= _TOKENS))
+    folded = {name: x.reshape(B // R, R, -1) for name, x in batch.items()}
 
-    def one(carry, row):
-        step = jax.value_and_grad(functools.partial(_row_loss, config), has_aux=True)(params, row, total)
+    def one(carry, rows):
+        step = jax.value_and_grad(functools.partial(_rows_loss, config), has_aux=True)(params, rows, total)
         return jax.tree.map(jnp.add, carry, step), None
 
     counts = {k: jnp.zeros(2) for k in ("value", "copy", "text")}
     zero = ((jnp.zeros(()), counts), jax.tree.map(jnp.zeros_like, params))
-    ((value, counts), gradient), _ = jax.lax.scan(one, zero, batch)
+    ((value, counts), gradient), _ = jax.lax.scan(one, zero, folded)
     return (value, {k: s[0] / jnp.maximum(s[1], 1) for k, s in counts.items()}), gradient
 
 
-def _row_loss(config: ModelConfig, params: Any, row: dict[str, jax.Array], total: jax.Array):
-    """One row's share of the batch loss, and (sum, count) of two kinds of target."""
-    x = hidden(config, params, row["tokens"], row["positions"])
+def _rows_loss(config: ModelConfig, params: Any, rows: dict[str, jax.Array], total: jax.Array):
+    """The share of R rows in the batch loss, and (sum, count) of three kinds of target."""
+    x = hidden(config, params, rows["tokens"], rows["positions"])  # [D, R, T]
+    x = jnp.take_along_axis(x, rows["places"][None], axis=2).reshape(config.hidden_size, -1)
     table = params["embedding"]["embedding"]
-    y = _normed(x[:, row["places"]], params["norm"]["scale"], config.rms_norm_eps)
+    y = _normed(x, params["norm"]["scale"], config.rms_norm_eps)
     logits = jnp.clip(table @ y, -_CLIP, _CLIP)
-    chosen = (table[row["targets"]].T * y).sum(0)
+    chosen = (table[rows["targets"].reshape(-1)].T * y).sum(0)
     surprise = jnp.log(jnp.exp(logits).sum(0)) - chosen
-    weights = row["weights"]
+    weights = rows["weights"].reshape(-1)
 
     def summed(chosen_places):
         return jnp.stack([(surprise * chosen_places).sum(), chosen_places.sum().astype(jnp.float32)])
@@ -71,28 +78,34 @@ def _row_loss(config: ModelConfig, params: Any, row: dict[str, jax.Array], total
 
 
 def hidden(config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    """int32 tokens and positions [T] -> last hidden states [D, T], before the final norm."""
+    """int32 tokens and positions [R, T] -> last hidden states [D, R, T], before the final norm."""
     K, G, H, eps = config.num_kv_heads, config.group_size, config.head_dim, config.rms_norm_eps
-    T = tokens.shape[0]
-    cos, sin = (t[0].T for t in rotary.tables(config.rope, H, positions[None], jnp.zeros(1)))  # [H/2, T]
-    x = params["embedding"]["embedding"][tokens].T
+    R, T = tokens.shape
+    tables = rotary.tables(config.rope, H, positions, jnp.zeros(R))
+    cos, sin = (t.reshape(R * T, -1).T for t in tables)  # [H/2, R·T]
+    x = params["embedding"]["embedding"][tokens.reshape(-1)].T
     for layer in range(config.num_layers):
         block = params[f"blocks_{layer}"]
         qkv, output, gate_up, down = _matrices(config, block)
         z = qkv @ _normed(x, block["attn_norm"]["scale"], eps)
         q, k, v = jnp.split(z, [K * G * H, K * (G + 1) * H])
-        q = _rotated(q.reshape(K, H, G, T), cos[:, None], sin[:, None])
-        k = _rotated(k.reshape(K, H, T), cos, sin)
-        x = x + output @ _attention(q, k, v.reshape(K, H, T)).reshape(K * H * G, T)
+        q, k = q.reshape(K, H, G, R * T), k.reshape(K, H, R * T)
+        if config.qk_norm:
+            q = _head_normed(q, block["q_norm"]["scale"], eps) * H**-0.5
+            k = _head_normed(k, block["k_norm"]["scale"], eps)
+        q = _rotated(q, cos[:, None], sin[:, None]).reshape(K, H, G, R, T)
+        k = _rotated(k, cos, sin).reshape(K, H, R, T)
+        out = jax.vmap(_attention, in_axes=(3, 2, 2), out_axes=3)(q, k, v.reshape(K, H, R, T))
+        x = x + output @ out.reshape(K * H * G, R * T)
         gate, up = jnp.split(gate_up @ _normed(x, block["mlp_norm"]["scale"], eps), 2)
         x = x + down @ (jax.nn.silu(gate) * up)
-    return x
+    return x.reshape(-1, R, T)
 
 
 def _matrices(config: ModelConfig, block: Any) -> tuple[jax.Array, ...]:
-    """A block's kernels as [out, in], query features ordered (K, H, G), 1/√H folded into q."""
+    """A block's kernels as [out, in], query features ordered (K, H, G), 1/√H folded into q unless q is normed later."""
     D = config.hidden_size
-    q = (block["q"]["kernel"] * config.head_dim**-0.5).transpose(1, 3, 2, 0).reshape(-1, D)
+    q = (block["q"]["kernel"] * (1.0 if config.qk_norm else config.head_dim**-0.5)).transpose(1, 3, 2, 0).reshape(-1, D)
     k, v = (block[n]["kernel"].transpose(1, 2, 0).reshape(-1, D) for n in ("k", "v"))
     output = block["o"]["kernel"].transpose(3, 0, 2, 1).reshape(D, -1)
     gate_up = jnp.concatenate([block["gate"]["kernel"].T, block["up"]["kernel"].T])
@@ -101,6 +114,12 @@ def _matrices(config: ModelConfig, block: Any) -> tuple[jax.Array, ...]:
 
 def _normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=0) + eps) * scale[:, None]
+
+
+def _head_normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Each head's features [K, H, ...] brought to length √H, then scaled."""
+    mean = jnp.mean(x * x, axis=1, keepdims=True)
+    return x * jax.lax.rsqrt(mean + eps) * scale.reshape(1, -1, *(1,) * (x.ndim - 2))
 
 
 def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
