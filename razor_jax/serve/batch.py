@@ -1,0 +1,178 @@
+"""A file of prompts in, a file of answers out, in order, batch by batch; a run that was killed goes on where it stood.
+
+Prompts and answers are JSON lines: {"id": …, "prompt": … or "messages": …, "max_new_tokens": …} and {"key": …,
+"id": …, "text": …, "tokens": …, "finish_reason": …}. `key` is a hash of all that decides the answer. Process 0 alone
+reads and writes; an answer is on disk before the next batch begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import worker
+from ..config import whole_number
+from ..evals.journal import Journal, key_of
+from ..report import Result
+from .messages import shared
+
+# (prompts, max_new_tokens, number of the batch) -> one result a prompt
+Answer = Callable[[list[Any], int, int], Sequence[Result]]
+Progress = Callable[[int, int], None]
+
+_FIELDS = ("id", "prompt", "messages", "max_new_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A line of the file of prompts."""
+
+    id: str | int
+    prompt: Any
+    max_new_tokens: int
+
+
+def serve(
+    prompts: Path,
+    output: Path,
+    answer: Answer,
+    *,
+    batch: int,
+    max_new_tokens: int,
+    run: Mapping[str, Any],
+    progress: Progress = lambda done, total: None,
+) -> int:
+    """Answer what is not answered yet; how many that was. Every process of a run calls it.
+
+    Args:
+      answer: called by every process with as many prompts as `batch` each time, so that it compiles once.
+      max_new_tokens: for lines that say nothing else.
+      run: JSON values that decide answers beside the prompt: model, policy, sampling.
+      progress: called with the prompts finished and those in all.
+
+    Raises ValueError, on every process and before anything is written, for a line that is wrong, or an output that
+    holds answers of another run.
+    """
+    work: list[_Work] = []  # of process 0
+
+    def begin() -> list[int]:
+        work.append(_Work(prompts, output, batch, max_new_tokens, run))
+        return work[0].counts
+
+    done, total = shared(begin)
+    before = done
+    progress(done, total)
+    while (task := shared(lambda: work[0].task())) is not None:
+        given = task["prompts"]
+        try:
+            results = answer(given + given[-1:] * (batch - len(given)), task["max_new_tokens"], task["number"])
+        except ValueError as error:
+            raise ValueError(f"prompts {task['ids'][0]!r} to {task['ids'][-1]!r}: {error}") from error
+        done, total = shared(lambda results=results: work[0].keep(results))
+        worker.tell(finished=task["ids"][-1])
+        progress(done, total)
+    return done - before
+
+
+class _Work:
+    """Process 0's view: the batches, and the answers on disk.
+
+    Batches are cut from the whole file, finished or not: what shares a batch with a prompt does not depend on when a
+    run was killed.
+    """
+
+    def __init__(self, prompts: Path, output: Path, batch: int, max_new_tokens: int, run: Mapping[str, Any]):
+        items = read(prompts, max_new_tokens)
+        self._batches = [
+            list(part)
+            for _, same in itertools.groupby(items, key=lambda item: item.max_new_tokens)
+            for part in _parts(list(same), batch)
+        ]
+        self._run = run
+        self._total = len(items)
+        self._journal = Journal(output)
+        finished = [self._journal.get(self._key(item)) is not None for item in items]
+        self._done = sum(finished)
+        lines = output.read_bytes().count(b"\n") if output.exists() else 0
+        if lines != self._done:
+            raise ValueError(
+                f"{output} holds {lines} answers, {self._done} of them to these prompts by this model with these "
+                "options: name another output, or take the prompts, model and options that it was begun with"
+            )
+        if not all(finished[: self._done]):
+            raise ValueError(f"{output} does not hold the answers to the first of these prompts: name another output")
+        self._at = 0
+
+    @property
+    def counts(self) -> list[int]:
+        return [self._done, self._total]
+
+    def task(self) -> dict[str, Any] | None:
+        """The next batch with an answer missing."""
+        while self._at < len(self._batches):
+            items = self._batches[self._at]
+            if any(self._missing(item) for item in items):
+                return {
+                    "number": self._at,
+                    "ids": [item.id for item in items],
+                    "prompts": [item.prompt for item in items],
+                    "max_new_tokens": items[0].max_new_tokens,
+                }
+            self._at += 1
+        return None
+
+    def keep(self, results: Sequence[Result]) -> list[int]:
+        """Write the task's answers that are missing."""
+        for item, result in zip(self._batches[self._at], results, strict=False):  # a short batch was filled up
+            if self._missing(item):
+                told = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
+                self._journal.add(self._key(item), {"id": item.id, **told})
+                self._done += 1
+        return self.counts
+
+    def _missing(self, item: Item) -> bool:
+        return self._journal.get(self._key(item)) is None
+
+    def _key(self, item: Item) -> str:
+        return key_of(**dataclasses.asdict(item), run=dict(self._run))
+
+
+def read(path: Path, max_new_tokens: int) -> list[Item]:
+    """The prompts of a file; raises ValueError that names the line, what is wrong and what is allowed."""
+    items: dict[str | int, Item] = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = _item(json.loads(line), max_new_tokens)
+            if item.id in items:
+                raise ValueError(f"id {item.id!r} stands in an earlier line, too: each prompt needs its own")
+        except ValueError as error:  # JSON's and UTF-8's own are ValueErrors
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        items[item.id] = item
+    if not items:
+        raise ValueError(f"{path} holds no prompts")
+    return list(items.values())
+
+
+def _item(data: Any, max_new_tokens: int) -> Item:
+    if not isinstance(data, dict) or type(data.get("id")) not in (str, int):
+        raise ValueError('must be an object with an "id", a string or a number')
+    for name in data:
+        if name not in _FIELDS:
+            raise ValueError(f"unknown field {name!r}: allowed are {', '.join(_FIELDS)}")
+    if ("prompt" in data) == ("messages" in data):
+        raise ValueError('give "prompt" or "messages", one of the two')
+    prompt = data.get("prompt", data.get("messages"))
+    if not prompt or not isinstance(prompt, (str, list) if "prompt" in data else list):
+        raise ValueError('"prompt" must be text or token ids, "messages" a list of messages; and not empty')
+    limit = whole_number("max_new_tokens", data.get("max_new_tokens", max_new_tokens), 1)
+    return Item(data["id"], prompt, limit)
+
+
+def _parts(items: list[Item], size: int) -> list[list[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
