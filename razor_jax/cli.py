@@ -1,4 +1,4 @@
-"""`razor-jax demo | generate | chat | heads | bench`: the library from a shell.
+"""`razor-jax`: the library from a shell. Commands of their own size stand in files of their own, `cli_*.py`.
 
 Answers go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
 """
@@ -6,7 +6,6 @@ Answers go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import sys
@@ -21,51 +20,49 @@ from rich.console import Console
 from rich.table import Table
 
 import razor_jax
-from razor_jax import Chat, Params, RazorConfig, Result, Sampling, cli_heads, demo, terminal
+from razor_jax import (
+    Chat,
+    Params,
+    Result,
+    Sampling,
+    cli_evals,
+    cli_heads,
+    cli_longbench,
+    cli_plan,
+    cli_reproduce,
+    cli_serve,
+    demo,
+    terminal,
+)
+from razor_jax.cli_options import (
+    ChunkOption,
+    DenseOption,
+    DtypeOption,
+    HeadsOption,
+    ImplementationOption,
+    KvDtypeOption,
+    MeshOption,
+    MinPOption,
+    ModelOption,
+    NewTokensOption,
+    PenaltyOption,
+    SeedOption,
+    SinksOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    WeightsOption,
+    WindowOption,
+    policy_of,
+    sampling_of,
+)
 from razor_jax.evals.bench import Speed, machine, measure
 from razor_jax.questions import split
 from razor_jax.terminal import note
 
 app = typer.Typer(cls=terminal.Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="razor-mini, a checkpoint folder, or a Hugging Face id.")
-]
-DtypeOption = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Type of the weights; the checkpoint's own by default."),
-]
-HeadsOption = Annotated[
-    str, typer.Option(help="A razor.json; auto: the one beside the model, else found once and remembered.")
-]
-DenseOption = Annotated[bool, typer.Option("--dense", help="No compression: every head keeps every token.")]
-WindowOption = Annotated[
-    int | None, typer.Option(min=1, help="Newest tokens that a windowed head keeps; fixes the window.")
-]
-SinksOption = Annotated[int | None, typer.Option(min=0, help="First tokens that a windowed head keeps.")]
-ChunkOption = Annotated[
-    int | None, typer.Option(min=1, help="Streaming prefill by so many tokens: less memory, not exact.")
-]
-KvDtypeOption = Annotated[
-    Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None,
-    typer.Option(help="Type of the compressed cache; the weights' own by default."),
-]
-ImplementationOption = Annotated[
-    Literal["xla", "pallas_tpu", "pallas_gpu", "mosaic_gpu"] | None,
-    typer.Option(help="Attention and cache writes; the device's kernels by default, XLA where it has none."),
-]
-NewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-TemperatureOption = Annotated[
-    float | None, typer.Option(help="0: the most likely token, the default unless a filter is given.")
-]
-TopKOption = Annotated[int | None, typer.Option(help="Draw from the k most likely tokens.")]
-TopPOption = Annotated[float | None, typer.Option(help="Draw from the most likely tokens of this probability.")]
-MinPOption = Annotated[
-    float | None, typer.Option(help="Draw from tokens at least so likely, as a share of the likeliest.")
-]
-PenaltyOption = Annotated[float, typer.Option(help="Above 1: tokens seen before become less likely.")]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")]
-StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends an answer; repeatable.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 
 
@@ -91,7 +88,7 @@ def demo_command(
 ) -> None:
     """Hide facts in a long document, compress it, then ask: dense, Razor and all-windowed side by side."""
     params = _load(model, None, "auto")
-    policy = _policy(params, dense=False, window=window, sinks=sinks, prefill_chunk=None)
+    policy = policy_of(params, dense=False, window=window, sinks=sinks, prefill_chunk=None)
     assert policy is not None
     report = demo.run(params, policy, tokens=tokens, facts=facts, seed=seed, show=not as_json)
     if as_json:
@@ -129,13 +126,15 @@ def generate(
     dtype: DtypeOption = None,
     kv_dtype: KvDtypeOption = None,
     implementation: ImplementationOption = None,
+    mesh: MeshOption = None,
+    weights: WeightsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt, or answer questions about a document."""
     text = _prompt(prompt, prompt_file)
-    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    params = _load(model, dtype, None if dense else heads, implementation)
-    policy = _policy(params, dense=dense, window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
+    sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty)
+    params = _load(model, dtype, None if dense else heads, implementation, mesh, weights)
+    policy = policy_of(params, dense=dense, window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed, "stop": stop or ()}
     if question:
         has_template = params.assets is not None and params.assets.chat_template is not None
@@ -179,13 +178,15 @@ def chat_command(
     dtype: DtypeOption = None,
     kv_dtype: KvDtypeOption = None,
     implementation: ImplementationOption = None,
+    mesh: MeshOption = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Talk to a model. /reset forgets, /exit leaves; Ctrl-C ends an answer, or leaves at the prompt."""
-    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty)
     if system is not None and system_file is not None:
         raise typer.BadParameter("give --system or --system-file, not both")
-    params = _load(model, dtype, None if dense else heads, implementation)
-    policy = _policy(params, dense=dense, window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
+    params = _load(model, dtype, None if dense else heads, implementation, mesh, weights)
+    policy = policy_of(params, dense=dense, window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
     conversation = Chat(params, system=_read(system_file) if system_file else system, razor=policy)
     if params.assets is not None:
         # a template that is missing or broken fails here, not at the first line
@@ -209,6 +210,11 @@ def chat_command(
 
 
 app.command("heads")(cli_heads.heads)
+app.command("plan")(cli_plan.plan)
+app.command("serve")(cli_serve.serve)
+cli_evals.register(app)
+app.command("longbench")(cli_longbench.longbench)
+app.command("reproduce")(cli_reproduce.reproduce)
 
 
 @app.command("bench")
@@ -223,11 +229,13 @@ def bench_command(
     dtype: DtypeOption = None,
     kv_dtype: KvDtypeOption = None,
     implementation: ImplementationOption = None,
+    mesh: MeshOption = None,
+    weights: WeightsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time prefill and decode on a random prompt, dense beside Razor, compilation apart."""
-    params = _load(model, dtype, heads, implementation)
-    policy = _policy(params, dense=False, window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
+    params = _load(model, dtype, heads, implementation, mesh, weights)
+    policy = policy_of(params, dense=False, window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
     rows: list[tuple[str, Speed]] = []
     for length in context or [1024]:
         for name, razor in (("dense", None), ("Razor", policy)):
@@ -253,41 +261,24 @@ def _version(wanted: bool | None) -> None:
         raise typer.Exit
 
 
-def _load(model: str, dtype: str | None, heads: str | None, implementation: Any = None) -> Params:
+def _load(
+    model: str,
+    dtype: str | None,
+    heads: str | None,
+    implementation: Any = None,
+    mesh: str | None = None,
+    weights: Literal["int8"] | None = None,
+) -> Params:
     with terminal.working(f"loading {model}") as progress:
-        return razor_jax.load(model, dtype=dtype, heads=heads, implementation=implementation, progress=progress)
-
-
-def _policy(
-    params: Params,
-    *,
-    dense: bool,
-    window: int | None,
-    sinks: int | None,
-    prefill_chunk: int | None,
-    kv_dtype: str | None = None,
-) -> RazorConfig | None:
-    """The checkpoint's recommendation or the paper's setting, with what the options change."""
-    given = {"window": window, "sinks": sinks, "prefill_chunk": prefill_chunk, "kv_dtype": kv_dtype}
-    changes = {name: value for name, value in given.items() if value is not None}
-    if not dense:
-        return dataclasses.replace(params.razor or RazorConfig(), **changes)
-    if changes:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in changes)
-        raise typer.BadParameter(f"--dense compresses nothing: leave out {names}")
-    return None
-
-
-def _sampling(
-    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None, penalty: float
-) -> Sampling:
-    """Greedy unless a temperature or a filter is given."""
-    if temperature is None:
-        temperature = 0.0 if top_k is None and top_p is None and min_p is None else 1.0
-    try:
-        return Sampling.of(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        return razor_jax.load(
+            model,
+            dtype=dtype,
+            heads=heads,
+            implementation=implementation,
+            mesh=mesh,
+            weights=weights,
+            progress=progress,
+        )
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

@@ -1,131 +1,157 @@
-"""Needle accuracy with the document compressed before the questions are known.
+"""Needles: facts hidden in real text, asked for after the text was compressed.
 
-    python -m razor_jax.evals.needle [--model razor-mini] [--tokens 2048] [--documents 64]
+    razor-jax needle --lengths 1024,2048 --depths 0,25,50,75,100 --documents 8
 
-prints one line a setting: dense attention, the model's own split and policy, the same without the compensation
-token, as many random heads, and every head windowed, on the same held-out documents and questions.
+Variants, all in the words that razor-mini was trained on, which any other model understands as well:
+
+    single       one fact a document, at an exact depth
+    facts        many facts about different things in one document, each asked for
+    multi-key    the same, the facts so alike that one word tells two of them apart
+    multi-value  one name with several values in one document: all of them are asked for
+    multi-query  several facts are asked for in one question
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import time
-from collections.abc import Iterator
-from typing import Annotated, Any
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
-import typer
-from tokenizers import Tokenizer
 
-from ..config import HeadSplit, RazorConfig
-from ..generate import generate, prefill
-from ..hub import load
-from ..params import Params, with_heads
-from ..questions import Split, split
-from ..recipes.tasks import NeedleDocument, needle_document
-from ..report import KVReport
-from .bench import machine
+from ..params import Params
+from ..recipes import tasks
+from .haystack import Haystack, counter, overhead, take
+from .protocol import Example, Form, Question
 
-NEW_TOKENS = 32  # an answer is a sentence of about 15 tokens
+Variant = Literal["single", "facts", "multi-key", "multi-value", "multi-query"]
+VARIANTS: tuple[Variant, ...] = typing.get_args(Variant)
+ANSWER_TOKENS = 32  # an answer is a sentence of about 15 tokens; the variants with several say several
+_VALUES, _TOGETHER = 4, 3  # values of one name; facts in one question
+_SPLIT = "held_out"  # of names: combinations that razor-mini was not trained on
 
 
 @dataclasses.dataclass(frozen=True)
-class Accuracy:
-    """Questions answered with the planted value, and the cache that they were answered from."""
+class Grid:
+    """What documents are made.
 
-    right: int
-    asked: int
-    kv: KVReport
-    seconds: float
+    Attributes:
+      lengths: tokens of everything that is read and generated.
+      depths: 0 to 1; where the single needle lies, and what the facts of the other variants are counted under.
+      documents: of each length, and for `single` of each depth.
+      facts: in a document of the variants with many.
+    """
 
-    @property
-    def share(self) -> float:
-        return self.right / self.asked
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    documents: int = 8
+    facts: int = 16
+    seed: int = 1
 
-    @property
-    def half_width(self) -> float:
-        """Half of the 95 % normal interval of the share."""
-        return 1.96 * math.sqrt(self.share * (1 - self.share) / self.asked)
-
-
-def documents(params: Params, *, tokens: int, count: int, facts: int, seed: int) -> list[NeedleDocument]:
-    """Held-out documents of `tokens` tokens with `facts` planted facts each, the same for every setting."""
-    if params.assets is None or params.assets.tokenizer_json is None:
-        raise ValueError("the needle test needs a model with a tokenizer.json")
-    tokenizer = Tokenizer.from_str(params.assets.tokenizer_json)
-    draws = (np.random.default_rng([seed, tokens, index]) for index in range(count))
-    return [needle_document(rng, tokenizer, tokens=tokens, facts=facts) for rng in draws]
+    def __post_init__(self):
+        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"lengths={self.lengths}: give different numbers of tokens, such as 1024,2048")
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(f"depths={self.depths}: give shares from 0 (start) to 1 (end)")
+        if self.documents < 1 or self.facts < 1:
+            raise ValueError(f"documents={self.documents}, facts={self.facts}: both must be at least 1")
 
 
-def measure(params: Params, razor: RazorConfig | None, haystacks: list[NeedleDocument], *, batch: int = 8) -> Accuracy:
-    """Prefill documents in batches, then put each question of each document to a copy of its cache."""
-    started, right, asked, kv = time.perf_counter(), 0, 0, None
-    for first in range(0, len(haystacks), batch):
-        part = haystacks[first : first + batch]
-        cut = [split(params.assets, d.text, [f.question for f in d.facts], chat=True) for d in part]
-        # A last batch that is short is filled up, so that it has the shape of the others.
-        rows = [cut[i % len(cut)] for i in range(batch)]
-        cache = prefill(params, [row.document for row in rows], razor=razor, capacity=_capacity(rows))
-        for number in range(len(part[0].facts)):
-            results = generate(params, [row.questions[number] for row in rows], cache=cache, max_new_tokens=NEW_TOKENS)
-            kv = kv or results[0].kv
-            right += sum(d.facts[number].value in r.text for d, r in zip(part, results, strict=False))
-            asked += len(part)
-    assert kv is not None
-    return Accuracy(right, asked, kv, time.perf_counter() - started)
+def examples(
+    params: Params, variant: Variant, grid: Grid, *, haystack: Haystack | None = None, form: Form | None = None
+) -> list[Example]:
+    """Documents with their questions, the same for every setting of one tokenizer.
+
+    Every question carries `length`, `depth` (the nearest of the grid's) and `variant`. Raises ValueError for an unknown
+    variant, or a length that its facts do not fit in.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r}: use one of {', '.join(VARIANTS)}")
+    haystack = haystack or Haystack.load()
+    made = []
+    for length in grid.lengths:
+        for index, depth in _cells(variant, grid):
+            rng = np.random.default_rng([grid.seed, VARIANTS.index(variant), length, index])
+            made.append(_example(params, variant, grid, length, depth, haystack, form, rng))
+    return made
 
 
-def settings(params: Params, policy: RazorConfig, seed: int) -> Iterator[tuple[str, Params, RazorConfig | None]]:
-    """What is compared: name, params with their split, policy."""
-    L, K = params.config.num_layers, params.config.num_kv_heads
-    kept = sum(params.split.counts)
-    chosen = np.random.default_rng(seed).permutation(L * K)[:kept]
-    yield "dense", params, None
-    yield "Razor", params, policy
-    yield "  no compensation token", params, dataclasses.replace(policy, compensation=False)
-    random = HeadSplit.of(L, K, [(int(i) // K, int(i) % K) for i in chosen])
-    yield f"  {kept} random heads", with_heads(params, random), policy
-    yield "  all heads windowed", with_heads(params, HeadSplit.none(L, K)), policy
+def answer_tokens(variant: Variant) -> int:
+    """Room for the longest answer of a variant."""
+    return ANSWER_TOKENS * {"multi-value": _VALUES, "multi-query": _TOGETHER}.get(variant, 1)
 
 
-def _capacity(rows: list[Split]) -> int:
-    """Tokens of the longest document with its longest question and answer: no slack in the bytes."""
-    longest = max(len(row.document) + max(len(q) for q in row.questions) for row in rows)
-    return -(-(longest + NEW_TOKENS) // 64) * 64
+def _cells(variant: Variant, grid: Grid) -> Iterator[tuple[int, float | None]]:
+    """A number for each document of a length, and its depth where it has one."""
+    depths: Sequence[float | None] = grid.depths if variant == "single" else (None,)
+    # The same text at each depth: only the needle moves.
+    yield from ((index, depth) for index in range(grid.documents) for depth in depths)
 
 
-def main(
-    model: Annotated[str, typer.Option(help="razor-mini, a checkpoint folder, or a Hugging Face id.")] = "razor-mini",
-    tokens: Annotated[int, typer.Option(min=256, help="Tokens of a document.")] = 2048,
-    count: Annotated[int, typer.Option("--documents", min=1, help="Documents.")] = 64,
-    facts: Annotated[int, typer.Option(min=1, max=32, help="Facts, and questions, of each.")] = 4,
-    window: Annotated[int | None, typer.Option(min=1, help="Another window than the model's own.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 1,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
-) -> None:
-    """Print needle accuracy, bytes and ratio of each setting."""
-    params = load(model)
-    policy = params.razor or RazorConfig()
-    policy = policy if window is None else dataclasses.replace(policy, window=window)
-    haystacks = documents(params, tokens=tokens, count=count, facts=facts, seed=seed)
-    rows: list[dict[str, Any]] = []
-    for name, variant, razor in settings(params, policy, seed):
-        result = measure(variant, razor, haystacks)
-        rows.append({"setting": name.strip(), **dataclasses.asdict(result), "kv": result.kv.to_dict()})
-        if not as_json:
-            typer.echo(
-                f"{name:24s} {result.share:6.1%} ± {100 * result.half_width:.1f} of {result.asked}   "
-                f"KV {result.kv.allocated_bytes:11,} bytes, {result.kv.ratio:.2f}×, "
-                f"{result.kv.share:.0%} of heads kept{'' if result.kv.engaged or razor is None else ', not engaged'}"
-            )
-    where = ", ".join(f"{key} {value}" for key, value in machine().items())
-    if as_json:
-        typer.echo(json.dumps({"model": model, "tokens": tokens, "machine": machine(), "rows": rows}, indent=1))
+def _example(
+    params: Params,
+    variant: Variant,
+    grid: Grid,
+    length: int,
+    depth: float | None,
+    haystack: Haystack,
+    form: Form | None,
+    rng: np.random.Generator,
+) -> Example:
+    facts, asked = _facts(variant, grid, rng)
+    # Evenly spread, each somewhere in its own stretch; in random order, so that depth tells nothing.
+    spread = (np.arange(len(facts)) + rng.random(len(facts))) / len(facts)
+    depths = np.full(1, depth) if depth is not None else spread
+    count = counter(params)
+    stub = Example("x", tuple(Question(q.question, q.values) for q in asked))
+    room = length - overhead(params, stub, form) - answer_tokens(variant)
+    room -= sum(count("\n" + fact.sentence) for fact in facts)
+    if room < 1:
+        raise ValueError(f"{len(facts)} facts and a question do not fit in {length} tokens: use a longer length")
+    document = plant(haystack.lines(rng), [fact.sentence for fact in facts], depths, count, room)
+    at = {fact.question: depths[i] for i, fact in enumerate(facts)}
+    metric = "contains_all" if len(asked[0].values) == 1 else "string_match_all"
+
+    def question(each: tasks.Question) -> Question:
+        meta: dict[str, float] = {}
+        if each.question in at:
+            meta["depth"] = min(grid.depths, key=lambda d: abs(d - at[each.question]))
+        return Question(each.question, each.values, metric, meta=meta)
+
+    return Example(document, tuple(map(question, asked)), {"variant": variant, "length": length})
+
+
+def _facts(variant: Variant, grid: Grid, rng: np.random.Generator) -> tuple[list[tasks.Fact], list[tasks.Question]]:
+    """Facts in the order in which they are planted, and what is asked about them."""
+    if variant == "single":
+        facts = tasks.make_facts(rng, 1, _SPLIT)
+    elif variant == "multi-key":
+        facts = tasks.make_alike(rng, grid.facts, _SPLIT)
+    elif variant == "multi-value":
+        groups: list[list[tasks.Fact]] = []
+        for _ in range(-(-grid.facts // _VALUES)):
+            groups.append(tasks.make_repeated(rng, _VALUES, _SPLIT, [group[0] for group in groups]))
+        facts = [fact for group in groups for fact in group]
+        facts = [facts[i] for i in rng.permutation(len(facts))]
+        return facts, [tasks.multi_value([f for f in facts if f in group]) for group in groups]
     else:
-        typer.echo(f"{tokens} tokens a document; {policy.describe()}; {where}")
+        facts = tasks.make_facts(rng, grid.facts, _SPLIT)
+    if variant == "multi-query":
+        order = [facts[i] for i in rng.permutation(len(facts))]
+        groups = [order[i : i + _TOGETHER] for i in range(0, len(order), _TOGETHER)]
+        return facts, [tasks.multi_query(group) if len(group) > 1 else group[0].asked for group in groups]
+    return facts, [fact.asked for fact in facts]
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def plant(
+    lines: Iterator[str], sentences: Sequence[str], depths: np.ndarray, count: Callable[[str], int], tokens: int
+) -> str:
+    """`tokens` tokens of lines with each sentence as a line of its own where its depth, 0 to 1, says."""
+    taken, starts = take(lines, count, tokens)
+    gaps = np.abs(starts[None, :] - np.asarray(depths)[:, None] * starts[-1]).argmin(1)
+    merged: list[str] = []
+    for gap in range(len(taken) + 1):
+        merged += [sentence for sentence, at in zip(sentences, gaps, strict=True) if at == gap]
+        merged += taken[gap : gap + 1]
+    return "\n".join(merged)

@@ -1,0 +1,249 @@
+"""Perplexity, and agreement with dense attention on the next token, where the cache has dropped something.
+
+A token counts only if it was read from a cache that had dropped tokens before: the prompt itself, prefilled exactly,
+and every token up to sinks + window would agree by construction, and are refused. Tokens are read one a call, as
+decoding reads them.
+
+Two kinds of continuation: `text` (what really follows the prompt: perplexity, and agreement on it) and `greedy` (what
+the reference itself generates, end-of-text ignored: then agreement is the share of its tokens that the setting would
+have chosen, and the first disagreement is where free-running output would part).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich import box
+from rich.table import Table as RichTable
+
+from .. import cache as kv
+from .. import prompts
+from ..generate import generate, make_spec, prefill
+from ..params import Params
+from ..report import KVReport
+from .forced import read
+from .haystack import Haystack
+from .journal import Journal, key_of
+from .protocol import Progress, Setting, Stopwatch
+from .stats import Share, share_interval
+from .table import report_from
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """Ids that are prefilled, and ids that are read one by one after them."""
+
+    prompt: tuple[int, ...]
+    following: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A setting's predictions of one passage's tokens, from the second of `following` on.
+
+    Attributes:
+      logprobs: natural log, of the given token.
+      best: the likeliest one.
+      dropped: tokens that the cache had dropped when the prediction was made.
+      finite: whether all logits were.
+    """
+
+    logprobs: tuple[float, ...]
+    best: tuple[int, ...]
+    dropped: tuple[int, ...]
+    finite: bool
+    kv: KVReport
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "kv": self.kv.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Judged:
+        lists = {name: tuple(data[name]) for name in ("logprobs", "best", "dropped")}
+        return cls(**lists, finite=data["finite"], kv=report_from(data["kv"]), seconds=data["seconds"])
+
+
+def text_passages(
+    params: Params, haystack: Haystack, *, prompt: int, following: int, count: int, seed: int = 1
+) -> list[Passage]:
+    """Running text: `prompt` tokens that are prefilled, `following` that are predicted."""
+    assert params.assets is not None
+    passages = []
+    for index in range(count):
+        lines = haystack.lines(np.random.default_rng([seed, prompt, following, index]))
+        ids: list[int] = params.assets.encode(next(lines))
+        while len(ids) < prompt + following:
+            ids += params.assets.encode("\n" + next(lines), add_special=False)
+        passages.append(Passage(tuple(ids[:prompt]), tuple(ids[prompt : prompt + following])))
+    return passages
+
+
+def greedy_passages(setting: Setting, passages: Sequence[Passage], *, batch: int = 8) -> list[Passage]:
+    """The same prompts followed by what a setting generates greedily, as many tokens; no token ends it."""
+    params, found = setting.params.replace(assets=None), []
+    for first in range(0, len(passages), batch):
+        part = passages[first : first + batch]
+        rows = [part[i % len(part)].prompt for i in range(batch)]
+        limit = max(len(passage.following) for passage in part)
+        results = generate(params, rows, max_new_tokens=limit, razor=setting.razor)
+        found += [
+            Passage(p.prompt, result.tokens[: len(p.following)]) for p, result in zip(part, results, strict=False)
+        ]
+    return found
+
+
+def judge(
+    setting: Setting, passages: Sequence[Passage], todo: Sequence[int], batch: int
+) -> Iterator[tuple[int, Judged]]:
+    """Prefill the prompts of `todo`, then read what follows token by token."""
+    params, T = setting.params, max(len(p.following) for p in passages) - 1
+    longest = max(len(p.prompt) + len(p.following) for p in passages)
+    capacity = make_spec(params, setting.razor, longest).capacity
+    for first in range(0, len(todo), batch):
+        part = todo[first : first + batch]
+        rows = [passages[part[i % len(part)]] for i in range(batch)]
+        with Stopwatch() as watch:
+            cache = prefill(params, [row.prompt for row in rows], razor=setting.razor, capacity=capacity)
+            spec, before, window = cache.spec, np.asarray(cache.length), np.asarray(cache.window)
+            tokens, lengths = prompts.pad([row.following[:-1] for row in rows], T)
+            following, _ = prompts.pad([row.following[1:] for row in rows], T)
+            found, cache = read(params, cache, tokens, following, lengths)
+            found, report = jax.device_get(found), KVReport.of(cache, params.split)
+        if np.asarray(cache.overflow).any():
+            raise RuntimeError(f"a passage of {longest} tokens overflowed a cache for {spec.capacity}")
+        # Predictions are made from what was dropped before their token was written.
+        dropped = kv.dropped(spec, before[:, None] + np.arange(T), window[:, None])
+        for row, index in enumerate(part):
+            n = int(lengths[row])
+            yield (
+                index,
+                Judged(
+                    logprobs=tuple(round(float(x), 5) for x in found.logprobs[row, :n]),
+                    best=tuple(found.best[row, :n].tolist()),
+                    dropped=tuple(np.broadcast_to(dropped, tokens.shape)[row, :n].tolist()),
+                    finite=bool(found.finite[row, :n].all()),
+                    kv=report.row(row),
+                    seconds=watch.seconds / len(part),
+                ),
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """A setting beside the reference, on the tokens that count.
+
+    Attributes:
+      counted, refused: tokens read from a cache with something dropped, and the others.
+      agreement: share of the counted whose likeliest token is the reference's; None if nothing was dropped.
+      perplexity, reference_perplexity: of the given text, on the counted tokens.
+      parted: of each passage, counted tokens before the first disagreement; None where there is none.
+      finite: whether every logit was.
+    """
+
+    name: str
+    counted: int
+    refused: int
+    agreement: Share | None
+    perplexity: float | None
+    reference_perplexity: float | None
+    parted: tuple[int | None, ...]
+    finite: bool
+    kv: KVReport
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        share = self.agreement._asdict() if self.agreement else None
+        return {**dataclasses.asdict(self), "agreement": share, "kv": self.kv.to_dict()}
+
+
+def run(
+    settings: Sequence[Setting],
+    passages: Sequence[Passage],
+    *,
+    batch: int = 8,
+    resume: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Agreement]:
+    """Every setting after the first against the first, on the same passages.
+
+    Raises ValueError for fewer than two settings, no passage, or a passage with fewer than two tokens to predict from.
+    """
+    if len(settings) < 2 or not passages:
+        raise ValueError(f"{len(settings)} settings and {len(passages)} passages: give a reference, another, and text")
+    if min(len(p.following) for p in passages) < 2 or not all(p.prompt for p in passages):
+        raise ValueError("a passage needs a prompt, and at least 2 tokens after it")
+    journal = Journal(resume)
+    judged = [_all(setting, passages, batch, journal, progress) for setting in settings]
+    return [_compare(s.name, judged[0], found) for s, found in zip(settings[1:], judged[1:], strict=True)]
+
+
+def _all(
+    setting: Setting, passages: Sequence[Passage], batch: int, journal: Journal, progress: Progress | None
+) -> list[Judged]:
+    identity = setting.identity()
+    keys = [key_of(agreement=identity, batch=batch, passage=dataclasses.asdict(p)) for p in passages]
+    found = {i: Judged.from_dict(r) for i, key in enumerate(keys) if (r := journal.get(key)) is not None}
+    todo = [i for i in range(len(passages)) if i not in found]
+    for index, one in judge(setting, passages, todo, batch):
+        found[index] = one
+        journal.add(keys[index], {"setting": setting.name, **one.to_dict()})
+        if progress is not None:
+            progress(setting.name, len(found), len(passages))
+    return [found[i] for i in range(len(passages))]
+
+
+def _compare(name: str, reference: Sequence[Judged], found: Sequence[Judged]) -> Agreement:
+    # The reference may be a cache that drops nothing: what counts is what the setting had dropped.
+    counts = [np.asarray(one.dropped) > 0 if one.kv.share < 1 else np.zeros(len(one.dropped), bool) for one in found]
+    same = [np.asarray(a.best) == np.asarray(b.best) for a, b in zip(reference, found, strict=True)]
+    kept = [s[c] for s, c in zip(same, counts, strict=True)]
+    counted = sum(len(s) for s in kept)
+    clusters = np.repeat(np.arange(len(kept)), [len(s) for s in kept])
+
+    def perplexity(judged: Sequence[Judged]) -> float | None:
+        total = sum(float(np.asarray(j.logprobs)[c].sum()) for j, c in zip(judged, counts, strict=True))
+        return math.exp(-total / counted) if counted else None
+
+    largest = max((one.kv for one in found), key=lambda report: report.capacity)
+    return Agreement(
+        name=name,
+        counted=counted,
+        refused=sum(len(c) for c in counts) - counted,
+        agreement=share_interval(np.concatenate(kept).astype(float), clusters) if counted else None,
+        perplexity=perplexity(found),
+        reference_perplexity=perplexity(reference),
+        parted=tuple(None if s.all() else int(np.argmin(s)) for s in kept),
+        finite=all(one.finite for one in found),
+        kv=dataclasses.replace(largest, dropped_tokens=tuple(max(one.kv.dropped_tokens) for one in found)),
+        seconds=sum(one.seconds for one in found),
+    )
+
+
+def render(rows: Sequence[Agreement], title: str = "") -> RichTable:
+    """For the terminal."""
+    table = RichTable(title=title, box=box.SIMPLE, title_justify="left")
+    table.add_column("cache")
+    for name in ("agreement", "95 %", "perplexity", "dense", "counted", "refused", "unparted", "finite", "ratio"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        share = row.agreement
+        table.add_row(
+            row.name,
+            f"{share.share:.2%}" if share else "NOT ENGAGED",
+            f"{100 * share.low:.2f}…{100 * share.high:.2f}" if share else "",
+            f"{row.perplexity:.4f}" if row.perplexity else "",
+            f"{row.reference_perplexity:.4f}" if row.reference_perplexity else "",
+            f"{row.counted:,}",
+            f"{row.refused:,}",
+            f"{sum(p is None for p in row.parted)}/{len(row.parted)}" if share else "",
+            "yes" if row.finite else "NO",
+            f"{row.kv.ratio:.2f}×",
+        )
+    return table

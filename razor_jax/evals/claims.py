@@ -1,0 +1,80 @@
+"""What the paper says (RazorAttention, arXiv 2407.15891), as claims with thresholds that no result can move.
+
+Figures are the paper's; thresholds were written down before anything was measured. Where the paper says "about" or
+shows one figure of one model, half of the effect is asked for. Differences of accuracies are in points.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+Verdict = Literal["confirmed", "refuted", "undecided", "not applicable"]
+
+# Needle test: full 87.05, 14 % + 1 % 86.59, 5 % + 1 % 69.54; without echo heads about -10 %, without the compensation
+# token more than -30 %. MultiFieldQA: all heads 46.94, 15 % chosen 45.48, 15 % random 40.7. LongBench with every head
+# windowed: 17.00 of 36.03. Throughput at 128k: +64 %. Cache "over 70 %" smaller.
+CLAIMS: dict[str, tuple[str, str, float]] = {
+    "needle": ("14 % + 1 % of heads answer as well as all (87.05 → 86.59)", "Razor minus dense, points", -1.0),
+    "echo": ("without echo heads about 10 points are lost", "Razor minus no echo heads, points", 5.0),
+    "induction": ("5 % induction heads are too few (86.59 → 69.54)", "Razor minus 5 %, points", 8.5),
+    "compensation": (
+        "without the compensation token more than 30 points are lost",
+        "Razor minus without, points",
+        30.0,
+    ),
+    "chosen": ("as many random heads are worse", "Razor minus random, points", 0.0),
+    "windowed": ("windowing every head loses half of the score", "dense minus windowed, % of dense", 50.0),
+    "short": ("up to 4,000 tokens nothing changes", "largest difference of an answer's loss: none", 0.0),
+    "saved": ("the cache is over 70 % smaller", "bytes saved in the paper's setting at 131,072 tokens, %", 70.0),
+    "bytes": ("the bytes are really saved", "allocated minus predicted, bytes: none", 0.0),
+    "throughput": ("64 % more tokens a second at 128k, by larger batches", "Razor over dense, %", 64.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """A claim, what was measured, and what follows.
+
+    Attributes:
+      measured: in the claim's unit, with its 95 % interval (low and high are it where there is nothing to draw from).
+    """
+
+    claim: str
+    says: str
+    measure: str
+    threshold: float
+    verdict: Verdict
+    measured: float | None = None
+    low: float | None = None
+    high: float | None = None
+    why: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def at_least(claim: str, measured: float, low: float | None = None, high: float | None = None, why: str = ""):
+    """Confirmed where the whole interval reaches the threshold, refuted where none of it does, else undecided."""
+    says, measure, threshold = CLAIMS[claim]
+    low, high = measured if low is None else low, measured if high is None else high
+    # "Worse" and "more than" are not met by nothing at all.
+    strict = claim in ("chosen", "compensation", "saved")
+    verdict: Verdict = "undecided"
+    if low > threshold or (low == threshold and not strict):
+        verdict = "confirmed"
+    elif high < threshold or (high == threshold and strict):
+        verdict = "refuted"
+    return Judgement(claim, says, measure, threshold, verdict, measured, low, high, why)
+
+
+def exactly(claim: str, measured: float, why: str = "") -> Judgement:
+    """Confirmed where what was measured is the threshold itself."""
+    says, measure, threshold = CLAIMS[claim]
+    verdict: Verdict = "confirmed" if measured == threshold else "refuted"
+    return Judgement(claim, says, measure, threshold, verdict, measured, measured, measured, why)
+
+
+def not_applicable(claim: str, why: str) -> Judgement:
+    """With the reason."""
+    return Judgement(claim, *CLAIMS[claim], "not applicable", why=why)

@@ -1,0 +1,319 @@
+"""EleutherAI's lm-evaluation-harness on a compressed cache.
+
+The harness (0.4.13) looks `--model` up in a table of its own, which no installed package can add to. So this module
+puts `razor_jax` there and runs the harness's command line, with all its options:
+
+    python -m razor_jax.evals.harness --model razor_jax --model_args pretrained=FOLDER,window=4096 --tasks …
+
+or is handed to it: `lm_eval.simple_evaluate(model=RazorLM(params, razor=…), tasks=[…])`.
+Needs lm-eval, the extra `evals`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from tqdm import tqdm
+
+from ..config import RazorConfig, whole_number
+from ..generate import Policy, choose_policy, generate, prefill
+from ..hub import load
+from ..params import Params
+from ..prompts import capacity_bucket
+from ..report import KVReport, Result
+from ..scoring import score
+from .harness_requests import Options, Row, Tokens
+
+logger = logging.getLogger(__name__)
+
+# What `--model_args` may say beside pretrained=…: for `load`, for the policy (or dense=true), for `RazorLM`.
+LOAD = ("dtype", "heads", "implementation")
+POLICY = ("window", "sinks", "compensation", "kv_dtype", "prefill_chunk")
+OWN = ("batch_size", "max_length", "max_gen_toks", "question_tokens", "exact", "add_bos_token", "think_end_token")
+OWN += ("enable_thinking", "seed")
+
+
+@register_model("razor_jax")
+class RazorLM(TemplateLM):
+    """`Params` under a cache policy as the harness's model. Tokens and truncation are those of its `hf` model.
+
+    What is scored or generated is read from the compressed cache. Exact prefill itself is dense attention, and the
+    first answer token would come from it (all of a one-letter answer): so the last `question_tokens` of a context
+    are held back and read from the cache as well.
+
+    Args:
+      params: with a tokenizer.
+      razor: as in `generate`.
+      batch_size: requests at a time; those of a batch are of similar length.
+      max_length: longest context and continuation in tokens; by default the checkpoint's positions.
+      max_gen_toks: where a task does not say.
+      question_tokens: at a context's end, read after compression; 0 leaves the first answer token to the prefill.
+      exact: score continuations token by token (`score`).
+      add_bos_token: whether texts get a BOS; by default what tokenizer.json does.
+      enable_thinking: for the chat template.
+      think_end_token: text up to it is no part of an answer.
+      seed: of sampled answers.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        razor: Policy = "auto",
+        batch_size: int | str = 1,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        question_tokens: int = 1,
+        exact: bool = False,
+        add_bos_token: bool | None = None,
+        enable_thinking: bool | None = None,
+        think_end_token: str | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if params.assets is None or params.assets.tokenizer_json is None:
+            raise ValueError("the harness works on text: it needs params with a tokenizer.json")
+        self.params, self.assets = params, params.assets
+        self.razor = choose_policy(params, razor)
+        if isinstance(batch_size, str) and batch_size.isdecimal():  # as the harness's command line has it
+            batch_size = int(batch_size)
+        self.batch_size = whole_number("batch_size", batch_size, 1)
+        longest = params.config.max_position_embeddings
+        self.max_length = whole_number("max_length", longest if max_length is None else max_length, 2)
+        self.max_gen_toks = whole_number("max_gen_toks", max_gen_toks, 1)
+        self.question_tokens = whole_number("question_tokens", question_tokens, 0)
+        self.exact, self.add_bos_token = exact, add_bos_token
+        self.enable_thinking, self.think_end_token = enable_thinking, think_end_token
+        self._seeds = itertools.count(whole_number("seed", seed, 0))
+        self._caches: list[KVReport] = []  # one a request
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> RazorLM:
+        """From `--model_args`, the names in LOAD, POLICY and OWN. Raises ValueError for others."""
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        # The harness always names a CUDA device. JAX has chosen by itself.
+        unused = {name: given.pop(name) for name in ("device", "max_batch_size") if name in given}
+        if unused:
+            logger.info("razor_jax runs on %s; %s is not used", jax.devices()[0].device_kind, unused)
+        args = {name: value for name, value in {**given, **arg_dict}.items() if value is not None}
+        pretrained, dense = args.pop("pretrained", None), args.pop("dense", False)
+        unknown = sorted(set(args) - {*LOAD, *POLICY, *OWN})
+        if unknown or pretrained is None:
+            problem = f"{', '.join(unknown)} is not known" if unknown else "pretrained=FOLDER is missing"
+            known = ", ".join(("pretrained", "dense", *LOAD, *POLICY, *OWN))
+            raise ValueError(f"model_args: {problem}; there are {known}")
+        loading, changes, own = ({name: args[name] for name in names if name in args} for names in (LOAD, POLICY, OWN))
+        if dense and (changes or "heads" in loading):
+            raise ValueError(f"model_args: dense=true compresses nothing: leave out {', '.join([*changes, 'heads'])}")
+        params = load(pretrained, **({"heads": None} if dense else {}), **loading)
+        policy = None if dense else dataclasses.replace(params.razor or RazorConfig(), **changes)
+        return cls(params, razor=policy, **own)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> RazorLM:
+        """The same from `a=1,b=2`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._special("eos_token", self.assets.eos_ids[:1])
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that has no context: BOS, or else what ends a text, as in transformers."""
+        names, bos = dict(self.assets.special_tokens), self.assets.bos_id
+        if "bos_token" in names or ("eos_token" not in names and bos is not None):
+            return self._special("bos_token", (bos,) if bos is not None else ())
+        return self.eot_token_id
+
+    def _special(self, name: str, otherwise: Sequence[int]) -> int:
+        """The tokenizer's own token of that name, as in transformers, before that of the generation config."""
+        content = dict(self.assets.special_tokens).get(name)
+        ids = otherwise if content is None else self.assets.encode(content, add_special=False)
+        if len(ids) != 1:
+            raise ValueError(f"{self.assets.source or 'the tokenizer'} has no {name}: name it in tokenizer_config.json")
+        return ids[0]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Tokens:
+        """Ids of a text; a BOS that it already begins with is not doubled."""
+        add = add_special_tokens if add_special_tokens is not None else self.add_bos_token
+        prefix = self.assets.decode([self.prefix_token_id], skip_special=False)
+        if add_special_tokens is None and prefix and string.startswith(prefix):
+            add = False
+        return self.assets.encode(string, add_special=add is not False)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"{self.assets.source.strip('/').replace('/', '__')}__{self.assets.digest[:12]}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The checkpoint's template, for the results file."""
+        if isinstance(chat_template, str):
+            raise ValueError(f"chat template {chat_template!r}: only the checkpoint's default template is read")
+        return self.assets.chat_template if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Prompt text of a conversation; without a generation prompt the last message is left open."""
+        variables = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        try:
+            text = self.assets.apply_chat(chat_history, add_generation_prompt, variables)
+        except ValueError as error:
+            spoken = [message for message in chat_history if message["role"] != "system"]
+            if len(spoken) == len(chat_history):
+                raise
+            logger.warning("the system message is left out, for the chat template refuses it: %s", error)
+            return self.apply_chat_template(spoken, add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].lstrip()
+        at = text.rfind(last.rstrip())
+        if at < 0:
+            raise ValueError(f"{self.assets.source}: the chat template changes the last message, which is to go on")
+        return text[: at + len(last if text.startswith(last, at) else last.rstrip())]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, in windows of `max_length` with as much context as fits."""
+        owners, windows = [], []
+        for index, request in enumerate(requests):
+            for pair in get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                owners.append(index)
+                windows.append((None, *make_disjoint_window(pair)))
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability, and whether greedy decoding says it, of each (cache key, context ids, continuation ids)."""
+        rows = [self._scored(context, continuation) for _, context, continuation in requests]
+        self._say_cut([len(context) for _, context, _ in requests], [len(row.context) for row in rows])
+        answers: list[Any] = [None] * len(requests)
+        caches = []
+        lengths = [len(row.context) + len(row.scored) for row in rows]
+        for batch, padded in self._batches(lengths, "scoring", disable_tqdm):
+            read, fed = ([getattr(rows[i], name) for i in padded] for name in ("read", "fed"))
+            scores = score(self.params, read, fed, exact=self.exact, razor=self.razor)
+            assert isinstance(scores, list)
+            for index, found in zip(batch, scores, strict=False):
+                held = len(rows[index].held)
+                logprob = found.logprobs[held:].sum(dtype="float64")
+                answers[index] = (float(logprob), bool(found.greedy[held:].all()))
+                caches.append(found.kv)
+                if (key := requests[index][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", key, answers[index])
+        self._note(caches)
+        return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers, each up to the first of its stop strings."""
+        arguments: list[Any] = [request.args for request in requests]
+        alike: dict[str, list[int]] = {}  # only requests with the same options share a batch
+        for index, (_, given) in enumerate(arguments):
+            alike.setdefault(json.dumps(given, sort_keys=True), []).append(index)
+        answers, caches = [""] * len(requests), []
+        for group in alike.values():
+            given = arguments[group[0]][1]
+            options = Options.of(given, self.params, self.eot_token_id, self.max_length, self.max_gen_toks)
+            contexts = [self.tok_encode(arguments[index][0]) for index in group]
+            rows = [Row.of(context[-options.room :], self.question_tokens) for context in contexts]
+            self._say_cut([len(context) for context in contexts], [len(row.context) for row in rows])
+            for batch, padded in self._batches([len(row.context) for row in rows], "answering", disable_tqdm):
+                for at, result in zip(batch, self._generate([rows[i] for i in padded], options), strict=False):
+                    text = self.assets.decode(result.tokens)
+                    answers[group[at]] = postprocess_generated_text(text, options.until, self.think_end_token)
+                    caches.append(result.kv)
+                    self.cache_hook.add_partial("generate_until", arguments[group[at]], answers[group[at]])
+        self._note(caches)
+        return answers
+
+    def _generate(self, rows: list[Row], options: Options) -> list[Result]:
+        """Answers of a batch. Where a context has no token to hold back, all are read whole."""
+        call: dict[str, Any] = {
+            "max_new_tokens": options.new_tokens,
+            "sampling": options.sampling,
+            "seed": next(self._seeds),
+            "stop": options.strings,
+        }
+        if not all(row.held for row in rows):
+            return generate(options.params, [row.context for row in rows], razor=self.razor, **call)
+        capacity = capacity_bucket(max(len(row.context) for row in rows) + options.new_tokens)
+        cache = prefill(options.params, [row.read for row in rows], razor=self.razor, capacity=capacity)
+        return generate(options.params, [row.held for row in rows], cache=cache, **call)
+
+    def _scored(self, context: Tokens, continuation: Tokens) -> Row:
+        """As `hf`: the context is cut from the left; the last token is judged and never read."""
+        if not 1 <= len(continuation) <= self.max_length:
+            raise ValueError(
+                f"a continuation has {len(continuation):,} tokens: between 1 and max_length={self.max_length:,} fit"
+            )
+        return Row.of(context[-(self.max_length + 1 - len(continuation)) :], self.question_tokens, continuation)
+
+    def _batches(self, lengths: list[int], what: str, quiet: bool) -> Iterator[tuple[list[int], list[int]]]:
+        """Indices of batches by falling length: a batch, and the same filled up to the size of the others."""
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        size = max(1, min(self.batch_size, len(order)))
+        with tqdm(total=len(order), desc=f"razor_jax, {what}", disable=quiet) as bar:
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
+                yield batch, (batch + batch[-1:] * size)[:size]
+                bar.update(len(batch))
+
+    def _say_cut(self, before: list[int], after: list[int]) -> None:
+        cut = sum(a < b for a, b in zip(after, before, strict=True))
+        if cut:
+            warnings.warn(
+                f"{cut:,} of {len(before):,} contexts were cut from the left, the longest from {max(before):,} tokens, "
+                f"to fit max_length={self.max_length:,}",
+                stacklevel=3,
+            )
+
+    def _note(self, caches: list[KVReport]) -> None:
+        """Keep account; an answer that no compressed cache has given says nothing about compression."""
+        self._caches += caches
+        idle = sum(not kv.engaged for kv in caches)
+        if idle and self.razor is not None:
+            warnings.warn(
+                f"nothing was compressed in {idle:,} of {len(caches):,} requests, which got dense attention: they are "
+                f"too short for this setting ({caches[0].setting}), or every KV head keeps everything",
+                stacklevel=3,
+            )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """For the harness's results file: the policy, how often it mattered, and the bytes."""
+        total = sum(kv.dense_bytes for kv in self._caches), sum(kv.allocated_bytes for kv in self._caches)
+        return {
+            "model_num_parameters": sum(x.size for x in jax.tree.leaves(self.params.weights)),
+            "model_dtype": str(self.params.dtype),
+            "razor": {
+                "setting": "dense" if self.razor is None else self.razor.describe(),
+                "share": 1.0 if self.razor is None else self.params.split.share,
+                "question_tokens": self.question_tokens,
+                "requests": len(self._caches),
+                "requests_compressed": sum(kv.engaged for kv in self._caches),
+                "kv_bytes_ratio": total[0] / total[1] if self._caches else None,
+            },
+        }
+
+
+if __name__ == "__main__":
+    cli_evaluate()

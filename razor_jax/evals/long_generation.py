@@ -1,0 +1,172 @@
+"""Long generation: does the model still know its document, and its own words, after thousands of new tokens?
+
+A small model that generates thousands of tokens by itself soon repeats itself, and there is nothing left to be right or
+wrong about. So the answer is given: a document with facts is prefilled, then a long reply, prose with facts of its own,
+is decoded token by token, every token evicting one from each windowed head's ring, as generation does. At intervals a
+copy of the cache is asked for the document's facts and for those that the reply has mentioned so far. Free-running
+output is the other half: `agreement.greedy_passages` with as many tokens, judged token by token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from .. import prompts
+from ..cache import KVCache
+from ..generate import Session, choose_policy, prefill
+from ..params import Params
+from ..recipes import tasks
+from ..report import KVReport
+from .conversation import turn
+from .forced import read
+from .haystack import Haystack, counter
+from .needle import plant
+from .protocol import Cut, Example, Options, Question, Setting, Stopwatch, batches, cut, rows_of
+from .table import Answered
+
+_REQUEST = "Continue."
+
+
+def examples(
+    params: Params,
+    *,
+    document: int,
+    reply: int,
+    every: int,
+    facts: int = 8,
+    count: int = 8,
+    seed: int = 1,
+    haystack: Haystack | None = None,
+) -> list[Example]:
+    """Documents of about `document` tokens with `facts` facts, replies of `reply` with as many, asked each `every`.
+
+    A question's meta: `written`, tokens of the reply when it is asked; `where`, in the document or in the reply;
+    `distance`, tokens from the fact to the question. Raises ValueError for a reply shorter than `every`.
+    """
+    if not 1 <= every <= reply or facts < 1:
+        raise ValueError(f"reply={reply}, every={every}, facts={facts}: ask at least once, about at least one fact")
+    haystack, size = haystack or Haystack.load(), counter(params)
+    made = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, document, reply, index])
+        known = tasks.make_facts(rng, 2 * facts, "held_out")
+        depths = (np.arange(facts) + rng.random(facts)) / facts
+        texts = []
+        for tokens, part in ((document, known[:facts]), (reply, known[facts:])):
+            room = tokens - sum(size("\n" + fact.sentence) for fact in part)
+            if room < 1:
+                raise ValueError(f"{facts} facts do not fit in {tokens} tokens: use more tokens or fewer facts")
+            texts.append(plant(haystack.lines(rng), [fact.sentence for fact in part], depths, size, room))
+        ends = [size(texts[1][: texts[1].index(fact.sentence) + len(fact.sentence)]) for fact in known[facts:]]
+        starts = [size(texts[0][: texts[0].index(fact.sentence)]) for fact in known[:facts]]
+        whole, questions = size(texts[0]), []
+        for written in range(every, reply + 1, every):
+            for fact, start in zip(known[:facts], starts, strict=True):
+                questions.append(_question(fact, written, "document", whole - start + written))
+            for fact, end in zip(known[facts:], ends, strict=True):
+                if end <= written:
+                    questions.append(_question(fact, written, "reply", written - end))
+        made.append(Example(texts[0], tuple(questions), {"reply": texts[1]}))
+    return made
+
+
+def _question(fact: tasks.Fact, written: int, where: str, distance: int) -> Question:
+    meta = {"written": written, "where": where, "distance": distance}
+    return Question(fact.question, (fact.value,), meta=meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class LongReply:
+    """A setting that has to hold a given reply, decoded token by token, before it is asked."""
+
+    setting: Setting
+
+    @property
+    def name(self) -> str:
+        return self.setting.name
+
+    def identity(self) -> dict[str, Any]:
+        """The setting's, marked."""
+        return {**self.setting.identity(), "long_reply": True}
+
+    def answer(
+        self, examples: Sequence[Example], todo: Sequence[int], options: Options
+    ) -> Iterator[tuple[int, Answered]]:
+        """As `System.answer`; `kv` is the cache after the whole reply."""
+        params = self.setting.params
+        choose_policy(params, self.setting.razor)
+        texts = [self._cut(example, options) for example in examples]
+        longest = [len(d) + len(r) + max(map(len, asked)) + options.max_new_tokens for (d, asked), r in texts]
+        for capacity, part in batches([len(d) for (d, _), _ in texts], longest, todo, options.batch):
+            with Stopwatch() as watch:
+                answers, report = self._write([examples[i] for i in part], [texts[i] for i in part], capacity, options)
+            for row, index in enumerate(part):
+                document = len(texts[index][0][0])
+                yield index, Answered(answers[row], report.row(row), document, watch.seconds / len(part))
+
+    def _cut(self, example: Example, options: Options) -> tuple[Cut, list[int]]:
+        """Ids of the document with the request, of each question after the reply, and of the reply."""
+        assets = self.setting.params.assets
+        request = Example(example.document, (Question(_REQUEST, ("",)),))
+        document, (asked,) = cut(self.setting.params, request, options.form)
+        assert assets is not None
+        reply = assets.encode(example.meta["reply"], add_special=False)
+        if options.form in ("chat", "user") or (options.form is None and assets.chat_template is not None):
+            between, follows = turn(assets, example.document)
+        else:
+            between, follows = "\n\nQuestion: ", "\nAnswer:"
+        questions = [assets.encode(f"{between}{q.text}{follows}", add_special=False) for q in example.questions]
+        return ((*document, *asked), tuple(map(tuple, questions))), reply
+
+    def _write(
+        self, part: Sequence[Example], texts: Sequence[tuple[Cut, list[int]]], capacity: int, options: Options
+    ) -> tuple[list[tuple[str, ...]], KVReport]:
+        params = self.setting.params
+        filled = [texts[i % len(texts)] for i in range(options.batch)]
+        cache = prefill(params, [document for (document, _), _ in filled], razor=self.setting.razor, capacity=capacity)
+        stops = sorted({q.meta["written"] for example in part for q in example.questions})
+        answers: list[dict[int, str]] = [{} for _ in part]
+        for start, stop in zip([0, *stops], stops, strict=False):
+            cache = _decode(params, cache, [reply[start:stop] for _, reply in filled], stop - start)
+            pairs = [
+                (row, number)
+                for row, example in enumerate(part)
+                for number, question in enumerate(example.questions)
+                if question.meta["written"] == stop
+            ]
+            for first in range(0, len(pairs), options.batch):
+                some = pairs[first : first + options.batch]
+                for (row, number), text in zip(some, self._ask(cache, some, texts, options), strict=False):
+                    answers[row][number] = text
+        report = KVReport.of(cache, params.split)
+        return [tuple(found[number] for number in sorted(found)) for found in answers], report
+
+    def _ask(self, cache: KVCache, pairs: Sequence[tuple[int, int]], texts: Any, options: Options) -> list[str]:
+        """Put (row, question) pairs to copies of the cache's rows."""
+        filled = [pairs[i % len(pairs)] for i in range(options.batch)]
+        session = Session(
+            self.setting.params,
+            [texts[row][0][1][number] for row, number in filled],
+            options.max_new_tokens,
+            stop=options.stop,
+            cache=rows_of(cache, np.asarray([row for row, _ in filled], np.int32)),
+            owns_cache=True,
+        )
+        for _ in session.run():
+            pass
+        return [result.text for result in session.results()]
+
+
+def _decode(params: Params, cache: KVCache, replies: Sequence[Sequence[int]], size: int) -> KVCache:
+    """Write each row's tokens, one a step. Raises FloatingPointError where a logit is not finite."""
+    tokens, lengths = prompts.pad(replies, size)
+    found, cache = read(params, cache, tokens, tokens, lengths)
+    live = np.arange(size) < lengths[:, None]
+    if not np.asarray(jax.device_get(found.finite))[live].all():
+        raise FloatingPointError("a logit of the reply is not finite: the cache's state is broken")
+    return cache

@@ -1,0 +1,52 @@
+"""Scoring functions: an answer's text and the reference answers in, a number from 0 to 1 out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+Metric = Callable[[str, Sequence[str]], float]
+METRICS: dict[str, Metric] = {}
+
+
+def metric(name: str) -> Callable[[Metric], Metric]:
+    """Decorator that enters a scoring function in the table under a name that is not taken."""
+
+    def enter(function: Metric) -> Metric:
+        if METRICS.setdefault(name, function) is not function:
+            raise ValueError(f"a metric named {name!r} exists already")
+        return function
+
+    return enter
+
+
+def score(name: str, answer: str, references: Sequence[str]) -> float:
+    """One answer's score. Raises ValueError for an unknown metric or no reference."""
+    if name not in METRICS:
+        raise ValueError(f"metric={name!r}: use one of {', '.join(sorted(METRICS))}")
+    if not references:
+        raise ValueError("a question has no reference answer to score by")
+    return float(METRICS[name](answer, references))
+
+
+@metric("contains_all")
+def contains_all(answer: str, references: Sequence[str]) -> float:
+    """1 if every reference stands in the answer, as written."""
+    return float(all(reference in answer for reference in references))
+
+
+@metric("contains_any")
+def contains_any(answer: str, references: Sequence[str]) -> float:
+    """1 if at least one reference stands in the answer, as written."""
+    return float(any(reference in answer for reference in references))
+
+
+@metric("string_match_all")
+def string_match_all(answer: str, references: Sequence[str]) -> float:
+    """RULER's: the share of the references that stand in the answer, upper and lower case alike."""
+    return sum(reference.lower() in answer.lower() for reference in references) / len(references)
+
+
+@metric("string_match_part")
+def string_match_part(answer: str, references: Sequence[str]) -> float:
+    """RULER's for questions with several right answers: 1 if one of them stands in the answer."""
+    return float(any(reference.lower() in answer.lower() for reference in references))

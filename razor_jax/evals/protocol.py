@@ -1,0 +1,299 @@
+"""How every accuracy here is measured: documents compressed first, questions put afterwards, settings paired.
+
+    settings = [dense(params), Setting("Razor", params, params.razor)]
+    table = run(settings, examples, max_new_tokens=32, resume=Path("needle.jsonl"))
+
+In the headline column a document is prefilled and compressed by itself, and each question is put to a copy of that
+cache in a call of its own. `question_inside_prefill` is the other column: document and question in one prefill, as
+most published tables have it. Greedy, so the answers follow from weights, policy and text alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from .. import compilation, prompts
+from ..cache import KVCache
+from ..config import HeadSplit, RazorConfig
+from ..generate import Session, choose_policy, generate, prefill
+from ..params import Params, weights_fingerprint, with_heads
+from ..questions import split
+from ..report import KVReport, Result
+from . import metrics
+from .examples import Example, Form, Options, Question
+from .journal import Journal, key_of
+from .table import Answered, Row, Table
+
+Progress = Callable[[str, int, int], None]
+_QUESTION = "razor-jax-question"  # stands for the question while a template is asked what it writes around it
+_ROUND = 64  # tokens that a cache's capacity is rounded up to
+
+
+@typing.runtime_checkable
+class System(typing.Protocol):
+    """Anything that answers: `Setting` for our own caches; write another for a library to compare with."""
+
+    @property
+    def name(self) -> str:
+        """The row's."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that decide the answers, the name not among them: what a record is keyed by."""
+        ...
+
+    def answer(
+        self, examples: Sequence[Example], todo: Sequence[int], options: Options
+    ) -> Iterator[tuple[int, Answered]]:
+        """Answer `examples[i]` for each i of `todo`, in any order, as they are done.
+
+        Shapes (capacity, padding) follow from all examples, so that a resumed run repeats an unbroken one.
+        """
+        ...
+
+
+def run(
+    settings: Sequence[System],
+    examples: Sequence[Example],
+    *,
+    question_inside_prefill: bool = False,
+    form: Form | None = None,
+    batch: int = 8,
+    max_new_tokens: int = 32,
+    stop: Sequence[str] = (),
+    resume: Path | None = None,
+    progress: Progress | None = None,
+) -> Table:
+    """Put the same questions to every setting, one setting after the other.
+
+    Args:
+      resume: a file of records; what it holds of this very setting, text and options is not computed again.
+      progress: called with (setting, questions answered, questions).
+
+    Returns a `Table` of every question's score under every setting. Raises ValueError on bad input, before anything is
+    computed.
+    """
+    options = Options(question_inside_prefill, form, batch, max_new_tokens, tuple(stop))
+    _check(settings, examples)
+    journal = Journal(resume)
+    rows = tuple(_row(setting, examples, options, journal, progress) for setting in settings)
+    return Table(tuple(examples), rows, options)
+
+
+def _row(
+    setting: System, examples: Sequence[Example], options: Options, journal: Journal, progress: Progress | None
+) -> Row:
+    identity, asked = setting.identity(), dataclasses.asdict(options)
+    keys = [key_of(system=identity, options=asked, example=dataclasses.asdict(example)) for example in examples]
+    found = {i: Answered.from_dict(record) for i, key in enumerate(keys) if (record := journal.get(key)) is not None}
+    todo = [i for i in range(len(examples)) if i not in found]
+    total = sum(len(e.questions) for e in examples)
+
+    def told() -> None:
+        if progress is not None:
+            progress(setting.name, sum(len(found[i].answers) for i in found), total)
+
+    told()
+    for index, answered in setting.answer(examples, todo, options):
+        found[index] = answered
+        journal.add(keys[index], {"setting": setting.name, **answered.to_dict()})
+        told()
+    return Row.of(setting.name, examples, [found[i] for i in range(len(examples))])
+
+
+def _check(settings: Sequence[System], examples: Sequence[Example]) -> None:
+    if not settings or not examples:
+        raise ValueError(f"{len(settings)} settings and {len(examples)} examples: give at least one of each")
+    names = [setting.name for setting in settings]
+    if len(set(names)) < len(names):
+        raise ValueError(f"settings are named {', '.join(names)}: give each its own name")
+    for number, example in enumerate(examples):
+        if not example.document.strip() or not example.questions:
+            raise ValueError(f"example {number} has an empty document or no question")
+        for question in example.questions:
+            metrics.score(question.metric, "", question.answers)  # refuses what cannot be scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A row of a table: params with their head split, and a cache policy (None: dense attention)."""
+
+    name: str
+    params: Params
+    razor: RazorConfig | None
+
+    def identity(self) -> dict[str, Any]:
+        """Weights, heads, policy, types."""
+        params, split_ = self.params, self.params.split
+        return {
+            "weights": weights_fingerprint(params),
+            "heads": [split_.retrieval, split_.scopes] if self.razor is not None else None,
+            "razor": None if self.razor is None else dataclasses.asdict(self.razor),
+            "dtype": str(params.dtype),
+            "implementation": params.implementation,
+            "backend": jax.default_backend(),
+            "tokenizer": params.assets.digest if params.assets else None,
+        }
+
+    def answer(
+        self, examples: Sequence[Example], todo: Sequence[int], options: Options
+    ) -> Iterator[tuple[int, Answered]]:
+        """Documents in batches of one shape, each batch prefilled once; then their questions, by the batch."""
+        choose_policy(self.params, self.razor)
+        texts = [cut(self.params, example, options.form) for example in examples]
+        totals = [len(document) + max(map(len, asked)) + options.max_new_tokens for document, asked in texts]
+        ask = self._ask_in_one if options.question_inside_prefill else self._ask_after
+        for capacity, part in batches([len(document) for document, _ in texts], totals, todo, options.batch):
+            with Stopwatch() as watch:
+                answered = ask([texts[i] for i in part], capacity, options)
+            for index, (answers, kv) in zip(part, answered, strict=True):
+                yield index, Answered(answers, kv, len(texts[index][0]), watch.seconds / len(part))
+
+    def _ask_after(
+        self, texts: Sequence[Cut], capacity: int, options: Options
+    ) -> list[tuple[tuple[str, ...], KVReport]]:
+        """The headline: compress the documents, then put each question to a copy of its document's rows."""
+        rows = [texts[i % len(texts)][0] for i in range(options.batch)]
+        cache = prefill(self.params, rows, razor=self.razor, capacity=capacity)
+        report = KVReport.of(cache, self.params.split)
+        pairs = [(row, question) for row, (_, questions) in enumerate(texts) for question in questions]
+        answers: list[list[str]] = [[] for _ in texts]
+        for part in _pieces(pairs, options.batch):
+            filled = [part[i % len(part)] for i in range(options.batch)]
+            copies = rows_of(cache, np.asarray([row for row, _ in filled], np.int32))
+            session = Session(
+                self.params,
+                [question for _, question in filled],
+                options.max_new_tokens,
+                stop=options.stop,
+                cache=copies,
+                owns_cache=True,
+            )
+            del copies  # given away
+            for _ in session.run():
+                pass
+            for (row, _), result in zip(part, session.results(), strict=False):
+                answers[row].append(result.text)
+        return [(tuple(texts_), report.row(row)) for row, texts_ in enumerate(answers)]
+
+    def _ask_in_one(
+        self, texts: Sequence[Cut], capacity: int, options: Options
+    ) -> list[tuple[tuple[str, ...], KVReport]]:
+        """The second column: a prefill of document and question for each question."""
+        pairs = [(row, document + question) for row, (document, asked) in enumerate(texts) for question in asked]
+        found: list[list[Result]] = [[] for _ in texts]
+        for part in _pieces(pairs, options.batch):
+            filled = [part[i % len(part)][1] for i in range(options.batch)]
+            results = generate(
+                self.params,
+                filled,
+                razor=self.razor,
+                max_new_tokens=options.max_new_tokens,
+                stop=options.stop,
+                capacity=capacity,
+            )
+            for (row, _), result in zip(part, results, strict=False):
+                found[row].append(result)
+        return [(tuple(r.text for r in results), results[0].kv) for results in found]
+
+
+def dense(params: Params, name: str = "dense") -> Setting:
+    """What all else is measured against: dense attention from a bfloat16 cache, whatever the weights' type."""
+    if params.dtype == np.dtype("bfloat16"):
+        return Setting(name, params, None)
+    every = HeadSplit.all(params.config.num_layers, params.config.num_kv_heads)
+    return Setting(name, with_heads(params, every), RazorConfig(kv_dtype="bfloat16"))
+
+
+Cut = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
+
+
+def cut(params: Params, example: Example, form: Form | None = None) -> Cut:
+    """Ids of the document and of each question: put together they are what one prefill of both reads.
+
+    Raises ValueError where there is no tokenizer, or no chat template for "chat".
+    """
+    assets = params.assets
+    if assets is None or assets.tokenizer_json is None:
+        raise ValueError("an evaluation on text needs a model with a tokenizer.json")
+    form = form or ("chat" if assets.chat_template is not None else "plain")
+    texts = [q.text for q in example.questions]
+    if form == "raw":
+        document, asked = assets.encode(example.document), [assets.encode(text, add_special=False) for text in texts]
+    elif form == "user":
+        written = assets.apply_chat([{"role": "user", "content": example.document + _QUESTION}])
+        before, _, after = written.rpartition(_QUESTION)
+        document = assets.encode(before, add_special=False)
+        asked = [assets.encode(text + after, add_special=False) for text in texts]
+    else:
+        parts = split(assets, example.document, texts, chat=form == "chat")
+        document = parts.document if form == "chat" else assets.encode(parts.document)
+        asked = [q if form == "chat" else assets.encode(q, add_special=False) for q in parts.questions]
+    prefixes = [assets.encode(q.prefix, add_special=False) if q.prefix else [] for q in example.questions]
+    return tuple(document), tuple((*q, *prefix) for q, prefix in zip(asked, prefixes, strict=True))
+
+
+class Stopwatch:
+    """Wall seconds of what stands inside, compilation apart."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._started, self._compiled = time.perf_counter(), compilation.totals()[1]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        compiled = compilation.totals()[1] - self._compiled
+        self.seconds = max(0.0, time.perf_counter() - self._started - compiled)
+
+
+def batches(
+    documents: Sequence[int], totals: Sequence[int], todo: Sequence[int], size: int
+) -> Iterator[tuple[int, Sequence[int]]]:
+    """Batches of `todo` with the capacity of their cache: one capacity a padded document length.
+
+    `documents` and `totals` are tokens of all examples, of the document and of all that its row will hold.
+    """
+    groups: dict[int, list[int]] = {}
+    for index, tokens in enumerate(documents):
+        groups.setdefault(prompts.prompt_bucket(tokens), []).append(index)
+    pending = set(todo)
+    for _, group in sorted(groups.items()):
+        capacity = -(-max(totals[i] for i in group) // _ROUND) * _ROUND
+        for part in _pieces([i for i in group if i in pending], size):
+            yield capacity, part
+
+
+@jax.jit
+def rows_of(cache: KVCache, index: jax.Array) -> KVCache:
+    """Copies of a cache's rows int32 [B], which may repeat."""
+    return jax.tree.map(lambda leaf: leaf[index], cache)
+
+
+def _pieces(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+__all__ = [
+    "Example",
+    "Form",
+    "Options",
+    "Progress",
+    "Question",
+    "Setting",
+    "Stopwatch",
+    "System",
+    "batches",
+    "cut",
+    "dense",
+    "rows_of",
+    "run",
+]

@@ -1,0 +1,235 @@
+"""One reading of a document, and its cache under any split and policy, some of which the library does not offer.
+
+Exact prefill attends densely whatever the split, so keys and values are those of one dense reading: the cache of any
+split is written from them, and dozens of variants cost one prefill. What a variant then makes of given tokens is
+measured by teacher forcing, CHUNK tokens a call, window and compensation token rolling as in decoding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .. import cache as kv
+from .. import prompts
+from ..attention import attend_and_write
+from ..cache import CacheSpec, Call, KVCache
+from ..config import HeadSplit, RazorConfig
+from ..generate import make_spec, prefill
+from ..heads.causal import Task
+from ..models.rope import tables
+from ..models.transformer import Transformer
+from ..params import Params, weights_fingerprint, with_heads
+from .journal import key_of
+
+CHUNK = 16  # tokens of a question and its answer that are read in one call
+
+# What the compensation token counts: the dropped tokens; one token whatever was dropped (no ln n); or those that were
+# dropped when the document had been read, with the means of then: what is dropped later is lost.
+Counting = Literal["dropped", "one", "frozen"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A row of an ablation: which heads keep everything, the policy of the others (None: dense), and a way to count."""
+
+    name: str
+    split: HeadSplit
+    razor: RazorConfig | None
+    counting: Counting = "dropped"
+
+
+class Judged(NamedTuple):
+    """Predictions of the answers, one row an answer, task by task.
+
+    Attributes:
+      losses: float64 [answers], mean negative log-likelihood of the answer's tokens, natural log.
+      best: int32 [answers, T], the likeliest token in the place of each of the answer's, -1 elsewhere.
+      wanted: int32 [answers, T], the answer's own tokens, -1 elsewhere.
+    """
+
+    losses: np.ndarray
+    best: np.ndarray
+    wanted: np.ndarray
+
+    def right(self) -> np.ndarray:
+        """float64 [answers], share of each answer's tokens that were the likeliest."""
+        return self.agreement(self.wanted)
+
+    def agreement(self, other: np.ndarray) -> np.ndarray:
+        """float64 [answers], share of each answer's tokens on which `best` is `other`."""
+        counted = self.wanted >= 0
+        return ((self.best == other) & counted).sum(1) / counted.sum(1)
+
+
+class Reading:
+    """Documents read once, densely; then their questions, put to the cache of any variant.
+
+    Attributes:
+      documents: int [answers], which document each answer belongs to.
+      capacity: tokens of every cache.
+      key: of model and text, for records.
+    """
+
+    def __init__(self, params: Params, tasks: Sequence[Task], batch: int = 8, *, width: int = 0, turns: int = 0):
+        """Readings with at least `width` tokens a turn and `turns` a document share compiled programs, where their
+        documents are as long."""
+        # In the checkpoint's order, from which each split takes its own.
+        shape = (params.config.num_layers, params.config.num_kv_heads)
+        self.params = with_heads(params, HeadSplit.none(*shape))
+        longest = max(width, *(len(q) + len(a) for task in tasks for q, a in task.turns))
+        turns = max(turns, *(len(task.turns) for task in tasks))
+        self.capacity = prompts.capacity_bucket(max(len(task.document) for task in tasks) + longest)
+        content = [(task.document, task.turns) for task in tasks]
+        self.key = key_of(weights=weights_fingerprint(params), dtype=str(params.dtype), batch=batch, tasks=content)
+        self.documents = np.repeat(np.arange(len(tasks)), [len(task.turns) for task in tasks])
+        parts = (tasks[i : i + batch] for i in range(0, len(tasks), batch))
+        self._batches = [_Batch.of(part, batch, turns, longest) for part in parts]
+        self._read = [prefill(self.params, b.documents, razor=None, capacity=self.capacity) for b in self._batches]
+
+    def judge(self, variant: Variant) -> Judged:
+        """Every question put to a copy of its document's cache under the variant, and its answer after it."""
+        params = with_heads(self.params, variant.split)
+        parts = [
+            _judge(
+                params, self._cache(params, variant, batch, read), batch.tokens, batch.ends, counting=variant.counting
+            )
+            for batch, read in zip(self._batches, self._read, strict=True)
+        ]
+        found = [batch.collect(*map(np.asarray, part)) for batch, part in zip(self._batches, parts, strict=True)]
+        return Judged(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+
+    def ratio(self, variant: Variant) -> float:
+        """How many times smaller than a dense bfloat16 cache of this capacity."""
+        spec = make_spec(with_heads(self.params, variant.split), variant.razor, self.capacity, self.capacity)
+        return spec.dense_bytes(1) / spec.kv_bytes(1)
+
+    def _cache(self, params: Params, variant: Variant, batch: _Batch, read: KVCache) -> KVCache:
+        if variant.razor is not None and variant.razor.prefill_chunk is not None:
+            # Streaming prefill: what the heads see while they read depends on the split.
+            return prefill(params, batch.documents, razor=variant.razor, capacity=self.capacity)
+        spec = make_spec(params, variant.razor, self.capacity, self.capacity)
+        return compressed(read, spec, variant.split)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "split"))
+def compressed(read: KVCache, spec: CacheSpec, split: HeadSplit) -> KVCache:
+    """The cache that an exact prefill under `spec` and `split` leaves, from a dense one of the same documents that
+    holds its heads in the checkpoint's order."""
+    T = read.layers[0][0].k.shape[2]
+    call, cache = kv.begin(kv.init(spec, read.batch, read.length), read.length, T, fresh=True)
+    layers = []
+    for index, ((group,), layer) in enumerate(zip(read.layers, cache.layers, strict=True)):
+        order = np.asarray(split.order(index), np.int32)
+        layers.append(kv.write(layer, group.k[:, order], group.v[:, order], call))
+    return cache.replace(layers=tuple(layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Documents of one call, repeated to fill it, and their turns; one that a document lacks has length 0."""
+
+    documents: list[tuple[int, ...]]
+    tokens: np.ndarray  # int32 [Q, B, T], a question and its answer
+    starts: np.ndarray  # int32 [Q, B], of the answers
+    ends: np.ndarray
+    counts: list[int]  # turns of each document; 0 for a repetition
+
+    @classmethod
+    def of(cls, part: Sequence[Task], size: int, turns: int, longest: int) -> _Batch:
+        tokens = np.zeros((turns, size, -(-longest // CHUNK) * CHUNK), np.int32)
+        starts, ends = np.zeros((2, turns, size), np.int32)
+        for row, task in enumerate(part):
+            for number, (question, answer) in enumerate(task.turns):
+                starts[number, row], ends[number, row] = len(question), len(question) + len(answer)
+                tokens[number, row, : ends[number, row]] = (*question, *answer)
+        counts = [len(task.turns) for task in part] + [0] * (size - len(part))
+        documents = [part[i % len(part)].document for i in range(size)]
+        return cls(documents, tokens, starts, ends, counts)
+
+    def collect(self, logprobs: np.ndarray, best: np.ndarray) -> Judged:
+        """From [Q, B, T], at each token what was predicted of the next, to one row an answer."""
+        losses, likeliest, wanted = [], [], []
+        for row, count in enumerate(self.counts):
+            for number in range(count):
+                first, end = self.starts[number, row], self.ends[number, row]
+                losses.append(-logprobs[number, row, first - 1 : end - 1].mean(dtype=np.float64))
+                for rows, source in ((likeliest, best[number, row, :-1]), (wanted, self.tokens[number, row, 1:])):
+                    line = np.full(source.shape, -1, np.int32)
+                    line[first - 1 : end - 1] = source[first - 1 : end - 1]
+                    rows.append(line)
+        return Judged(np.asarray(losses), np.stack(likeliest), np.stack(wanted))
+
+
+class _One(Call):
+    """A call to which the dropped tokens count as one, so that ln n is 0."""
+
+    @property
+    def dropped(self) -> jax.Array:
+        return jnp.minimum(super().dropped, 1)
+
+
+class _Frozen(Call):
+    """A call to which only what a document dropped counts."""
+
+    before: jax.Array | None = None  # int32 [B]
+
+    @property
+    def dropped(self) -> jax.Array:
+        assert self.before is not None
+        return self.before
+
+
+def _counted(call: Call, cache: KVCache, counting: Counting) -> Call:
+    """The call with another way to count; `cache` is that of the document."""
+    fields = {field.name: getattr(call, field.name) for field in dataclasses.fields(Call)}
+    if counting == "one":
+        return _One(**fields)
+    return _Frozen(**fields, before=cache.dropped) if counting == "frozen" else call
+
+
+@functools.partial(jax.jit, static_argnames=("counting",))
+def _judge(params: Params, cache: KVCache, tokens, ends, *, counting: Counting):
+    """Log-probability of each token's next one and the likeliest one, [Q, B, T], each turn on a copy of the cache."""
+    config, B = params.config, cache.batch
+
+    def turn(args):
+        tokens, ends = args
+        following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+
+        def body(index, carry):
+            logprobs, best, now = carry
+            at = index * CHUNK
+            part, target = (lax.dynamic_slice_in_dim(x, at, CHUNK, 1) for x in (tokens, following))
+            call, after = kv.begin(now, jnp.clip(ends - at, 0, CHUNK), CHUNK)
+            call = _counted(call, cache, counting)
+
+            def attend(q, k, v, layer):
+                out, written = attend_and_write(q, k, v, layer, call)
+                if counting == "frozen":
+                    written = tuple(
+                        new.replace(k_mean=old.k_mean, v_mean=old.v_mean)
+                        for new, old in zip(written, layer, strict=True)
+                    )
+                return out, written
+
+            positions = call.length[:, None] + jnp.arange(CHUNK, dtype=jnp.int32)
+            rope = tables(config.rope, config.head_dim, positions, call.length + call.new)
+            logits, layers = Transformer(config).apply({"params": params.weights}, part, rope, attend, now.layers)
+            logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
+            put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=at, axis=1)
+            likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return put(logprobs, logprob), put(best, likeliest), after.replace(layers=layers)
+
+        steps = (jnp.max(ends) + CHUNK - 1) // CHUNK
+        empty = (jnp.zeros((B, tokens.shape[1]), jnp.float32), jnp.zeros((B, tokens.shape[1]), jnp.int32))
+        return lax.fori_loop(0, steps, body, (*empty, cache))[:2]
+
+    return lax.map(turn, (tokens, ends))
