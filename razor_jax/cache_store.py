@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .folders import read_json, write_json, written_whole
 from .functional import check_cache
 from .params import Params, architecture_fingerprint, weights_fingerprint
 from .sharding import everywhere, present
-from .spec import CacheSpec, make_spec
+from .spec import CacheSpec, make_spec, ring_length
 
 RECORD = "cache.json"
 _FORMAT, _VERSION = "razor_jax cache", 1
@@ -139,11 +139,28 @@ def _read_record(path: Path) -> dict[str, Any]:
             f"{path / RECORD} has format {record.get('format')!r}, version {record.get('version')!r}; this razor_jax "
             f"reads {_FORMAT!r}, version {_VERSION}"
         )
-    capacity, rows = record.get("capacity"), [record.get(name) for name in ("lengths", "windows", "overflow")]
-    sound = isinstance(capacity, int) and all(isinstance(row, list) and len(row) == len(rows[0] or ()) for row in rows)
-    if not sound or not rows[0] or not all(0 <= length <= capacity for length in rows[0]):
-        raise ValueError(f"{path / RECORD} is damaged: capacity {capacity!r}; lengths, windows and overflow {rows}")
+    capacity, lengths = record.get("capacity"), record.get("lengths")
+    rows = len(lengths) if isinstance(lengths, list) else 0
+    sound: dict[str, Callable[[Any], bool]] = {
+        "capacity": lambda x: type(x) is int and x > 0,
+        "lengths": lambda x: rows > 0 and _all(x, int, rows) and all(0 <= length <= capacity for length in x),
+        "windows": lambda x: _all(x, int, rows),
+        "overflow": lambda x: _all(x, bool, rows),
+        "pending": lambda x: x is None or (_all(x, list, rows) and all(_all(row, int, len(row)) for row in x)),
+    }
+    for name, holds in sound.items():
+        if not holds(value := record.get(name, "missing")):
+            raise _damaged(path, f"{name} {_short(value)}, where lengths has {rows} rows")
     return record
+
+
+def _all(values: Any, kind: type, count: int) -> bool:
+    """Whether it is a list of so many of just this type."""
+    return isinstance(values, list) and len(values) == count and all(type(value) is kind for value in values)
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path / RECORD} is damaged: {what}; save the cache again")
 
 
 def _spec(path: Path, record: Mapping[str, Any], params: Params) -> CacheSpec:
@@ -163,13 +180,19 @@ def _spec(path: Path, record: Mapping[str, Any], params: Params) -> CacheSpec:
         here = _fields(spec, params)
         differ = [name for name in here if here[name] != record[name]]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path / RECORD} is damaged: {error!r}") from error
+        raise _damaged(path, repr(error)) from error
     if differ:
         said = "; ".join(f"{name} {_short(record[name])}, here {_short(here[name])}" for name in differ)
         raise ValueError(
             f"the cache in {path} was made with other params: {said}. Load the model, the head split and the types "
             "that it was made with, or prefill again"
         )
+    # What the rings are allocated for.
+    least, most = spec.shortest_ring(0), spec.capacity if razor is None else ring_length(razor, spec.capacity)
+    for length, window in zip(record["lengths"], record["windows"], strict=True):
+        unset = length == window == 0
+        if not (unset or least <= window <= most):
+            raise _damaged(path, f"window {window} of a row of {length} tokens, where {least} to {most} is possible")
     return spec
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -89,7 +90,9 @@ def serve(
     try:
         worker.tell(process=jax.process_index(), processes=jax.process_count())
         files = agreement.describe(hub.find(model))
-        agreement.require(agreement.versions() | files | agreement.as_text(decisive | shape))
+        # By content: hosts may keep it in different places.
+        split_file = {} if dense or heads == "auto" else {"--heads": agreement.heads_file(heads)}
+        agreement.require(agreement.versions() | files | split_file | agreement.as_text(decisive | shape))
         with terminal.working(f"loading {model}") as progress:
             params = razor_jax.load(
                 model,
@@ -100,25 +103,26 @@ def serve(
                 weights=weights,
                 progress=progress,
             )
-        # Found anew, or remembered by each host for itself.
-        split = {"head split": json.dumps([params.split.retrieval, params.split.scopes])}
-        agreement.require(split)
         policy = policy_of(
             params, dense=dense, window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype
         )
+        # The split may be one that each host remembers for itself, and a razor.json recommends a policy, too.
+        kept = {
+            "head split": json.dumps([params.split.retrieval, params.split.scopes]),
+            "policy": json.dumps(None if policy is None else dataclasses.asdict(policy), sort_keys=True),
+        }
+        agreement.require(kept)
         options: dict[str, Any] = {"razor": policy, "sampling": sampling, "stop": stop or ()}
         if prompts is None or output is None:
             _converse(params, {**options, "max_new_tokens": max_new_tokens, "seed": seed})
             return
         # Draws depend on the row that a prompt takes in its batch.
-        run = {"files": files, **split, **decisive, **({} if sampling == razor_jax.Greedy() else {"batch": rows})}
+        run = {"files": files, **kept, **decisive, **({} if sampling == razor_jax.Greedy() else {"batch": rows})}
         _answer_file(params, prompts, output, rows, max_new_tokens, run, seed, options)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        # Mostly a collective whose other end is gone.
-        worker.tell(error=str(error).partition("\n")[0])
-        raise typer.Exit(worker.LOST) from None
+        raise typer.Exit(worker.code_of(error)) from None
 
 
 def _answer_file(

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from .worker import LOST, Place
@@ -70,23 +71,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for restart in range(flags.restarts + 1):
-        worker = _Worker(where, flags)
-        code = worker.wait()
-        if code != LOST or worker.asked or restart == flags.restarts:
-            break
-        # The other processes have to end first, or they would take the new one for the old.
-        print(f"razor-jax: start {restart + 2} of {flags.restarts + 1} in {where.heartbeat + 5} s", file=sys.stderr)
-        time.sleep(where.heartbeat + 5)
+    code = LOST
+    with _Signals() as signals:
+        for restart in range(flags.restarts + 1):
+            code = _Worker(where, flags, signals).wait()
+            if code != LOST or signals.asked or restart == flags.restarts:
+                break
+            # The other processes have to end first, or they would take the new one for the old.
+            pause = where.heartbeat + 5
+            print(f"razor-jax: start {restart + 2} of {flags.restarts + 1} in {pause} s", file=sys.stderr, flush=True)
+            signals.wait(pause)
+            if signals.asked:
+                return signals.code
+        if flags.stay and code != LOST:
+            signals.wait()
     return code
+
+
+class _Signals:
+    """Those that ask for the end, from the first start to the last; the worker that runs is asked, too."""
+
+    def __init__(self):
+        self.asked: signal.Signals | None = None
+        self._worker: subprocess.Popen | None = None
+
+    def __enter__(self) -> _Signals:
+        names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        self._before = {name: signal.signal(name, self._take) for name in names}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    @property
+    def code(self) -> int:
+        """The exit code of one that was asked."""
+        return 130 if self.asked == signal.SIGINT else LOST
+
+    def reach(self, worker: subprocess.Popen) -> None:
+        """From now on it is this one that is asked."""
+        self._worker = worker
+        if self.asked:
+            self._end(worker)
+
+    def wait(self, seconds: float = math.inf) -> None:
+        """Until then, or until asked."""
+        end = time.monotonic() + seconds
+        while not self.asked and time.monotonic() < end:
+            time.sleep(0.2)  # a signal alone does not cut a sleep short
+
+    def _take(self, number: int, frame: Any) -> None:
+        self.asked = signal.Signals(number)
+        if self._worker is not None:
+            self._end(self._worker)
+
+    def _end(self, worker: subprocess.Popen) -> None:
+        worker.terminate()
+        killer = threading.Timer(GRACE, worker.kill)
+        killer.daemon = True
+        killer.start()
 
 
 class _Worker:
     """The child process of one start."""
 
-    def __init__(self, where: Place, flags: argparse.Namespace):
-        self._where, self._debug = where, flags.debug
-        self.asked: signal.Signals | None = None
+    def __init__(self, where: Place, flags: argparse.Namespace, signals: _Signals):
+        self._where, self._debug, self._signals = where, flags.debug, signals
         self._notes: dict[str, Any] = {}
         self._withheld = b""
         ours, theirs = socket.socketpair()
@@ -99,6 +150,7 @@ class _Worker:
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
+        signals.reach(self._child)
         assert self._child.stderr is not None
         self._listeners = [
             threading.Thread(target=listen, args=(source,), daemon=True)
@@ -109,8 +161,7 @@ class _Worker:
 
     def wait(self) -> int:
         """The launcher's exit code, when the child has ended; says why if it was not by itself."""
-        with self._handing_on_signals():
-            code = self._child.wait()
+        code = self._child.wait()
         for listener in self._listeners:
             listener.join(timeout=2)
         if code == 0 or self._debug:
@@ -119,25 +170,9 @@ class _Worker:
         if code == 0:
             return 0
         print(f"razor-jax: {self._line(code)}", file=sys.stderr, flush=True)
-        if self.asked == signal.SIGINT:
-            return 130
-        return code if 0 < code != LOST and not self.asked else LOST
-
-    @contextlib.contextmanager
-    def _handing_on_signals(self) -> Iterator[None]:
-        def hand_on(number: int, frame: Any) -> None:
-            self.asked = signal.Signals(number)
-            self._child.terminate()
-            killer = threading.Timer(GRACE, self._child.kill)
-            killer.daemon = True
-            killer.start()
-
-        before = {name: signal.signal(name, hand_on) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
+        if self._signals.asked:
+            return self._signals.code
+        return code if 0 < code != LOST else LOST
 
     def _hear(self, notes: BinaryIO) -> None:
         for line in notes:
@@ -156,7 +191,8 @@ class _Worker:
     def _line(self, code: int) -> str:
         process, processes = (self._notes.get(name, getattr(self._where, name)) for name in ("process", "processes"))
         who = f"process {'?' if process is None else process} of {processes or '?'} on {socket.gethostname()}"
-        why = f"asked to by {self.asked.name}" if self.asked else ""
+        asked = self._signals.asked
+        why = f"asked to by {asked.name}" if asked else ""
         why = why or explain(code, self._notes, self._withheld.decode(errors="replace"), self._where.connect_timeout)
         return f"{who} ended: {why}; last finished prompt: {self._notes.get('finished', 'none')}"
 
@@ -189,6 +225,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--connect-timeout", type=int, default=300, help="seconds until all must have come")
     parser.add_argument("--heartbeat", type=int, default=HEARTBEAT, help="seconds after which a silent one is dead")
     parser.add_argument("--restarts", type=int, default=0, help="starts after the first, where a process was lost")
+    parser.add_argument("--stay", action="store_true", help="after any end but a lost process wait for SIGTERM")
     parser.add_argument("--debug", action="store_true", help="JAX's own last words, too")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- script.py arguments, or -- -m module arguments")
     flags = parser.parse_args(arguments)

@@ -23,6 +23,9 @@ import jax
 LOST = 75  # EX_TEMPFAIL: a process was lost, start again
 TOLD_SECONDS = 3  # for the others to hear from a process that ends by itself why it does
 
+# JAX's word for what another start would meet again: too little memory, a program that is wrong.
+_VERDICTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")
+
 _launcher: socket.socket | None = None
 
 
@@ -53,6 +56,16 @@ def tell(**notes: Any) -> None:
     what went wrong. Nothing happens without a launcher."""
     if _launcher is not None:
         _launcher.sendall(json.dumps(notes).encode() + b"\n")
+
+
+def code_of(error: Exception) -> int:
+    """The exit code for a JaxRuntimeError; the launcher is told its first line.
+
+    Mostly it is of a collective whose other end is gone, hence LOST; 1 for what another start would meet again.
+    """
+    first = str(error).partition("\n")[0]
+    tell(error=first)
+    return 1 if first.startswith(_VERDICTS) else LOST
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -91,9 +104,8 @@ def _run(place: Place, command: Sequence[str]) -> int:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except jax.errors.JaxRuntimeError as error:  # of a collective whose other end is gone
-        tell(error=str(error).partition("\n")[0])
-        return LOST
+    except jax.errors.JaxRuntimeError as error:
+        return code_of(error)
     except BaseException as error:
         traceback.print_exc()
         tell(error=f"{type(error).__name__}: {error}".partition("\n")[0])

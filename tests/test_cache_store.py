@@ -144,13 +144,25 @@ def test_damage_is_one_error_that_names_the_place(cache, tmp_path):
         {"lengths": [70]},
         {"capacity": "large"},
         {"lengths": [7000, 1]},
+        {"lengths": ["a", 1]},
+        {"lengths": [True, 1]},
+        {"windows": [None, 16]},
+        {"windows": [16, 17]},
+        {"windows": [0, 16]},
+        {"overflow": [0, 0]},
+        {"pending": [[1]]},
+        {"pending": [[1], ["b"]]},
         {"razor": {"w": 1}},
         {"weights": 3},
     ):
         folder = damaged(str(wrong))
         (folder / store.RECORD).write_text(json.dumps(record | wrong))
-        with pytest.raises(ValueError, match=r"cache\.json is damaged|other params: weights"):
+        with pytest.raises(ValueError, match=r"cache\.json is damaged: .*; save|other params: weights"):
             razor_jax.load_cache(params, folder)
+    folder = damaged("no pending")
+    (folder / store.RECORD).write_text(json.dumps({name: record[name] for name in record if name != "pending"}))
+    with pytest.raises(ValueError, match=r"cache\.json is damaged: pending missing, where"):
+        store.load_pending(folder)
     (saved / store.RECORD).unlink()
     with pytest.raises(FileNotFoundError, match=r"cache\.json is missing"):
         razor_jax.load_cache(params, saved)

@@ -2,13 +2,13 @@
 
 import argparse
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
@@ -65,6 +65,9 @@ elif sys.argv[1] == "raise":
     raise RuntimeError("a bug")
 elif sys.argv[1] == "abort":
     os.abort()
+elif sys.argv[1] == "too large":
+    import jax
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\\nallocations")
 elif sys.argv[1] == "fail once":
     first = not os.path.exists(sys.argv[2])
     open(sys.argv[2], "w").close()
@@ -93,17 +96,31 @@ def start(tmp_path):
 
 
 def test_how_a_script_ends_is_one_line_and_a_code(start):
-    runs = {name: start(name) for name in ("0", "2", "raise", "abort")}
+    runs = {name: start(name) for name in ("0", "2", "raise", "abort", "too large")}
     ends = {name: (run.communicate(timeout=120), run.returncode) for name, run in runs.items()}
     last = {name: (err.splitlines() or [""])[-1] for name, ((_, err), _) in ends.items()}
-    assert [code for _, code in ends.values()] == [0, 2, worker.LOST, worker.LOST]
+    assert [code for _, code in ends.values()] == [0, 2, worker.LOST, worker.LOST, 1]
     assert last["0"] == ""
     who = "razor-jax: process ? of 1 on "
     assert all(line.startswith(who) and line.endswith("last finished prompt: q7") for line in last.values() if line)
     assert "ended: exit code 2;" in last["2"]
     assert "ended: RuntimeError: a bug;" in last["raise"]
     assert "ended: killed by SIGABRT;" in last["abort"]
+    assert "ended: RESOURCE_EXHAUSTED: out of memory;" in last["too large"]
     assert "Traceback" in ends["raise"][0][1]
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.", 1),
+        ("INVALID_ARGUMENT: Executable expected 2 buffers", 1),
+        ("UNAVAILABLE: Socket closed", worker.LOST),
+        ("INTERNAL: Gloo all-reduce failed", worker.LOST),
+    ],
+)
+def test_errors_of_jax_that_another_start_would_meet_again_are_verdicts(said, code):
+    assert worker.code_of(jax.errors.JaxRuntimeError(said)) == code
 
 
 def test_a_worker_ends_with_its_launcher(start):
@@ -134,6 +151,22 @@ def test_a_lost_start_is_made_again(start, tmp_path):
     _, err = run.communicate(timeout=120)
     assert run.returncode == 0
     assert "start 2 of 2 in 7 s" in err
+
+
+def test_a_launcher_between_two_starts_ends_when_asked(start):
+    run = start("75", flags=("--processes", "1", "--restarts", "1"))
+    assert any("start 2 of 2 in 25 s" in line for line in run.stderr)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=5) == worker.LOST
+
+
+def test_a_launcher_that_stays_ends_when_asked(start):
+    run = start("2", flags=("--processes", "1", "--stay"))
+    assert "ended: exit code 2;" in run.stderr.readline()
+    with pytest.raises(subprocess.TimeoutExpired):
+        run.wait(timeout=1)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=5) == 2
 
 
 def test_a_coordinator_out_of_reach_is_named(start):
@@ -234,9 +267,10 @@ def test_commands_in_manifests_are_understood(name):
     template = spec.get("template") or spec["leaderWorkerTemplate"]["workerTemplate"]
     only = container(template["spec"])
     words = [*only["command"], *only["args"]]
-    words = words if words[0] == "python" else shlex.split(words[-1].partition("&&")[0])
     assert words[:3] == ["python", "-m", "razor_jax.launch"]
     flags = launch._parse(words[3:])
+    # A set starts a pod again that ends, whatever its code.
+    assert flags.stay == (name == "leaderworkerset.yaml")
     assert (SCRIPTS.parent / flags.command[0]).is_file()
     with pytest.raises(SystemExit, match="0"):
         cli.app(["serve", *flags.command[1:], "--help"])

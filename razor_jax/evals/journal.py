@@ -55,10 +55,10 @@ class Journal:
                 self._records[record.pop("key")] = record
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(
-                    f"{path}, line {number} is no record of an evaluation ({error}): name another file, or remove this"
+                    f"{path}, line {number} is no record of a run ({error}): name another file, or remove this"
                 ) from error
         tail = data[whole:]
         if tail and tail[: len(_START)] != _START[: len(tail)]:
-            raise ValueError(f"{path} is no record of an evaluation: name another file")
+            raise ValueError(f"{path} is no record of a run: name another file")
         if tail:
             os.truncate(path, whole)

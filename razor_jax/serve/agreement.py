@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import razor_jax
+from razor_jax.heads import store
 
 _SAMPLES, _SAMPLE = 16, 512  # pieces of a weight file that are read, and their bytes
 _SIZE = 1 << 16  # bytes of a record, padded
@@ -32,6 +33,14 @@ def describe(model: Path) -> dict[str, str]:
     texts = [model / name for name in _TEXTS if (model / name).is_file()]
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in texts}
     return digests | {"weights": fingerprint(model)}
+
+
+def heads_file(path: str) -> str:
+    """Digest of a razor.json that was named by its path."""
+    file = Path(path).expanduser()
+    file = file / store.NAME if file.is_dir() else file
+    # Where it lacks everywhere, `load` says so.
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no such file"
 
 
 def as_text(options: Mapping[str, Any]) -> dict[str, str]:

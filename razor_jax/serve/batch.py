@@ -7,10 +7,11 @@ reads and writes; an answer is on disk before the next batch begins.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,27 +56,48 @@ def serve(
       progress: called with the prompts finished and those in all.
 
     Raises ValueError, on every process and before anything is written, for a line that is wrong, or an output that
-    holds answers of another run.
+    holds answers of another run or that another run is writing.
     """
     work: list[_Work] = []  # of process 0
+    with contextlib.ExitStack() as held:
 
-    def begin() -> list[int]:
-        work.append(_Work(prompts, output, batch, max_new_tokens, run))
-        return work[0].counts
+        def begin() -> list[int]:
+            items = read(prompts, max_new_tokens)
+            held.enter_context(_alone(output))
+            work.append(_Work(items, output, batch, run))
+            return work[0].counts
 
-    done, total = shared(begin)
-    before = done
-    progress(done, total)
-    while (task := shared(lambda: work[0].task())) is not None:
-        given = task["prompts"]
-        try:
-            results = answer(given + given[-1:] * (batch - len(given)), task["max_new_tokens"], task["number"])
-        except ValueError as error:
-            raise ValueError(f"prompts {task['ids'][0]!r} to {task['ids'][-1]!r}: {error}") from error
-        done, total = shared(lambda results=results: work[0].keep(results))
-        worker.tell(finished=task["ids"][-1])
+        done, total = shared(begin)
+        before = done
         progress(done, total)
+        while (task := shared(lambda: work[0].task())) is not None:
+            given = task["prompts"]
+            try:
+                results = answer(given + given[-1:] * (batch - len(given)), task["max_new_tokens"], task["number"])
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"prompts {task['ids'][0]!r} to {task['ids'][-1]!r}: {error}") from error
+            done, total = shared(lambda results=results: work[0].keep(results))
+            worker.tell(finished=task["ids"][-1])
+            progress(done, total)
     return done - before
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """No other run writes to the file meanwhile; the lock goes with the process, however that ends."""
+    import fcntl  # Windows has none, and every command imports this file
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{output} is being written by another run: wait for its end, or name another output"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 class _Work:
@@ -85,8 +107,7 @@ class _Work:
     run was killed.
     """
 
-    def __init__(self, prompts: Path, output: Path, batch: int, max_new_tokens: int, run: Mapping[str, Any]):
-        items = read(prompts, max_new_tokens)
+    def __init__(self, items: list[Item], output: Path, batch: int, run: Mapping[str, Any]):
         self._batches = [
             list(part)
             for _, same in itertools.groupby(items, key=lambda item: item.max_new_tokens)
@@ -97,7 +118,7 @@ class _Work:
         self._journal = Journal(output)
         finished = [self._journal.get(self._key(item)) is not None for item in items]
         self._done = sum(finished)
-        lines = output.read_bytes().count(b"\n") if output.exists() else 0
+        lines = output.read_bytes().count(b"\n")
         if lines != self._done:
             raise ValueError(
                 f"{output} holds {lines} answers, {self._done} of them to these prompts by this model with these "
@@ -167,11 +188,33 @@ def _item(data: Any, max_new_tokens: int) -> Item:
             raise ValueError(f"unknown field {name!r}: allowed are {', '.join(_FIELDS)}")
     if ("prompt" in data) == ("messages" in data):
         raise ValueError('give "prompt" or "messages", one of the two')
-    prompt = data.get("prompt", data.get("messages"))
-    if not prompt or not isinstance(prompt, (str, list) if "prompt" in data else list):
-        raise ValueError('"prompt" must be text or token ids, "messages" a list of messages; and not empty')
     limit = whole_number("max_new_tokens", data.get("max_new_tokens", max_new_tokens), 1)
-    return Item(data["id"], prompt, limit)
+    return Item(data["id"], _text(data["prompt"]) if "prompt" in data else _chat(data["messages"]), limit)
+
+
+def _text(prompt: Any) -> str | list[int]:
+    ids = isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt)
+    if not prompt or not (ids or isinstance(prompt, str)):
+        raise ValueError(f'"prompt" is {_short(prompt)}: must be text or a list of token ids, and not empty')
+    return prompt
+
+
+def _chat(messages: Any) -> list[dict[str, Any]]:
+    sound = isinstance(messages, list) and all(
+        isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+        for message in messages
+    )
+    if not messages or not sound:
+        raise ValueError(
+            f'"messages" is {_short(messages)}: must be a list of messages, {{"role": "user", "content": "…"}}, and '
+            "not empty"
+        )
+    return messages
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _parts(items: list[Item], size: int) -> list[list[Item]]:
