@@ -60,6 +60,7 @@ def plan(
     if share is not None and heads is not None:
         raise typer.BadParameter("give --share or --heads, not both")
     given = {"--kv-dtype": kv_dtype, "--window": window, "--sinks": sinks, "--share": share, "--heads": heads}
+    given["--prefill-chunk"] = prefill_chunk
     extra = [name for name, value in given.items() if value is not None]
     if dense and extra:
         raise typer.BadParameter(f"--dense compresses nothing: leave out {', '.join(extra)}")
@@ -75,6 +76,8 @@ def plan(
             f"mesh={mesh!r} takes {sizes['data'] * sizes['model']} devices, {topology} has {hardware.devices}"
         )
     if layers is not None:
+        if layers > config.num_layers:
+            raise typer.BadParameter(f"--layers {layers}: {model} has {config.num_layers}, give at most as many")
         config = dataclasses.replace(config, num_layers=layers)
     split = None if dense else _split(config, share, heads)
     policy = None
@@ -118,7 +121,7 @@ def _split(config: ModelConfig, share: float | None, heads: Path | None) -> Head
 
 def _show(made: Plan) -> None:
     job = made.rows[-1].job
-    tokens = "in one call" if job.call >= job.context else f"by {job.call:,}"
+    tokens = "in one call" if job.call >= job.context else f"by {job.call:,} (dense in one call)"
     console = Console(highlight=False)
     console.print(job.hardware.describe())
     console.print(
@@ -140,9 +143,10 @@ def _show(made: Plan) -> None:
 
 def _balanced_note(made: Plan) -> str:
     job = made.job
-    if "head" not in made.layouts:
-        return f" (by head needs a number of devices on model that divides {job.config.num_kv_heads} KV heads)"
-    split = planner.balanced(made.rows[-1].job.split, job.model)
+    reason = planner.why_not_by_head(job.split, job.model)
+    if reason is not None:
+        return f" (not by head over {job.model} devices: {reason})"
+    split = planner.balanced(job.split, job.model)
     return f" (by head {split.share:.0%} of KV heads have to keep everything, so that each layer's divide)"
 
 

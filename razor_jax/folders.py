@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -19,13 +20,19 @@ from jax.experimental import multihost_utils
 def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `path` that takes its place if the block ends well, and goes if it does not.
 
+    What a killed process leaves lies beside `path`: a `.name.….partial`, which nobody reads and which may be removed;
+    and, if it was killed in the instant between two renames, what `path` held, as `.name.….old`, with nothing at
+    `path`, until the next call for the same path puts it back.
+
     Every process of a run enters; the first one makes, renames and removes, when all have come so far.
 
     Raises FileExistsError, on every process, where `path` holds something and `overwrite` is not given.
     """
     path = path.absolute()
     first = jax.process_index() == 0
-    taken = path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir()))
+    if first:
+        _put_back(path)
+    taken = _holds(path) and not overwrite
     if _of_first(taken):
         raise FileExistsError(f"{path} is there already: choose another folder, or pass overwrite=True")
     mark = f"{_of_first(secrets.randbits(32)):08x}"
@@ -69,6 +76,24 @@ def write_json(file: Path, value: Any) -> None:
     """The first process writes."""
     if jax.process_index() == 0:
         file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _put_back(path: Path) -> None:
+    """End what a killed process began: an old folder takes its place again, or goes where a new one has taken it."""
+    if not path.parent.is_dir():
+        return
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.old")
+    # Listed before `path` is looked at, so that one that another process is just moving is not among them.
+    for old in [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name)]:
+        if _holds(path):
+            shutil.rmtree(old, ignore_errors=True)
+        elif not path.exists():
+            old.rename(path)
+
+
+def _holds(path: Path) -> bool:
+    """Whether there is more than an empty folder."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
 def _of_first(value: int) -> int:

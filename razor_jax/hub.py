@@ -112,7 +112,9 @@ def save(
     shard_bytes: int = checkpoint.SHARD_BYTES,
 ) -> None:
     """Write weights, config, tokenizer and, as razor.json, the head split to a folder that `load` reads back exactly,
-    on any mesh and in any number of processes. The folder is there when it is whole, or as it was before.
+    on any mesh and in any number of processes. The folder is there when it is whole, or as it was before; if a process
+    is killed just as the folders change places, what was there lies beside it, hidden, until the next `save` puts it
+    back.
 
     Args:
       format: "huggingface" loads in transformers too, in files of at most `shard_bytes`; "orbax" takes int8 weights as

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from .config import HeadSplit
@@ -22,6 +24,10 @@ from .sharding import MeshLike, make_mesh, weight_bytes, weight_shardings, weigh
 log = logging.getLogger("razor_jax")
 
 GIB = 2**30
+
+# Bytes of a weight while it becomes int8, beside the int8: float32, or 16 bits and a float32 copy of them, which some
+# compilers make (CPU's does, TPU's does not).
+_PASSING = 6
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -58,13 +64,13 @@ class Loader:
             raise ValueError(f"weights={weights!r}: use 'int8', or None for the type of dtype=")
         self.config = config
         self.mesh = make_mesh(mesh, config.num_kv_heads)
-        require_room(abstract_weights(config, dtype, weights or stored), self.mesh)
+        self._quantizes = weights == "int8" and stored is None
+        require_room(abstract_weights(config, dtype, weights or stored), self.mesh, self._quantizes)
         tree = abstract_weights(config, dtype, stored)
         if self.mesh is not None:
             where = weight_shardings(tree, self.mesh)
             tree = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where)
         self.targets: dict[str, Any] = dict(flax.traverse_util.flatten_dict(tree, sep="/"))
-        self._quantizes = weights == "int8" and stored is None
         self._flat: dict[str, jax.Array] = {}
         self._samples: dict[str, np.ndarray] = {}
         self._origin = origin
@@ -121,12 +127,14 @@ def float_type(asked: Any) -> np.dtype:
     return jnp.dtype(name)
 
 
-def require_room(weights: Any, mesh: Mesh | None) -> None:
-    """Refuse, before anything is read, weights (a tree of shapes) that a device of this process has no room for.
+def require_room(weights: Any, mesh: Mesh | None, quantizes: bool) -> None:
+    """Refuse, before anything is read, weights (a tree of shapes) that a device has no room for; on a mesh of several
+    processes all refuse where one has to. `quantizes`: the int8 kernels among them are floats first, one by one.
 
     Backends that do not say how much they have (CPU) refuse nothing. Raises ValueError with both numbers.
     """
     needed, replicated = weight_bytes(weights, mesh)
+    passing = _PASSING * _largest_kernel(weights, mesh) if quantizes else 0
     devices = mesh.local_devices if mesh is not None else jax.local_devices()[:1]
     count = 1 if mesh is None else mesh.size
     if mesh is not None:
@@ -136,14 +144,21 @@ def require_room(weights: Any, mesh: Mesh | None) -> None:
             count,
             replicated / GIB,
         )
-    for device in devices:
-        room = _room(device)
-        if room is not None and needed > room:
-            smaller = "" if _has_int8(weights) else ', or weights="int8"'
-            raise ValueError(
-                f"the weights do not fit: {needed / GIB:.2f} GiB needed on each of {count} device(s), "
-                f"{max(room, 0) / GIB:.2f} GiB free on {device}: use a mesh of more devices{smaller}"
-            )
+    rooms = {device: _room(device) for device in devices}
+    short = [
+        f"{max(room, 0) / GIB:.2f} GiB free on {device}"
+        for device, room in rooms.items()
+        if room is not None and needed + passing > room
+    ]
+    processes = _where(bool(short), mesh)
+    if processes:
+        free = short[0] if short else f"less free on a device of process {processes[0]}"
+        on_the_way = f" ({passing / GIB:.2f} of it while kernels become int8)" if passing else ""
+        smaller = "" if _has_int8(weights) else ', or weights="int8"'
+        raise ValueError(
+            f"the weights do not fit: {(needed + passing) / GIB:.2f} GiB needed on each of {count} "
+            f"device(s){on_the_way}, {free}: use a mesh of more devices{smaller}"
+        )
 
 
 def place(target: jax.ShapeDtypeStruct, part: Callable[[Index], np.ndarray]) -> jax.Array:
@@ -175,6 +190,23 @@ def _room(device: Any) -> int | None:
     """Free bytes of a device's memory, None where its backend does not say."""
     stats = device.memory_stats() or {}
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+
+
+def _largest_kernel(weights: Any, mesh: Mesh | None) -> int:
+    """Numbers in the largest part of an int8 kernel that one device has to hold."""
+    leaves = jax.tree.leaves(weights)
+    parts = [x.shape for x in leaves]
+    if mesh is not None:
+        where = jax.tree.leaves(weight_shardings(weights, mesh))
+        parts = [at.shard_shape(shape) for at, shape in zip(where, parts, strict=True)]
+    return max(math.prod(part) for x, part in zip(leaves, parts, strict=True) if x.dtype == jnp.int8)
+
+
+def _where(here: bool, mesh: Mesh | None) -> list[int]:
+    """The processes of a mesh on which this holds; all of them ask."""
+    if mesh is None or not mesh.is_multi_process:
+        return [jax.process_index()] * here
+    return np.flatnonzero(multihost_utils.process_allgather(np.asarray(here))).tolist()
 
 
 def _has_int8(weights: Any) -> bool:

@@ -281,6 +281,32 @@ def test_what_the_compiler_says_is_shown(run, monkeypatch):
     assert "3 collectives, 3.00 MiB" in shown
 
 
+ALIBI = HeadSplit(((0, 1),) * 40, 40, scopes=((0, 0, *([9] * 18), *([5] * 20)),) * 40)
+
+
+@pytest.mark.filterwarnings("ignore:attention runs without its pallas_tpu kernels")
+def test_scopes_of_an_alibi_model_are_not_rounded(run, tmp_path):
+    """By slot on any mesh; by head where every scope's heads divide, and refused elsewhere."""
+    load = ("-m", "Baichuan2-13B", "-c", 4096, "--batch", 2, "--heads", store.write(tmp_path / "razor.json", ALIBI))
+    made = json.loads(run(*load, "-t", "v5e:2x4", "--json").stdout)
+    assert made["kv_bytes_by_layout"] == {"slot": made["rows"][1]["memory"]["kv"]}
+    shown = " ".join(run(*load, "-t", "v5e:2x4").stdout.split())
+    assert "not by head over 8 devices: they do not divide the heads of every scope" in shown
+    done = run(*load, "-t", "v5e:2x4", "--layout", "head", code=1)
+    assert "there are groups of [2, 18, 20]; give the mesh less of model" in str(done.exception)
+    two = json.loads(run(*load, "-t", "v5e:2x4", "--mesh", "data=4,model=2", "--batch", 4, "--json").stdout)
+    assert two["split"]["share"] == ALIBI.share
+    assert two["kv_bytes_by_layout"]["head"] == two["rows"][1]["memory"]["kv"] <= two["kv_bytes_by_layout"]["slot"]
+
+
+def test_dense_rows_are_read_in_one_call(run):
+    """As `generate(razor=None)` reads a prompt, whatever the chunk of the rows beside."""
+    whole, chunked = (json.loads(run(*LOAD, "--json", *more).stdout) for more in ((), ("--prefill-chunk", 1024)))
+    assert chunked["tokens_a_call"] == 1024
+    assert chunked["rows"][0] == whole["rows"][0]
+    assert chunked["rows"][1]["memory"]["prefill"] < whole["rows"][1]["memory"]["prefill"]
+
+
 def test_alibi_needs_a_split(run):
     with pytest.warns(UserWarning, match="ALiBi runs on XLA"):
         made = json.loads(run("-m", "Baichuan2-13B", "-t", "h200", "-c", 4096, "--json").stdout)
@@ -313,6 +339,8 @@ def test_what_does_not_go_together(run, options, error, words):
     [
         (("--share", 0.2, "--heads", "razor.json"), "not both"),
         (("--dense", "--window", 100), "leave out --window"),
+        (("--dense", "--prefill-chunk", 100), "leave out --prefill-chunk"),
+        (("--layers", 33), "--layers 33: Llama-3.1-8B has 32"),
     ],
 )
 def test_wrong_use(run, options, words):

@@ -4,7 +4,7 @@ from .compiler import STEPS, Compiled, Step, compile_step
 from .hardware import GIB, Hardware, find_hardware
 from .known import CONFIGS, find_config
 from .memory import Job, Memory, largest_batch, largest_context, memory
-from .plan import Plan, Row, balanced, default_split, make_plan
+from .plan import Plan, Row, balanced, default_split, make_plan, why_not_by_head
 
 __all__ = [
     "CONFIGS",
@@ -26,4 +26,5 @@ __all__ = [
     "largest_context",
     "make_plan",
     "memory",
+    "why_not_by_head",
 ]

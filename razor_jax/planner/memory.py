@@ -126,7 +126,7 @@ def memory(job: Job) -> Memory:
     return Memory(
         weights=_weight_bytes(job.config, job.weights, job.data, job.model),
         kv=spec.kv_bytes(rows) // job.model,
-        prefill=_prefill(job, rows, mesh),
+        prefill=_prefill(job, rows, mesh, by_slot=spec.shards > 1),
         decode=_decode(job, rows),
     )
 
@@ -152,7 +152,7 @@ def _decode(job: Job, rows: int) -> int:
     return logits + c.num_layers * (800_000 + rows * 8 * c.hidden_size)
 
 
-def _prefill(job: Job, rows: int, mesh: Mesh) -> int:
+def _prefill(job: Job, rows: int, mesh: Mesh, by_slot: bool) -> int:
     """Temporaries of a call of `job.call` tokens: their hidden states, one layer's keys and values with what they go
     through on the way into the cache, and one chunk's activations; what the compiler took, at several shapes."""
     c, size = job.config, jnp.dtype(job.dtype).itemsize
@@ -166,8 +166,8 @@ def _prefill(job: Job, rows: int, mesh: Mesh) -> int:
         # Hidden states are copied between layers; and the widest of attention's weights is laid out anew, unless int8.
         relaid = 0 if job.weights == "int8" else c.hidden_size * width * size
         return max(2 * hidden, hidden + 2 * kv) + chunk + relaid
-    # Each device sends its slots to the others, one part of them where `parts` devices hold the same keys and values.
-    sent = kv * 3 // 2 if parts == 1 else kv // parts
+    # By slot each device sends the others theirs, one part of them where `parts` devices hold the same keys and values.
+    sent = kv if not by_slot else kv * 3 // 2 if parts == 1 else kv // parts
     return hidden + kv + sent + chunk
 
 

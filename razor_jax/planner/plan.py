@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .. import sharding
 from ..config import HeadSplit, RazorConfig
 from ..heads.select import GROUPED_SHARES, PAPER_SHARES, head_count
 from ..models.config import ModelConfig
@@ -126,7 +127,8 @@ def make_plan(
     """
     rows = []
     for name, razor in policies(job.razor, job.split):
-        here = dataclasses.replace(job, razor=razor)
+        # Dense prefill is one call, whatever Razor's is.
+        here = dataclasses.replace(job, razor=razor, call=job.call if razor else job.context)
         seen = {}
         for step in compiled:
             progress(f"compiling {name}, {step}")
@@ -136,12 +138,12 @@ def make_plan(
 
 
 def layouts(job: Job) -> dict[str, int]:
-    """KV bytes on each device by either layout of the cache, by head for the split rounded up to what divides; only by
-    those that the model allows."""
+    """KV bytes on each device by either layout of the cache, by head for the split as `balanced` makes it; only by
+    those that model and split allow."""
     if job.model == 1 or job.razor is None:
         return {}
     found = {"slot": memory(dataclasses.replace(job, layout="slot")).kv}
-    if job.config.num_kv_heads % job.model == 0:
+    if why_not_by_head(job.split, job.model) is None:
         split = balanced(job.split, job.model)
         found["head"] = memory(dataclasses.replace(job, split=split, layout="head")).kv
     return found
@@ -161,20 +163,34 @@ def default_split(config: ModelConfig, share: float | None = None) -> HeadSplit:
     return HeadSplit(tuple(tuple(range(n)) for n in counts), config.num_kv_heads, note=f"{note}, spread evenly")
 
 
-def balanced(split: HeadSplit, devices: int) -> HeadSplit:
-    """The split with each layer's count rounded up to a multiple of `devices`, as `select(balanced_over=)` does.
+def why_not_by_head(split: HeadSplit, devices: int) -> str | None:
+    """Why no split like this one goes by head over so many devices; None where `balanced` makes one that does."""
+    if split.num_kv_heads % devices:
+        return f"they do not divide the {split.num_kv_heads} KV heads of a layer"
+    groups = {n for layer in range(split.num_layers) for n in sharding.head_groups(split, layer)}
+    if split.scopes and any(n % devices for n in groups):
+        # Scopes follow from an ALiBi model's weights: nobody may round them.
+        return f"they do not divide the heads of every scope, there are groups of {sorted(groups - {0})}"
+    return None
 
-    Raises ValueError where so many devices do not divide a layer's KV heads.
+
+def balanced(split: HeadSplit, devices: int) -> HeadSplit:
+    """The split with each layer's count rounded up to a multiple of `devices`, as `select(balanced_over=)` does; one
+    with scopes as it is, where they divide.
+
+    Raises ValueError where no such split goes by head.
     """
-    K = split.num_kv_heads
-    if K % devices:
+    reason = why_not_by_head(split, devices)
+    if reason is not None:
         raise ValueError(
-            f"layout='head' over {devices} devices: they do not divide the {K} KV heads of a layer; give the mesh less "
-            "of model and more of data, or leave the layout to 'slot'"
+            f"layout='head' over {devices} devices: {reason}; give the mesh less of model and more of data, or leave "
+            "the layout to 'slot'"
         )
+    if split.scopes:
+        return split
     counts = [-(-n // devices) * devices for n in split.counts]
     retrieval = tuple(tuple(range(n)) for n in counts)
     return dataclasses.replace(split, retrieval=retrieval, note=f"{split.note}; balanced over {devices} devices")
 
 
-__all__ = ["STEPS", "Plan", "Row", "balanced", "default_split", "layouts", "make_plan", "policies"]
+__all__ = ["STEPS", "Plan", "Row", "balanced", "default_split", "layouts", "make_plan", "policies", "why_not_by_head"]

@@ -1,7 +1,9 @@
 """The planner's arithmetic against the TPU compiler.
 
-pip install -e '.[aot]'
-pytest tests/aot/test_planner.py
+    pip install -e '.[aot]'
+    pytest -n 0 tests/aot/test_planner.py
+
+Each program compiles in a process of its own, and the larger ones take minutes.
 """
 
 from __future__ import annotations
