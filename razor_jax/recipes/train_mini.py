@@ -31,10 +31,8 @@ from .initial import grown, initial_params
 from .tasks import corpus
 
 # Two layers and short rows of nothing but repeated random ids: previous-token and induction heads form from noise.
-# Where queries and keys are normed that takes longer.
-IGNITION_STEPS = {"llama": 600, "qwen3": 1000}
 IGNITION = Stage(
-    IGNITION_STEPS["llama"],
+    600,
     length=64,
     rows=64,
     copy=1.0,
@@ -60,11 +58,6 @@ STAGES = (
 )
 WARMUP = 50  # steps
 REPORT_EVERY = 25  # steps
-
-
-def stages_of(family: str) -> tuple[Stage, ...]:
-    """The recipe of "llama" or "qwen3"."""
-    return dataclasses.replace(IGNITION, steps=IGNITION_STEPS[family]), *STAGES[1:]
 
 
 @dataclasses.dataclass
@@ -204,9 +197,8 @@ def main(
     """Train razor-mini by its recipe, resuming from the last checkpoint in OUTPUT."""
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"{output} is a file; name a folder", param_hint="--output")
-    stages, config = stages_of(family), training.FAMILIES[family]
-    run = train(output, stages, config, seed=seed, save_every=save_every, stop_at=stop_at)
-    typer.echo(f"step {run.step} of {sum(s.steps for s in stages)}, saved in {output / 'checkpoints'}")
+    run = train(output, config=training.FAMILIES[family], seed=seed, save_every=save_every, stop_at=stop_at)
+    typer.echo(f"step {run.step} of {sum(s.steps for s in STAGES)}, saved in {output / 'checkpoints'}")
 
 
 if __name__ == "__main__":

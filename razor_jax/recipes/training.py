@@ -35,6 +35,7 @@ MINI = ModelConfig(
     rms_norm_eps=1e-5,
     tie_embeddings=True,
 )
+HEAD_NORM_RATE = 10.0  # of Adam's learning rate
 FAMILIES = {"llama": MINI, "qwen3": dataclasses.replace(MINI, family="qwen3", qk_norm=True)}
 _CLIP = 80.0  # exp(±80) and a sum of thousands of them stay inside float32
 _QUERY_BLOCK = 128
@@ -179,6 +180,9 @@ def optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
 
         return jax.tree_util.tree_map_with_path(of, params)
 
+    def gains(params):
+        return jax.tree_util.tree_map_with_path(lambda path, x: path[-2].key in ("q_norm", "k_norm"), params)
+
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.contrib.muon(
@@ -189,6 +193,8 @@ def optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
             adam_learning_rate=lambda step: 0.5 * schedule(step),
             muon_weight_dimension_numbers=dimensions,
         ),
+        # Where queries and keys are normed, nothing else can make a head look at one token alone.
+        optax.masked(optax.scale(HEAD_NORM_RATE), gains),
     )
 
 
