@@ -1,0 +1,83 @@
+"""What int8 weights cost: logits and needles beside the bfloat16 weights that they came from, and bytes.
+
+    python -m benchmarks.weights_int8 [--model razor-mini] [--documents 16] [--facts 32] [--tokens 2048]
+
+Logits of documents against float32 weights, dense; held-out needles under the model's own Razor policy, the document
+compressed before the question. Prints a table and, with --output, keeps it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import razor_jax
+from razor_jax import functional, prompts
+from razor_jax.evals import needle, protocol
+from razor_jax.evals.bench import machine
+
+
+def logits(params: razor_jax.Params, rows: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V] of dense attention over ids [B, T]."""
+    cache = functional.init_cache(params, batch=len(rows), capacity=rows.shape[1], razor=None)
+    lengths = np.full(len(rows), rows.shape[1], np.int32)
+    out, _ = jax.jit(functional.extend, static_argnums=4)(params, cache, rows, lengths, "all")
+    return np.asarray(out)
+
+
+def against(got: np.ndarray, want: np.ndarray) -> dict[str, float]:
+    """Error of logits [B, T, V]; `kl` in nats a token."""
+    p, q = (x - np.logaddexp.reduce(x.astype(np.float64), axis=-1, keepdims=True) for x in (want, got))
+    return {
+        "largest error": float(np.abs(got - want).max()),
+        "rms error": float(np.sqrt(np.mean((got - want) ** 2))),
+        "rms logit": float(want.std()),
+        "same next token": float((got.argmax(-1) == want.argmax(-1)).mean()),
+        "kl": float((np.exp(p) * (p - q)).sum(-1).mean()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="razor-mini")
+    parser.add_argument("--documents", type=int, default=16)
+    parser.add_argument("--facts", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--output", type=Path)
+    asked = parser.parse_args()
+
+    exact = razor_jax.load(asked.model, dtype="float32")
+    kinds: dict[str, Any] = {
+        "bfloat16": razor_jax.load(asked.model, dtype="bfloat16"),
+        "int8": razor_jax.load(asked.model, dtype="bfloat16", weights="int8"),
+    }
+    grid = needle.Grid((asked.tokens,), documents=asked.documents, facts=asked.facts)
+    examples = needle.examples(exact, "facts", grid)
+    texts = prompts.read(exact, [example.document for example in examples[:4]]).rows
+    rows = np.asarray([row[: min(map(len, texts))] for row in texts], np.int32)
+    want = logits(exact, rows)
+    found: dict[str, Any] = {}
+    for name, params in kinds.items():
+        held = sum(x.nbytes for x in jax.tree.leaves(params.weights))
+        found[name] = {"bytes": held, **against(logits(params, rows), want)}
+    policy = kinds["bfloat16"].razor or razor_jax.RazorConfig()
+    settings = [protocol.Setting(name, params, policy) for name, params in kinds.items()]
+    table = protocol.run(settings, examples, max_new_tokens=needle.ANSWER_TOKENS, batch=16)
+    for row in table.rows:
+        found[row.name] |= {"questions": row.scores.size, "right": float(row.scores.mean())}
+        print(row.name, json.dumps(found[row.name]), flush=True)
+    if asked.output:
+        command = f"python -m benchmarks.weights_int8 {' '.join(sys.argv[1:])}"
+        record = {"date": str(date.today()), "command": command, "machine": machine(), "model": asked.model, **found}
+        asked.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
