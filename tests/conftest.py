@@ -1,6 +1,7 @@
 """Keeps what a test run stores (head splits, compiled programs) out of the user's own cache folder."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -13,12 +14,22 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Shape annotations are executed: every call in the suite is checked against them.
+import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 import tests.typecheck  # noqa: E402,F401  (the hook names it, and does not import it)
 
 jaxtyping.install_import_hook("razor_jax", "tests.typecheck.check")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_maps():
+    """Programs leave with their file: each holds memory maps, of which Linux gives a process 65,530, and then the
+    compiler aborts."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def test_processes_that_differ_are_refused_before_weights_are_read(tmp_path, mod
     with (tmp_path / "hollow_1" / "config.json").open("a") as config:
         config.write(" ")
     run = Run(tmp_path, "--interactive", each=(each[0], [*each[1], "--seed", "3"]))
-    assert run.wait(120) == [1, 1]
+    assert run.wait(300) == [1, 1]
     for index in (0, 1):
         said = run.said(index)
         assert "process 1, --sampling: [null, null, null, null, 1.0, 3], on process 0" in said
