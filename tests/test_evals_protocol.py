@@ -182,6 +182,10 @@ def test_a_table_of_some_questions():
     content = json.loads(json.dumps(table.to_dict()))
     assert [row["document"] for row in content["questions"]] == [0, 0, 1, 2, 2, 2]
     assert [s["setting"] for s in content["settings"]] == ["dense", "Razor"]
+    written = content["settings"][1]
+    assert (written["share"], written["low"], written["high"]) == table["Razor"].score
+    change = tuple(written[name] for name in ("difference", "difference_low", "difference_high"))
+    assert change == table.difference("Razor")
     with pytest.raises(ValueError, match="no question"):
         table.where(lambda example, question: False)
     with pytest.raises(KeyError, match="no setting 'Rasor'"):

@@ -71,6 +71,15 @@ def test_agreement_and_perplexity_are_those_of_score():
     np.testing.assert_allclose(found.reference_perplexity, np.exp(-want[0].mean()), rtol=1e-4)
     np.testing.assert_allclose(found.perplexity, np.exp(-want[1].mean()), rtol=1e-4)
     assert found.counted == 24
+    assert found.sure == (np.exp(want[0]) > 0.5).sum()
+
+
+def test_tokens_that_the_reference_is_sure_of_are_counted_apart():
+    (one,) = agreement.judge(razor(), passages((30,), (4,)), [0], 1)
+    reference = dataclasses.replace(one[1], logprobs=(-0.1, -0.6, -0.8), best=(1, 2, 3))
+    found = agreement._compare("Razor", [reference], [dataclasses.replace(reference, best=(1, 5, 6))])
+    assert found.agreement.share == pytest.approx(1 / 3)
+    assert (found.sure, found.sure_agreement.share) == (2, 0.5)  # exp(-0.6) > 1/2 > exp(-0.8)
 
 
 def test_a_setting_agrees_with_itself_and_dense_is_never_counted():

@@ -142,6 +142,8 @@ class Agreement:
     Attributes:
       counted, refused: tokens read from a cache with something dropped, and the others.
       agreement: share of the counted whose likeliest token is the reference's; None if nothing was dropped.
+      sure, sure_agreement: the counted whose given token the reference holds for likelier than all others together, and
+        the same share of them: where it hardly prefers one token, which it prefers says little.
       perplexity, reference_perplexity: of the given text, on the counted tokens.
       parted: of each passage, counted tokens before the first disagreement; None where there is none.
       finite: whether every logit was.
@@ -151,6 +153,8 @@ class Agreement:
     counted: int
     refused: int
     agreement: Share | None
+    sure: int
+    sure_agreement: Share | None
     perplexity: float | None
     reference_perplexity: float | None
     parted: tuple[int | None, ...]
@@ -159,8 +163,9 @@ class Agreement:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        share = self.agreement._asdict() if self.agreement else None
-        return {**dataclasses.asdict(self), "agreement": share, "kv": self.kv.to_dict()}
+        found = {name: getattr(self, name) for name in ("agreement", "sure_agreement")}
+        shares = {name: share._asdict() if share else None for name, share in found.items()}
+        return {**dataclasses.asdict(self), **shares, "kv": self.kv.to_dict()}
 
 
 def run(
@@ -204,8 +209,13 @@ def _compare(name: str, reference: Sequence[Judged], found: Sequence[Judged]) ->
     counts = [np.asarray(one.dropped) > 0 if one.kv.share < 1 else np.zeros(len(one.dropped), bool) for one in found]
     same = [np.asarray(a.best) == np.asarray(b.best) for a, b in zip(reference, found, strict=True)]
     kept = [s[c] for s, c in zip(same, counts, strict=True)]
+    sure = [np.asarray(one.logprobs)[c] > math.log(0.5) for one, c in zip(reference, counts, strict=True)]
     counted = sum(len(s) for s in kept)
     clusters = np.repeat(np.arange(len(kept)), [len(s) for s in kept])
+
+    def share(of: np.ndarray) -> Share | None:
+        right = np.concatenate(kept).astype(float)[of]
+        return share_interval(right, clusters[of]) if len(right) else None
 
     def perplexity(judged: Sequence[Judged]) -> float | None:
         total = sum(float(np.asarray(j.logprobs)[c].sum()) for j, c in zip(judged, counts, strict=True))
@@ -216,7 +226,9 @@ def _compare(name: str, reference: Sequence[Judged], found: Sequence[Judged]) ->
         name=name,
         counted=counted,
         refused=sum(len(c) for c in counts) - counted,
-        agreement=share_interval(np.concatenate(kept).astype(float), clusters) if counted else None,
+        agreement=share(np.ones(counted, bool)),
+        sure=int(np.concatenate(sure).sum()),
+        sure_agreement=share(np.concatenate(sure)),
         perplexity=perplexity(found),
         reference_perplexity=perplexity(reference),
         parted=tuple(None if s.all() else int(np.argmin(s)) for s in kept),
@@ -228,22 +240,25 @@ def _compare(name: str, reference: Sequence[Judged], found: Sequence[Judged]) ->
 
 def render(rows: Sequence[Agreement], title: str = "") -> RichTable:
     """For the terminal."""
-    table = RichTable(title=title, box=box.SIMPLE, title_justify="left")
-    table.add_column("cache")
-    for name in ("agreement", "95 %", "perplexity", "dense", "counted", "refused", "unparted", "finite", "ratio"):
-        table.add_column(name, justify="right")
+    caption = "; ".join(
+        f"{row.name}: {row.refused:,} tokens before anything was dropped" for row in rows if row.refused
+    )
+    table = RichTable(title=title, box=box.SIMPLE, title_justify="left", caption=caption or None)
+    # Names and intervals wrap: the table fits 80 columns. The rest is in the JSON.
+    table.add_column("cache", min_width=9)
+    table.add_column("agreement", justify="right", min_width=11)
+    for name in ("if sure", "perplexity", "dense", "tokens", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         share = row.agreement
+        found = f"{share.share:.2%} ({100 * share.low:.1f} … {100 * share.high:.1f})" if share else "NOT ENGAGED"
         table.add_row(
             row.name,
-            f"{share.share:.2%}" if share else "NOT ENGAGED",
-            f"{100 * share.low:.2f}…{100 * share.high:.2f}" if share else "",
-            f"{row.perplexity:.4f}" if row.perplexity else "",
-            f"{row.reference_perplexity:.4f}" if row.reference_perplexity else "",
+            found if row.finite else f"NOT FINITE {found}",
+            f"{row.sure_agreement.share:.2%}" if row.sure_agreement else "",
+            f"{row.perplexity:.2f}" if row.perplexity else "",
+            f"{row.reference_perplexity:.2f}" if row.reference_perplexity else "",
             f"{row.counted:,}",
-            f"{row.refused:,}",
-            f"{sum(p is None for p in row.parted)}/{len(row.parted)}" if share else "",
-            "yes" if row.finite else "NO",
             f"{row.kv.ratio:.2f}×",
         )
     return table

@@ -59,9 +59,14 @@ def _draw(pyplot: Any, row: Row, lengths: list[int], depths: list[float], right:
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
     axes.set(xlabel="tokens", ylabel="depth of the fact, %")
+    # Cells that are all right are white: lines between them show that they are there.
+    axes.set_xticks(np.arange(len(lengths) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(depths) - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="0.8", linewidth=0.6)
+    axes.tick_params(which="minor", length=0)
     state = "" if row.dense or row.engaged == 1 else f", engaged on {row.engaged:.0%}"
     fewest, most = int(asked.min()), int(asked.max())
     number = f"{most}" if fewest == most else f"{fewest} to {most}"
-    axes.set_title(f"{row.name}: right, % ({row.ratio:.2f}×{state}; {number} questions a cell)", size=9)
+    axes.set_title(f"{row.name}: right, %\n{row.ratio:.2f}×{state}; {number} questions a cell", size=9, loc="left")
     figure.colorbar(image, ax=axes, fraction=0.08, pad=0.04)
     return figure

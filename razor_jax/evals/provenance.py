@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from ..params import Params, architecture_fingerprint, weights_fingerprint
 from .bench import machine
 
 _PACKAGES = ("razor-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers")
+_INNERMOST, _BREAK = re.compile(r"[\[{][^\[\]{}]*[\]}]"), re.compile(r"\n\s*")
 
 
 def provenance(params: Params, model: str, packages: Sequence[str] = ()) -> dict[str, Any]:
@@ -39,7 +41,11 @@ def write_json(path: str | os.PathLike[str], content: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        # Lists of numbers and records without parts go on one line: there are thousands. A string never holds a bare
+        # line break, so nothing but the layout changes.
+        text = _INNERMOST.sub(lambda found: _BREAK.sub(" ", found.group()), text)
+        unfinished.write_text(text + "\n", encoding="utf-8")
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -199,10 +199,13 @@ class Table:
 
     def _setting(self, row: Row) -> dict[str, Any]:
         lost, won = self._changes(row)
+        change, low, high = self.difference(row.name)
         return {
             "setting": row.name,
             **row.score._asdict(),
-            **self.difference(row.name)._asdict(),
+            "difference": change,
+            "difference_low": low,
+            "difference_high": high,
             "lost": lost,
             "won": won,
             "bytes": row.bytes,
