@@ -22,6 +22,11 @@ def report_from(data: dict[str, Any]) -> KVReport:
     return KVReport(**{**fields, "dropped_tokens": tuple(data["dropped_tokens"])})
 
 
+def _figures(meta: dict[str, Any]) -> dict[str, Any]:
+    """Without texts, such as a reply of thousands of tokens, which every question would repeat."""
+    return {name: value for name, value in meta.items() if not (isinstance(value, str) and len(value) > 200)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Answered:
     """One document's answers.
@@ -191,7 +196,7 @@ class Table:
             "options": dataclasses.asdict(self.options),
             "documents": len(self.examples),
             "questions": [
-                {"document": document, **example.meta, **question.meta}
+                {"document": document, **_figures(example.meta), **_figures(question.meta)}
                 for document, (example, question) in zip(documents, self.questions, strict=True)
             ],
             "settings": [self._setting(row) for row in self.rows],
