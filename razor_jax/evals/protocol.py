@@ -138,6 +138,7 @@ class Setting:
             "heads": [split_.retrieval, split_.scopes] if self.razor is not None else None,
             "razor": None if self.razor is None else dataclasses.asdict(self.razor),
             "dtype": str(params.dtype),
+            "int8": params.int8,  # the fingerprint is that of the weights they came from
             "implementation": params.implementation,
             "backend": jax.default_backend(),
             "tokenizer": params.assets.digest if params.assets else None,
