@@ -14,7 +14,7 @@ from razor_jax.evals.table import Answered, Row, Table
 from razor_jax.report import KVReport
 from tests.test_cli import model, run  # noqa: F401  (fixtures)
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="pictures need the extra 'plots': pip install -e '.[plots]'")
 
 
 def test_needle_writes_table_json_pictures_and_goes_on(run, model, tmp_path):  # noqa: F811
