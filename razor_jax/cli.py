@@ -40,6 +40,7 @@ from razor_jax.cli_options import (
     DtypeOption,
     HeadsOption,
     ImplementationOption,
+    JsonOption,
     KvDtypeOption,
     MeshOption,
     MinPOption,
@@ -62,8 +63,6 @@ from razor_jax.questions import split
 from razor_jax.terminal import note
 
 app = typer.Typer(cls=terminal.Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 
 
 @app.callback()
@@ -88,7 +87,7 @@ def demo_command(
 ) -> None:
     """Hide facts in a long document, compress it, then ask: dense, Razor and all-windowed side by side."""
     params = _load(model, None, "auto")
-    policy = policy_of(params, dense=False, window=window, sinks=sinks, prefill_chunk=None)
+    policy = policy_of(params, window=window, sinks=sinks)
     assert policy is not None
     report = demo.run(params, policy, tokens=tokens, facts=facts, seed=seed, show=not as_json)
     if as_json:
@@ -235,7 +234,7 @@ def bench_command(
 ) -> None:
     """Time prefill and decode on a random prompt, dense beside Razor, compilation apart."""
     params = _load(model, dtype, heads, implementation, mesh, weights)
-    policy = policy_of(params, dense=False, window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
+    policy = policy_of(params, window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
     rows: list[tuple[str, Speed]] = []
     for length in context or [1024]:
         for name, razor in (("dense", None), ("Razor", policy)):

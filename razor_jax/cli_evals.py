@@ -15,7 +15,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import razor_jax
-from razor_jax import Params, RazorConfig, terminal
+from razor_jax import Params, terminal
+from razor_jax.cli_options import (
+    ChunkOption,
+    HeadsOption,
+    JsonOption,
+    KvDtypeOption,
+    ModelOption,
+    SinksOption,
+    WindowOption,
+    policy_of,
+)
 from razor_jax.evals import agreement, conversation, long_generation, plots, ruler
 from razor_jax.evals import needle as needles
 from razor_jax.evals.haystack import Haystack
@@ -35,17 +45,9 @@ def register(parent: typer.Typer) -> None:
     parent.add_typer(app, name="eval")
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="razor-mini, a checkpoint folder, or a Hugging Face id.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option(help="Type of the weights; the checkpoint's own by default. The dense cache is bfloat16 anyway."),
-]
-Heads = Annotated[str, typer.Option(help="A razor.json; auto: the one beside the model, else found and remembered.")]
-Window = Annotated[int | None, typer.Option(min=1, help="Newest tokens that a windowed head keeps; the model's own.")]
-Sinks = Annotated[int | None, typer.Option(min=0, help="First tokens that a windowed head keeps.")]
-Chunk = Annotated[int | None, typer.Option(min=1, help="Streaming prefill by so many tokens.")]
-KvDtype = Annotated[
-    Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None, typer.Option(help="Type of the compressed cache.")
 ]
 NoCompensation = Annotated[bool, typer.Option("--no-compensation", help="Also without the compensation token.")]
 RandomHeads = Annotated[int, typer.Option(min=0, help="Also as many heads at random, so many draws.")]
@@ -56,7 +58,6 @@ Out = Annotated[
     Path | None, typer.Option(help="Folder for JSON, pictures and records; run again, it goes on where it stood.")
 ]
 Text = Annotated[Path | None, typer.Option("--haystack", help="Folder of .txt files to hide in; packaged text.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Ask = Annotated[
     Literal["after", "inside", "both"],
     typer.Option(help="Question after the document was compressed, inside its prefill, or a table of each."),
@@ -99,7 +100,7 @@ class Job:
 
 
 def needle(
-    model: Model = "razor-mini",
+    model: ModelOption = "razor-mini",
     lengths: Annotated[str, Lengths()] = "1024,2048,4096",
     depths: Annotated[str, typer.Option(help="Depths of the fact in %, comma-separated.")] = "0,25,50,75,100",
     documents: Annotated[int, typer.Option(min=1, help="Documents of each length (single: and depth).")] = 8,
@@ -110,10 +111,10 @@ def needle(
     ] = None,
     ask: Ask = "after",
     haystack: Text = None,
-    window: Window = None,
-    sinks: Sinks = None,
-    prefill_chunk: Chunk = None,
-    kv_dtype: KvDtype = None,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    prefill_chunk: ChunkOption = None,
+    kv_dtype: KvDtypeOption = None,
     no_compensation: NoCompensation = False,
     random_heads: RandomHeads = 0,
     all_windowed: AllWindowed = False,
@@ -121,23 +122,28 @@ def needle(
     batch: Batch = 8,
     seed: Seed = 1,
     dtype: Dtype = None,
-    heads: Heads = "auto",
+    heads: HeadsOption = "auto",
     out: Out = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Hide facts in real text over length and depth, and ask: dense and Razor on the same questions."""
     grid = needles.Grid(_numbers("--lengths", lengths), _shares("--depths", depths), documents, facts, seed)
     if out is not None:
         plots.require()
     variants = variant or ["single"]
-    policy = _changes(window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
-    extras = {"no_compensation": no_compensation, "random_heads": random_heads, "all_windowed": all_windowed}
-    job = _job(model, dtype, heads, policy, extras, seed, out, as_json)
+    policy = {"window": window, "sinks": sinks, "prefill_chunk": prefill_chunk, "kv_dtype": kv_dtype}
+    extras = {
+        "no_compensation": no_compensation,
+        "random_heads": random_heads,
+        "all_windowed": all_windowed,
+        "seed": seed,
+    }
+    job = prepare(model, dtype, heads, policy, extras, out, as_json)
     text, tables = Haystack.load(haystack), []
     for name in variants:
         made = needles.examples(job.params, name, grid, haystack=text, form=form)  # type: ignore[arg-type]
         tokens = needles.answer_tokens(name)  # type: ignore[arg-type]
-        for inside in _columns(ask):
+        for inside in columns(ask):
             options = {"question_inside_prefill": inside, "form": form, "batch": batch, "max_new_tokens": tokens}
             title = f"needle, {name}{', asked inside the prefill' if inside else ''}"
             table = job.table(title, job.rows, made, **options)
@@ -149,7 +155,7 @@ def needle(
 
 
 def ruler_command(
-    model: Model = "razor-mini",
+    model: ModelOption = "razor-mini",
     lengths: Annotated[str, Lengths()] = "4096",
     tasks: Annotated[str, typer.Option(help="Comma-separated; all but qa without their files.")] = "",
     documents: Annotated[int, typer.Option(min=1, help="Prompts of each task and length.")] = 8,
@@ -157,10 +163,10 @@ def ruler_command(
     hotpotqa: Annotated[Path | None, typer.Option(help="hotpot_dev_distractor_v1.json, for qa_2.")] = None,
     ask: Ask = "after",
     haystack: Text = None,
-    window: Window = None,
-    sinks: Sinks = None,
-    prefill_chunk: Chunk = None,
-    kv_dtype: KvDtype = None,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    prefill_chunk: ChunkOption = None,
+    kv_dtype: KvDtypeOption = None,
     no_compensation: NoCompensation = False,
     random_heads: RandomHeads = 0,
     all_windowed: AllWindowed = False,
@@ -168,9 +174,9 @@ def ruler_command(
     batch: Batch = 8,
     seed: Seed = 1,
     dtype: Dtype = None,
-    heads: Heads = "auto",
+    heads: HeadsOption = "auto",
     out: Out = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """RULER's synthetic tasks (arXiv 2404.06654) at any length: dense and Razor on the same prompts."""
     files = {"qa_1": squad, "qa_2": hotpotqa}
@@ -180,16 +186,21 @@ def ruler_command(
         if name not in ruler.TASKS:
             raise typer.BadParameter(f"{name!r}: use {', '.join(ruler.TASKS)}", param_hint="--tasks")
     sizes = _numbers("--lengths", lengths)
-    policy = _changes(window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
-    extras = {"no_compensation": no_compensation, "random_heads": random_heads, "all_windowed": all_windowed}
-    job = _job(model, dtype, heads, policy, extras, seed, out, as_json)
+    policy = {"window": window, "sinks": sinks, "prefill_chunk": prefill_chunk, "kv_dtype": kv_dtype}
+    extras = {
+        "no_compensation": no_compensation,
+        "random_heads": random_heads,
+        "all_windowed": all_windowed,
+        "seed": seed,
+    }
+    job = prepare(model, dtype, heads, policy, extras, out, as_json)
     chosen: Form = form or ("user" if job.params.assets and job.params.assets.chat_template else "raw")
     text, tables = Haystack.load(haystack), []
     for name in names:
         given: dict[str, Any] = {"seed": seed, "haystack": text, "questions": files.get(name), "form": chosen}
         made = [e for n in sizes for e in ruler.examples(job.params, name, tokens=n, count=documents, **given)]
         tokens = ruler.TASKS[name].new_tokens
-        for inside in _columns(ask):
+        for inside in columns(ask):
             options = {"question_inside_prefill": inside, "form": chosen, "batch": batch, "max_new_tokens": tokens}
             title = f"RULER {name}{', asked inside the prefill' if inside else ''}"
             tables.append({"task": name, **job.table(title, job.rows, made, **options).to_dict()})
@@ -198,25 +209,25 @@ def ruler_command(
 
 @app.command("conversation")
 def conversation_command(
-    model: Model = "razor-mini",
+    model: ModelOption = "razor-mini",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of document, one question and answer.")] = 2048,
     documents: Annotated[int, typer.Option(min=1, help="Documents.")] = 8,
     facts: Annotated[int, typer.Option(min=1, help="Facts, and turns, of each.")] = 8,
     haystack: Text = None,
-    window: Window = None,
-    kv_dtype: KvDtype = None,
+    window: WindowOption = None,
+    kv_dtype: KvDtypeOption = None,
     all_windowed: AllWindowed = False,
     batch: Batch = 8,
     seed: Seed = 1,
     dtype: Dtype = None,
-    heads: Heads = "auto",
+    heads: HeadsOption = "auto",
     out: Out = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Ask a document's facts in one growing conversation, and each of a fresh copy of its cache."""
     grid = needles.Grid((tokens,), documents=documents, facts=facts, seed=seed)
     extras = {"all_windowed": all_windowed}
-    job = _job(model, dtype, heads, _changes(window=window, kv_dtype=kv_dtype), extras, seed, out, as_json)
+    job = prepare(model, dtype, heads, {"window": window, "kv_dtype": kv_dtype}, extras, out, as_json)
     made = needles.examples(job.params, "facts", grid, haystack=Haystack.load(haystack))
     turns = [conversation.Conversation(row) for row in job.rows]
     tables = [
@@ -228,27 +239,27 @@ def conversation_command(
 
 @app.command("long-generation")
 def long_generation_command(
-    model: Model = "razor-mini",
+    model: ModelOption = "razor-mini",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a document.")] = 1024,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the reply.")] = 5120,
     every: Annotated[int, typer.Option(min=1, help="Ask after so many tokens of it, again and again.")] = 1024,
     facts: Annotated[int, typer.Option(min=1, help="Facts in a document, and in a reply.")] = 8,
     documents: Annotated[int, typer.Option(min=1, help="Documents.")] = 8,
     haystack: Text = None,
-    window: Window = None,
-    kv_dtype: KvDtype = None,
+    window: WindowOption = None,
+    kv_dtype: KvDtypeOption = None,
     no_compensation: NoCompensation = False,
     all_windowed: AllWindowed = False,
     batch: Batch = 8,
     seed: Seed = 1,
     dtype: Dtype = None,
-    heads: Heads = "auto",
+    heads: HeadsOption = "auto",
     out: Out = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Decode thousands of tokens, ask for facts on the way; then free-running output, token by token."""
     extras = {"no_compensation": no_compensation, "all_windowed": all_windowed}
-    job = _job(model, dtype, heads, _changes(window=window, kv_dtype=kv_dtype), extras, seed, out, as_json)
+    job = prepare(model, dtype, heads, {"window": window, "kv_dtype": kv_dtype}, extras, out, as_json)
     text = Haystack.load(haystack)
     made = long_generation.examples(
         job.params,
@@ -271,29 +282,34 @@ def long_generation_command(
 
 @app.command("agreement")
 def agreement_command(
-    model: Model = "razor-mini",
+    model: ModelOption = "razor-mini",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that are prefilled.")] = 1024,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are predicted one by one.")] = 512,
     documents: Annotated[int, typer.Option(min=1, help="Passages.")] = 16,
     haystack: Text = None,
-    window: Window = None,
-    sinks: Sinks = None,
-    prefill_chunk: Chunk = None,
-    kv_dtype: KvDtype = None,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    prefill_chunk: ChunkOption = None,
+    kv_dtype: KvDtypeOption = None,
     no_compensation: NoCompensation = False,
     random_heads: RandomHeads = 0,
     all_windowed: AllWindowed = False,
     batch: Batch = 8,
     seed: Seed = 1,
     dtype: Dtype = None,
-    heads: Heads = "auto",
+    heads: HeadsOption = "auto",
     out: Out = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Perplexity and next-token agreement with dense, of tokens read from a cache that has dropped something."""
-    extras = {"no_compensation": no_compensation, "random_heads": random_heads, "all_windowed": all_windowed}
-    policy = _changes(window=window, sinks=sinks, prefill_chunk=prefill_chunk, kv_dtype=kv_dtype)
-    job = _job(model, dtype, heads, policy, extras, seed, out, as_json)
+    extras = {
+        "no_compensation": no_compensation,
+        "random_heads": random_heads,
+        "all_windowed": all_windowed,
+        "seed": seed,
+    }
+    policy = {"window": window, "sinks": sinks, "prefill_chunk": prefill_chunk, "kv_dtype": kv_dtype}
+    job = prepare(model, dtype, heads, policy, extras, out, as_json)
     text = Haystack.load(haystack)
     passages = agreement.text_passages(
         job.params, text, prompt=tokens, following=new_tokens, count=documents, seed=seed
@@ -319,27 +335,25 @@ def _by_written(table: Table) -> list[dict[str, Any]]:
     return found
 
 
-def _job(
+def prepare(
     model: str,
     dtype: str | None,
     heads: str,
-    changes: dict[str, Any],
+    policy: dict[str, Any],
     extras: dict[str, Any],
-    seed: int,
     out: Path | None,
     as_json: bool,
 ) -> Job:
+    """Load the model; `policy` as of `policy_of`, `extras` as of `settings`."""
     with terminal.working(f"loading {model}") as progress:
         params = razor_jax.load(model, dtype=dtype, heads=heads, progress=progress)
-    policy = dataclasses.replace(params.razor or RazorConfig(), **changes)
-    return Job(params, model, settings(params, policy, seed=seed, **extras), out, as_json)
+    razor = policy_of(params, **policy)
+    assert razor is not None
+    return Job(params, model, settings(params, razor, **extras), out, as_json)
 
 
-def _changes(**given: Any) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _columns(ask: str) -> tuple[bool, ...]:
+def columns(ask: str) -> tuple[bool, ...]:
+    """Whether questions stand inside the prefill, for each table of `--ask`."""
     return {"after": (False,), "inside": (True,), "both": (False, True)}[ask]
 
 

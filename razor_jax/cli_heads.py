@@ -16,6 +16,7 @@ from rich.table import Table
 
 import razor_jax
 from razor_jax import HeadSplit, Params, RazorConfig, terminal
+from razor_jax.cli_options import DtypeOption, JsonOption, ModelOption
 from razor_jax.config import check_split
 from razor_jax.evals.bench import machine
 from razor_jax.heads import HeadScores, alibi, causal, find_heads, interchange, needle, plots, report, store, study
@@ -25,9 +26,7 @@ Share = partial(typer.Option, min=0, max=1)
 
 
 def heads(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="razor-mini, a checkpoint folder, or a Hugging Face id.")
-    ] = "razor-mini",
+    model: ModelOption = "razor-mini",
     induction: Annotated[float | None, Share(help="Share of KV heads kept by induction score.")] = None,
     echo: Annotated[float | None, Share(help="Share of KV heads kept by echo score.")] = None,
     share: Annotated[float | None, Share(help="Share kept in all, instead of the other two.")] = None,
@@ -62,11 +61,8 @@ def heads(
         Path | None,
         typer.Option("--report", help="Write stability, causal importance and pictures into this folder; minutes."),
     ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Type of the weights; the checkpoint's own by default."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")] = False,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Find a model's retrieval heads: the scores of every KV head, and which to keep."""
     classes = induction is not None or echo is not None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -12,10 +11,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-import razor_jax
-from razor_jax import RazorConfig, cli_evals, terminal
+from razor_jax import cli_evals
+from razor_jax.cli_options import (
+    ChunkOption,
+    HeadsOption,
+    JsonOption,
+    KvDtypeOption,
+    ModelOption,
+    SinksOption,
+    WindowOption,
+)
 from razor_jax.evals import longbench as bench
-from razor_jax.evals.settings import settings
 from razor_jax.evals.table import Table
 
 
@@ -23,7 +29,7 @@ def longbench(
     data: Annotated[
         list[Path], typer.Argument(help="LongBench's .jsonl files, v2's data.json, or folders of such files.")
     ],
-    model: cli_evals.Model = "razor-mini",
+    model: ModelOption = "razor-mini",
     max_length: Annotated[
         int | None,
         typer.Option(min=16, help="Longest prompt; its middle is cut out. What the model's positions allow."),
@@ -33,31 +39,27 @@ def longbench(
         bool | None, typer.Option("--chat/--no-chat", help="By the chat template; where there is one, as published.")
     ] = None,
     ask: cli_evals.Ask = "after",
-    window: cli_evals.Window = None,
-    sinks: cli_evals.Sinks = None,
-    prefill_chunk: cli_evals.Chunk = None,
-    kv_dtype: cli_evals.KvDtype = None,
+    window: WindowOption = None,
+    sinks: SinksOption = None,
+    prefill_chunk: ChunkOption = None,
+    kv_dtype: KvDtypeOption = None,
     no_compensation: cli_evals.NoCompensation = False,
     all_windowed: cli_evals.AllWindowed = False,
     batch: cli_evals.Batch = 8,
     dtype: cli_evals.Dtype = None,
-    heads: cli_evals.Heads = "auto",
+    heads: HeadsOption = "auto",
     out: cli_evals.Out = None,
-    as_json: cli_evals.Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """LongBench v1, LongBench-E and v2 from the published files, with the published prompts and metrics."""
     records = {name: found[:limit] for name, found in bench.read(data).items()}
-    with terminal.working(f"loading {model}") as progress:
-        params = razor_jax.load(model, dtype=dtype, heads=heads, progress=progress)
-    given = {"window": window, "sinks": sinks, "prefill_chunk": prefill_chunk, "kv_dtype": kv_dtype}
-    changes = {name: value for name, value in given.items() if value is not None}
-    policy = dataclasses.replace(params.razor or RazorConfig(), **changes)
-    rows = settings(params, policy, no_compensation=no_compensation, all_windowed=all_windowed)
-    job = cli_evals.Job(params, model, rows, out, as_json)
+    policy = {"window": window, "sinks": sinks, "prefill_chunk": prefill_chunk, "kv_dtype": kv_dtype}
+    extras = {"no_compensation": no_compensation, "all_windowed": all_windowed}
+    job = cli_evals.prepare(model, dtype, heads, policy, extras, out, as_json)
+    params, rows = job.params, job.rows
     prepared = {name: bench.examples(params, name, found, max_length) for name, found in records.items()}
-    columns: dict[str, Any] = {"after": (False,), "inside": (True,), "both": (False, True)}
     results = []
-    for inside in columns[ask]:
+    for inside in cli_evals.columns(ask):
         where = "asked inside the prefill" if inside else "asked after compression"
         tables = {}
         for name, made in prepared.items():

@@ -54,15 +54,16 @@ MinPOption = Annotated[
 PenaltyOption = Annotated[float, typer.Option(help="Above 1: tokens seen before become less likely.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends an answer; repeatable.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 
 
 def policy_of(
     params: Params,
     *,
-    dense: bool,
-    window: int | None,
-    sinks: int | None,
-    prefill_chunk: int | None,
+    dense: bool = False,
+    window: int | None = None,
+    sinks: int | None = None,
+    prefill_chunk: int | None = None,
     kv_dtype: str | None = None,
 ) -> RazorConfig | None:
     """The checkpoint's recommendation or the paper's setting, with what the options change."""

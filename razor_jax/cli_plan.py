@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from razor_jax import RazorConfig, planner, sharding
+from razor_jax.cli_options import JsonOption
 from razor_jax.config import HeadSplit, check_split
 from razor_jax.heads import plots, store
 from razor_jax.models.config import ModelConfig
@@ -54,7 +55,7 @@ def plan(
         bool, typer.Option("--compile", help="Ask the TPU compiler as well: minutes. Needs the extra aot.")
     ] = False,
     chart: Annotated[Path | None, typer.Option(help="Write a picture here. Needs the extra plots.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Does a model fit on a TPU slice or on GPUs, dense and compressed, and by how much not?"""
     if share is not None and heads is not None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 import razor_jax
 from razor_jax import terminal
+from razor_jax.cli_options import DtypeOption, ModelOption
 from razor_jax.evals import reproduce as steps
 from razor_jax.evals.journal import Journal
 from razor_jax.evals.provenance import provenance, write_json
@@ -21,19 +22,14 @@ from razor_jax.terminal import note
 
 
 def reproduce(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="razor-mini, a checkpoint folder, or a Hugging Face id.")
-    ] = "razor-mini",
+    model: ModelOption = "razor-mini",
     preset: Annotated[
         Literal["quick", "full"],
         typer.Option(help="quick: a minute of razor-mini. full: an 8B, an hour of a GPU or TPU."),
     ] = "quick",
     tokens: Annotated[int | None, typer.Option(min=256, help="Tokens of a document, instead of the preset's.")] = None,
     documents: Annotated[int | None, typer.Option(min=1, help="Documents, instead of the preset's.")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Type of the weights; the checkpoint's own by default."),
-    ] = None,
+    dtype: DtypeOption = None,
     output: Annotated[
         Path, typer.Option(help="JSON; records beside it, from which a run that was stopped goes on.")
     ] = Path("reproduce.json"),
