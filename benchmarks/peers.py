@@ -1,8 +1,9 @@
 """Query-agnostic cache compression at equal bytes: the same checkpoint, documents and questions under every method.
 
-    python -m benchmarks.peers --model FOLDER [--lengths 2048,4096] [--documents 64] [--facts 32] [--output FOLDER]
+    python -m benchmarks.peers --model FOLDER [--lengths 2048,4096] [--documents 64] [--facts 32] [--conversation]
 
-A held-out document is compressed before any question is known; then each question is put to a copy of its cache.
+A held-out document is compressed before any question is known; then each question is put to a copy of its cache, or
+with --conversation all of them one after the other, every method's own answers staying in its cache.
 Every method holds at least the bytes of our cache of that document, counted in bfloat16. Rows:
 
 - dense attention, and RazorAttention as the checkpoint recommends;
@@ -32,6 +33,7 @@ import razor_jax
 from razor_jax import HeadSplit, Params, RazorConfig
 from razor_jax import cache as kv
 from razor_jax.evals import needle as needles
+from razor_jax.evals.conversation import Conversation
 from razor_jax.evals.protocol import Example, Setting, System, cut, dense, run
 from razor_jax.evals.provenance import provenance, write_json
 from razor_jax.evals.table import Table
@@ -72,22 +74,37 @@ def own_settings(params: Params, razor: RazorConfig, tokens: int) -> list[Settin
     ]
 
 
-def check_parity(params: Params, reference: System, examples: list[Example], max_new_tokens: int) -> int:
+def asked(setting: Setting, conversation: bool) -> System:
+    """The setting itself, each question put to a copy, or one growing conversation with it."""
+    return Conversation(setting) if conversation else setting
+
+
+def check_parity(
+    params: Params, reference: System, examples: list[Example], max_new_tokens: int, conversation: bool = False
+) -> int:
     """Dense answers of both libraries to some questions, float32 caches; returns how many were compared.
 
     Raises RuntimeError with the first pair that differs: then nothing else can be compared.
     """
     part = [dataclasses.replace(e, questions=e.questions[:PARITY_QUESTIONS]) for e in examples[:PARITY_DOCUMENTS]]
-    table = run([Setting("ours", params, None), reference], part, max_new_tokens=max_new_tokens)
-    ours, theirs = ([a for found in row.answered for a in found.answers] for row in table.rows)
-    for (_, question), a, b in zip(table.questions, ours, theirs, strict=True):
+    ours = asked(Setting("ours", params, None), conversation)
+    table = run([ours, reference], part, max_new_tokens=max_new_tokens)
+    here, there = ([a for found in row.answered for a in found.answers] for row in table.rows)
+    for (_, question), a, b in zip(table.questions, here, there, strict=True):
         if a.strip() != b.strip():
             raise RuntimeError(f"dense attention disagrees on {question.text!r}: {a!r} here, {b!r} by {reference.name}")
-    return len(ours)
+    return len(here)
 
 
 def compare(
-    params: Params, model: str, variant: needles.Variant, grid: needles.Grid, batch: int, folder: Path, only: str = ""
+    params: Params,
+    model: str,
+    variant: needles.Variant,
+    grid: needles.Grid,
+    batch: int,
+    journal: Path,
+    only: str = "",
+    conversation: bool = False,
 ) -> dict[str, Any]:
     """All methods at one length, of kvpress those whose name holds `only`: prints the table, returns it for JSON."""
     razor, (tokens,) = params.razor or RazorConfig(), grid.lengths
@@ -97,14 +114,14 @@ def compare(
     budget = document_bytes(params, razor, longest)
     if longest <= razor.sinks + kv.ring_length(razor, longest):
         raise ValueError(f"documents of {longest:,} tokens drop nothing under {razor.describe()}: use longer ones")
-    systems: list[System] = [*own_settings(params, razor, longest)]
+    systems = [asked(setting, conversation) for setting in own_settings(params, razor, longest)]
     compared, failed = None, {}
     if util.find_spec("kvpress") is not None:
         from benchmarks import peers_kvpress
 
         host = peers_kvpress.Host(find(model), params)
-        reference, *peers = peers_kvpress.presses(host, lambda n: kept_tokens(params, razor, n))
-        compared = check_parity(params, reference, examples, new_tokens)
+        reference, *peers = peers_kvpress.presses(host, lambda n: kept_tokens(params, razor, n), conversation)
+        compared = check_parity(params, reference, examples, new_tokens, conversation)
         typer.echo(f"parity: {compared} dense answers equal transformers', word for word")
         for peer in (peer for peer in peers if only.lower() in peer.name.lower()):
             try:
@@ -113,9 +130,10 @@ def compare(
                 failed[peer.name] = f"{type(error).__name__}: {error}"
             else:
                 systems.append(peer)
-    table = run(systems, examples, batch=batch, resume=folder / f"peers-{Path(model).name}.jsonl", progress=_tell)
+    table = run(systems, examples, batch=batch, resume=journal, progress=_tell)
     result = {
         "variant": variant,
+        "conversation": conversation,
         "tokens": tokens,
         "document_tokens": longest,
         "bytes": budget,
@@ -183,6 +201,9 @@ def main(
     count: Annotated[int, typer.Option("--documents", min=1)] = 64,
     facts: Annotated[int, typer.Option(min=1, max=64, help="Facts and questions of a document.")] = 32,
     variant: Annotated[needles.Variant, typer.Option(help="Which needle task.")] = "facts",
+    conversation: Annotated[
+        bool, typer.Option("--conversation", help="All questions of a document in one growing conversation.")
+    ] = False,
     window: Annotated[int | None, typer.Option(min=1, help="Another window than the checkpoint recommends.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a call in our own cache.")] = 8,
     only: Annotated[str, typer.Option(help="Of kvpress only the methods whose name holds this.")] = "",
@@ -199,11 +220,12 @@ def main(
     params = params.replace(razor=policy)
     packages = ("kvpress", "transformers", "torch")
     content: dict[str, Any] = {"about": provenance(params, model, packages), "policy": policy.describe(), "lengths": []}
-    name = Path(model).name
+    name = f"peers-{Path(model).name}" + ("-conversation" if conversation else "")
     for tokens in map(int, lengths.split(",")):
         grid = needles.Grid((tokens,), documents=count, facts=facts, seed=11)
-        content["lengths"].append(compare(params, model, variant, grid, batch, output, only))
-        typer.echo(f"wrote {write_json(output / f'peers-{name}.json', content)}")
+        journal = output / f"{name}.jsonl"
+        content["lengths"].append(compare(params, model, variant, grid, batch, journal, only, conversation))
+        typer.echo(f"wrote {write_json(output / f'{name}.json', content)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ with kvpress 0.5.5, transformers 5.2 (it pins < 5.3: presses read `cache_positio
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -21,6 +22,7 @@ import transformers
 from kvpress.presses import duo_attention_press
 
 from razor_jax import Params
+from razor_jax.evals.conversation import after, opened
 from razor_jax.evals.protocol import Example, Options, cut
 from razor_jax.evals.table import Answered
 from razor_jax.params import weights_fingerprint
@@ -50,10 +52,40 @@ class Host:
         ids = {"context_ids": torch.tensor([document]), "questions_ids": [torch.tensor([q]) for q in questions]}
         with torch.no_grad():
             answers = self.pipeline._forward(ids, max_new_tokens=options.max_new_tokens, press=press, cache=cache)
-        # The pipeline has cut the answers off again.
+        return tuple(answers), self._sizes(cache)  # the pipeline has cut the answers off again
+
+    def talk(self, document: Sequence[int], turns: Sequence[Sequence[int]], press: Any, options: Options):
+        """As `ask`, but each turn follows the answers before it, which stay in the cache."""
+        cache, position = transformers.DynamicCache(), len(document)
+        answers, last = [], []
+        with torch.no_grad():
+            with contextlib.nullcontext() if press is None else press(self.model):
+                self.model.model(input_ids=self._tensor(document), past_key_values=cache)
+            sizes = self._sizes(cache)
+            for turn in turns:
+                said, spoken = [], last + after(last, list(turn))
+                while len(said) < options.max_new_tokens and not (said and said[-1] in self.ends):
+                    # A press leaves fewer keys than positions: transformers cannot count them.
+                    where = torch.arange(position, position + len(spoken), device=self.model.device)[None]
+                    logits = self.model(self._tensor(spoken), position_ids=where, past_key_values=cache).logits
+                    position += len(spoken)
+                    said.append(int(logits[0, -1].argmax()))
+                    spoken = last = said[-1:]
+                answers.append(str(self.pipeline.tokenizer.decode(said, skip_special_tokens=True)))
+        return tuple(answers), sizes
+
+    @property
+    def ends(self) -> set[int]:
+        found = self.model.generation_config.eos_token_id
+        return set(found) if isinstance(found, list) else {found}
+
+    def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([ids], device=self.model.device)
+
+    def _sizes(self, cache: transformers.DynamicCache) -> tuple[int, int]:
         numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
         masked = sum(len(found[0]) for found in map(_masked, self.model.model.layers) if found is not None)
-        return tuple(answers), (2 * numbers, 2 * numbers - masked * 4 * self.params.config.head_dim)
+        return 2 * numbers, 2 * numbers - masked * 4 * self.params.config.head_dim
 
 
 def _masked(layer: Any) -> tuple[torch.Tensor, ...] | None:
@@ -65,19 +97,21 @@ class Press:
     """One of kvpress' methods, or dense attention (`make` None), at the bytes that `kept` allows.
 
     `make(tokens, kept)` gives the press for a document. Bytes count a masked key as dropped, as its bytes would be by
-    an implementation that really drops it.
+    an implementation that really drops it. A `conversation` is one growing cache for all questions of a document.
     """
 
     name: str
     host: Host
     kept: Kept
     make: Callable[[int, float], Any] | None
+    conversation: bool = False
 
     def identity(self) -> dict[str, Any]:
         versions = {name: metadata.version(name) for name in ("kvpress", "transformers", "torch")}
         at = 1024  # tokens; the budget as a number
         press = None if self.make is None else repr(self.make(at, self.kept(at)))
-        return {"weights": weights_fingerprint(self.host.params), "press": press, "budget": self.kept(at), **versions}
+        found = {"weights": weights_fingerprint(self.host.params), "press": press, "budget": self.kept(at), **versions}
+        return {**found, "conversation": True} if self.conversation else found
 
     def answer(
         self, examples: Sequence[Example], todo: Sequence[int], options: Options
@@ -85,11 +119,12 @@ class Press:
         """One document at a time. Raises ValueError for what the pipeline cannot do: questions inside the prefill."""
         if options.question_inside_prefill or options.stop:
             raise ValueError("kvpress answers after the document was compressed, and knows no stop strings")
+        read, put = (opened, self.host.talk) if self.conversation else (cut, self.host.ask)
         for index in todo:
-            document, questions = cut(self.host.params, examples[index], options.form)
+            document, questions = read(self.host.params, examples[index], options.form)
             press = None if self.make is None else self.make(len(document), self.kept(len(document)))
             started = time.perf_counter()
-            answers, sizes = self.host.ask(document, questions, press, options)
+            answers, sizes = put(document, questions, press, options)
             yield index, Answered(answers, self._report(len(document), *sizes), len(document), _since(started))
 
     def _report(self, tokens: int, in_memory: int, kept: int) -> KVReport:
@@ -109,7 +144,7 @@ class Press:
         )
 
 
-def presses(host: Host, kept: Kept) -> list[Press]:
+def presses(host: Host, kept: Kept, conversation: bool) -> list[Press]:
     """Dense attention, and every method that runs on a CPU without training or statistics of its own."""
 
     def at(press: type, **options: Any) -> Callable[[int, float], Any]:
@@ -131,7 +166,7 @@ def presses(host: Host, kept: Kept) -> list[Press]:
         "StreamingLLM (kvpress)": at(kvpress.StreamingLLMPress),
         "DuoAttention on the fly": _duo(host),
     }
-    return [Press(name, host, kept, make) for name, make in found.items()]
+    return [Press(name, host, kept, make, conversation) for name, make in found.items()]
 
 
 def _ratio(tokens: int, kept: float) -> float:

@@ -13,7 +13,7 @@ from ..generate import Session, choose_policy, prefill
 from ..params import Params
 from ..report import KVReport
 from ..tokenizer import Assets
-from .protocol import Cut, Example, Options, Setting, Stopwatch, batches, cut
+from .protocol import Cut, Example, Form, Options, Setting, Stopwatch, batches, cut
 from .table import Answered
 
 _MARK = "razor-jax-turn"  # with a number: stands for a turn's text while a template is asked what it writes around it
@@ -41,7 +41,7 @@ class Conversation:
             raise ValueError("a conversation goes on after the prefill: leave question_inside_prefill out")
         params = self.setting.params
         choose_policy(params, self.setting.razor)
-        texts = [opened(params, example, options) for example in examples]
+        texts = [opened(params, example, options.form) for example in examples]
         totals = [len(d) + sum(len(q) + options.max_new_tokens for q in asked) for d, asked in texts]
         for capacity, part in batches([len(d) for d, _ in texts], totals, todo, options.batch):
             with Stopwatch() as watch:
@@ -77,12 +77,12 @@ def after(last: Sequence[int], turn: list[int]) -> list[int]:
     return turn[1:] if last and turn[0] == last[-1] else turn
 
 
-def opened(params: Params, example: Example, options: Options) -> Cut:
+def opened(params: Params, example: Example, form: Form | None = None) -> Cut:
     """Ids of the document, and of each turn: the first as `cut` has it, later ones with what ends the answer before."""
-    document, asked = cut(params, example, options.form)
+    document, asked = cut(params, example, form)
     assets = params.assets
     assert assets is not None
-    templated = options.form in ("chat", "user") or (options.form is None and assets.chat_template is not None)
+    templated = form in ("chat", "user") or (form is None and assets.chat_template is not None)
     if not templated:
         return document, asked
     between, follows = turn(assets, example.document)
