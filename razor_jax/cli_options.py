@@ -10,7 +10,7 @@ import typer
 from razor_jax import Params, RazorConfig, Sampling
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="razor-mini, a checkpoint folder, or a Hugging Face id.")
+    str, typer.Option("--model", "-m", help="razor-mini, razor-mini-qwen3, a checkpoint folder, or a Hugging Face id.")
 ]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,

@@ -26,7 +26,7 @@ from .sharding import MeshLike
 
 log = logging.getLogger("razor_jax")
 
-PACKAGED = ("razor-mini",)
+PACKAGED = ("razor-mini", "razor-mini-qwen3")
 _ASSETS = Path(__file__).parent / "assets"
 
 # What a checkpoint needs, and no pickle: a .bin file runs code when it is read.
@@ -58,7 +58,7 @@ def load(
     """A model ready for `generate`.
 
     Args:
-      model: "razor-mini" (packaged), a checkpoint folder, or a Hub id "owner/name".
+      model: "razor-mini" or "razor-mini-qwen3" (packaged), a checkpoint folder, or a Hub id "owner/name".
       dtype: type of the weights, None for the checkpoint's own.
       heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, else the
         user's cache folder, else probes once and remembers; or a HeadSplit, the path of a razor.json, or

@@ -178,7 +178,7 @@ def test_unknown_heads_are_refused(model):
 
 
 def test_missing_folders_and_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="'razor-mini', an existing checkpoint folder, or"):
+    with pytest.raises(FileNotFoundError, match="'razor-mini-qwen3', an existing checkpoint folder, or"):
         load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"no model at '\./nothing/here'"):
         load("./nothing/here")

@@ -299,6 +299,6 @@ def test_heads_are_chosen_on_train_documents(monkeypatch):
 
     monkeypatch.setattr(choose, "family_document", watched)
     params = checkpoint.read(SHIPPED)
-    asked = choose.tasks(params, 1024, 2)
+    asked = choose.tasks(params, 1024, 2, 8)
     assert splits == ["train", "train"]
     assert [len(task.turns) for task in asked] == [8, 8]

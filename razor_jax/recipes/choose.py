@@ -42,8 +42,8 @@ class Choice:
     split: HeadSplit
 
 
-def tasks(params: Params, tokens: int, documents: int) -> list[Task]:
-    """Train documents with eight questions each, half of them about facts that one word tells apart."""
+def tasks(params: Params, tokens: int, documents: int, facts: int) -> list[Task]:
+    """Train documents with a question for each fact, half of the documents with facts that one word tells apart."""
     assets = params.assets
     if assets is None or assets.tokenizer_json is None:
         raise ValueError("the params carry no tokenizer.json: load a folder that recipes.export wrote")
@@ -51,7 +51,7 @@ def tasks(params: Params, tokens: int, documents: int) -> list[Task]:
     found = []
     for index in range(documents):
         rng = np.random.default_rng([_SEED, tokens, index])
-        document = family_document(rng, tokenizer, FAMILIES[index % 2], tokens, facts=8, split="train")
+        document = family_document(rng, tokenizer, FAMILIES[index % 2], tokens, facts, split="train")
         cut = ask(assets, document.text, [q.question for q in document.questions], True)
         answers = [tuple(assets.encode(q.answer, add_special=False)) for q in document.questions]
         (text,) = prompts.read(params, cut.document).rows
@@ -90,14 +90,15 @@ def main(
     folder: Annotated[pathlib.Path, typer.Option(help="Model folder; razor.json is written here.")] = ASSETS
     / "razor-mini",
     tokens: Annotated[int, typer.Option(min=1024, help="Tokens of a document.")] = 4096,
-    documents: Annotated[int, typer.Option(min=2, help="Documents of eight questions.")] = 8,
+    documents: Annotated[int, typer.Option(min=2, help="Documents.")] = 8,
+    facts: Annotated[int, typer.Option(min=1, help="Facts and questions of a document: more are harder.")] = 8,
     block: Annotated[int, typer.Option(min=16, help="Ids of the probe's block.")] = 1023,
     most: Annotated[int, typer.Option(min=1, help="Most heads kept.")] = 10,
 ) -> None:
     """Find the split and the policy, print what was tried, and write razor.json."""
     params = checkpoint.read(folder)
     scores = find_heads(params, seeds=(0, 1, 2), block=block)
-    dense, choices = tried(params, scores, tasks(params, tokens, documents), most)
+    dense, choices = tried(params, scores, tasks(params, tokens, documents, facts), most)
     typer.echo(f"dense: loss {dense.loss:.4f}, right {dense.accuracy:.1%} of {len(dense.right)}")
     for c in choices:
         typer.echo(
