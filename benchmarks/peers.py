@@ -224,7 +224,10 @@ def main(
     for tokens in map(int, lengths.split(",")):
         grid = needles.Grid((tokens,), documents=count, facts=facts, seed=11)
         journal = output / f"{name}.jsonl"
-        content["lengths"].append(compare(params, model, variant, grid, batch, journal, only, conversation))
+        try:
+            content["lengths"].append(compare(params, model, variant, grid, batch, journal, only, conversation))
+        except ValueError as error:
+            raise typer.BadParameter(f"{tokens}: {error}", param_hint="--lengths") from error
         typer.echo(f"wrote {write_json(output / f'{name}.json', content)}")
 
 
