@@ -79,15 +79,12 @@ def asked(setting: Setting, conversation: bool) -> System:
     return Conversation(setting) if conversation else setting
 
 
-def check_parity(
-    params: Params, reference: System, examples: list[Example], max_new_tokens: int, conversation: bool = False
-) -> int:
+def check_parity(ours: System, reference: System, examples: list[Example], max_new_tokens: int) -> int:
     """Dense answers of both libraries to some questions, float32 caches; returns how many were compared.
 
     Raises RuntimeError with the first pair that differs: then nothing else can be compared.
     """
     part = [dataclasses.replace(e, questions=e.questions[:PARITY_QUESTIONS]) for e in examples[:PARITY_DOCUMENTS]]
-    ours = asked(Setting("ours", params, None), conversation)
     table = run([ours, reference], part, max_new_tokens=max_new_tokens)
     here, there = ([a for found in row.answered for a in found.answers] for row in table.rows)
     for (_, question), a, b in zip(table.questions, here, there, strict=True):
@@ -96,24 +93,30 @@ def check_parity(
     return len(here)
 
 
+def documents(params: Params, variant: needles.Variant, grid: needles.Grid) -> list[Example]:
+    """The documents of one length. Raises ValueError where they cannot be made, or none of their tokens is dropped."""
+    razor, examples = params.razor or RazorConfig(), needles.examples(params, variant, grid)
+    longest = max(len(cut(params, e)[0]) for e in examples)
+    if longest <= razor.sinks + kv.ring_length(razor, longest):
+        raise ValueError(f"documents of {longest:,} tokens drop nothing under {razor.describe()}: use longer ones")
+    return examples
+
+
 def compare(
     params: Params,
     model: str,
     variant: needles.Variant,
-    grid: needles.Grid,
+    examples: list[Example],
     batch: int,
     journal: Path,
     only: str = "",
     conversation: bool = False,
 ) -> dict[str, Any]:
     """All methods at one length, of kvpress those whose name holds `only`: prints the table, returns it for JSON."""
-    razor, (tokens,) = params.razor or RazorConfig(), grid.lengths
-    examples = needles.examples(params, variant, grid)
+    razor = params.razor or RazorConfig()
     new_tokens = needles.answer_tokens(variant)
     longest = max(len(cut(params, e)[0]) for e in examples)
     budget = document_bytes(params, razor, longest)
-    if longest <= razor.sinks + kv.ring_length(razor, longest):
-        raise ValueError(f"documents of {longest:,} tokens drop nothing under {razor.describe()}: use longer ones")
     systems = [asked(setting, conversation) for setting in own_settings(params, razor, longest)]
     compared, failed = None, {}
     if util.find_spec("kvpress") is not None:
@@ -121,7 +124,8 @@ def compare(
 
         host = peers_kvpress.Host(find(model), params)
         reference, *peers = peers_kvpress.presses(host, lambda n: kept_tokens(params, razor, n), conversation)
-        compared = check_parity(params, reference, examples, new_tokens, conversation)
+        ours = asked(Setting("ours", params, None), conversation)
+        compared = check_parity(ours, reference, examples, new_tokens)
         typer.echo(f"parity: {compared} dense answers equal transformers', word for word")
         for peer in (peer for peer in peers if only.lower() in peer.name.lower()):
             try:
@@ -134,7 +138,6 @@ def compare(
     result = {
         "variant": variant,
         "conversation": conversation,
-        "tokens": tokens,
         "document_tokens": longest,
         "bytes": budget,
         "parity_answers": compared,
@@ -223,11 +226,13 @@ def main(
     name = f"peers-{Path(model).name}" + ("-conversation" if conversation else "")
     for tokens in map(int, lengths.split(",")):
         grid = needles.Grid((tokens,), documents=count, facts=facts, seed=11)
-        journal = output / f"{name}.jsonl"
         try:
-            content["lengths"].append(compare(params, model, variant, grid, batch, journal, only, conversation))
+            examples = documents(params, variant, grid)
         except ValueError as error:
             raise typer.BadParameter(f"{tokens}: {error}", param_hint="--lengths") from error
+        journal = output / f"{name}.jsonl"
+        found = compare(params, model, variant, examples, batch, journal, only, conversation)
+        content["lengths"].append({"tokens": tokens, **found})
         typer.echo(f"wrote {write_json(output / f'{name}.json', content)}")
 
 

@@ -54,18 +54,19 @@ class Told:
 
 def test_parity_is_word_for_word():
     examples = [Example("some words of a document", (Question("what?", ("x",)),))] * 2
+    ours = dataclasses.replace(peers.dense(tiny.params(), "ours"), razor=None)
     with pytest.raises(RuntimeError, match=r"disagrees on 'what\?'.*by told"):
-        peers.check_parity(tiny.params(), Told("surely not this"), examples, 4)
-    same = dataclasses.replace(peers.dense(tiny.params(), "same"), razor=None)
-    assert peers.check_parity(tiny.params(), same, examples, 4) == 2
-    assert peers.check_parity(tiny.params(), peers.asked(same, True), examples, 4, conversation=True) == 2
+        peers.check_parity(ours, Told("surely not this"), examples, 4)
+    same = dataclasses.replace(ours, name="same")
+    assert peers.check_parity(ours, same, examples, 4) == 2
+    assert peers.check_parity(peers.asked(ours, True), peers.asked(same, True), examples, 4) == 2
 
 
-def test_documents_that_drop_nothing_are_refused(tmp_path):
+def test_documents_that_drop_nothing_are_refused():
     params = tiny.params().replace(razor=RazorConfig())
     grid = peers.needles.Grid((600,), documents=1, facts=1)
     with pytest.raises(ValueError, match="drop nothing"):
-        peers.compare(params, "tiny", "facts", grid, 1, tmp_path / "peers.jsonl")
+        peers.documents(params, "facts", grid)
 
 
 @pytest.mark.parametrize(("tokens", "kept"), [(1000, 217.3), (1000, 218.0), (37, 1.2), (50, 50.0)])
