@@ -32,12 +32,12 @@ from rich.table import Table as RichTable
 import razor_jax
 from razor_jax import HeadSplit, Params, RazorConfig
 from razor_jax import cache as kv
+from razor_jax.checkpoint.hub import find
 from razor_jax.evals import needle as needles
 from razor_jax.evals.conversation import Conversation
 from razor_jax.evals.protocol import Example, Setting, System, cut, dense, run
 from razor_jax.evals.provenance import provenance, write_json
 from razor_jax.evals.table import Table
-from razor_jax.hub import find
 from razor_jax.params import with_heads
 
 RESULTS = Path(__file__).parent / "results"

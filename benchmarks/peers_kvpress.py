@@ -25,9 +25,9 @@ from razor_jax import Params
 from razor_jax.evals.conversation import after, opened
 from razor_jax.evals.protocol import Example, Options, cut
 from razor_jax.evals.table import Answered
+from razor_jax.needles.facts import load_documents
 from razor_jax.params import weights_fingerprint
-from razor_jax.recipes.tasks import load_documents
-from razor_jax.report import KVReport
+from razor_jax.text.result import KVReport
 
 Kept = Callable[[int], float]  # tokens of a document -> tokens that a KV head may keep on average
 

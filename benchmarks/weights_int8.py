@@ -19,9 +19,10 @@ import jax
 import numpy as np
 
 import razor_jax
-from razor_jax import functional, prompts
+from razor_jax import functional
 from razor_jax.evals import needle, protocol
 from razor_jax.evals.bench import machine
+from razor_jax.text import prompts
 
 
 def logits(params: razor_jax.Params, rows: np.ndarray) -> np.ndarray:

@@ -1,18 +1,18 @@
 """RazorAttention (arXiv 2407.15891) in JAX: long-context inference with a really compressed KV cache."""
 
 from .cache import KVCache
-from .cache_store import load_cache, save_cache
-from .chat import Chat
+from .checkpoint.cache import load_cache, save_cache
+from .checkpoint.hub import load, save
 from .config import HeadSplit, RazorConfig
 from .functional import decode, extend, init_cache
-from .generate import Piece, generate, prefill, stream
 from .heads import HeadScores, find_heads
-from .hub import load, save
 from .params import Params, with_heads
-from .report import KVReport, Result
-from .sampling import Greedy, MinP, Sampling, Temperature, TopK, TopP
-from .scoring import Score, score
-from .tokenizer import Assets
+from .text.chat import Chat
+from .text.generate import Piece, generate, prefill, stream
+from .text.result import KVReport, Result
+from .text.sampling import Greedy, MinP, Sampling, Temperature, TopK, TopP
+from .text.scoring import Score, score
+from .tokenizer.assets import Assets
 
 __version__ = "0.1.0"
 

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from . import attention_slots
 from . import cache as kv
-from .attention_slots import Split
 from .cache import Call, Group
 from .kernels import attention as kernel
 from .kernels.ordering import after
+from .mesh import by_slot as attention_slots
+from .mesh.by_slot import Split
 
 # Up to so many tokens of a call are a part of attention's initial state, built by XLA; more are a kernel's own work.
 FEW_TOKENS = 16

@@ -31,8 +31,8 @@ from jaxtyping import Float, Int
 from .kernels import cache_write
 from .kernels.cache_write import Stored
 from .kernels.quantize import INT8, quantize
+from .mesh.slots import Shard, most_tokens
 from .sharding import HEADS, MODEL, ROWS
-from .slots import Shard, most_tokens
 from .spec import CacheSpec, ring_length
 from .spec import make_spec as make_spec
 

@@ -10,10 +10,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float32, Int
 
-from . import attention_mesh as attention
 from . import cache as kv
 from .cache import Call, Group, KVCache
 from .config import RazorConfig
+from .mesh import attention
 from .models import alibi, rope
 from .models.transformer import Block, Transformer
 from .params import Params

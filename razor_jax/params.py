@@ -29,7 +29,7 @@ from .models.config import ModelConfig
 from .models.linear import dequantize, is_kernel, quantize_tree, scale_of
 from .models.transformer import Transformer
 from .sharding import held_order
-from .tokenizer import Assets
+from .tokenizer.assets import Assets
 
 # Which axis of which weight runs over KV heads.
 _KV_HEAD_AXIS: dict[tuple[str, ...], int] = {

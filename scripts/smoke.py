@@ -11,8 +11,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import razor_jax
-from razor_jax.questions import split
-from razor_jax.recipes.tasks import needle_document
+from razor_jax.needles.facts import needle_document
+from razor_jax.tokenizer.questions import split
 
 
 def main() -> None:

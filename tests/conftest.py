@@ -18,9 +18,9 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
-import tests.typecheck  # noqa: E402,F401  (the hook names it, and does not import it)
+import tests.support.typecheck  # noqa: E402,F401  (the hook names it, and does not import it)
 
-jaxtyping.install_import_hook("razor_jax", "tests.typecheck.check")
+jaxtyping.install_import_hook("razor_jax", "tests.support.typecheck.check")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,1 @@
+"""Evaluations: does a compressed cache hold?"""

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import cache as kv
+from ..checkpoint.hub import load
 from ..config import HeadSplit, RazorConfig
 from ..heads import causal_heads, find_heads, random_heads
 from ..heads.causal import Task, needle_tasks
 from ..heads.probe import ordinary_ids
-from ..hub import load
 from ..params import Params
 from .haystack import Haystack
 from .journal import Journal, key_of

@@ -23,10 +23,10 @@ from rich import box
 from rich.table import Table as RichTable
 
 from .. import cache as kv
-from .. import prompts
-from ..generate import generate, make_spec, prefill
 from ..params import Params
-from ..report import KVReport
+from ..text import prompts
+from ..text.generate import generate, make_spec, prefill
+from ..text.result import KVReport
 from .forced import read
 from .haystack import Haystack
 from .journal import Journal, key_of

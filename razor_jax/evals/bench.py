@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from ..config import RazorConfig
-from ..generate import generate
 from ..params import Params
-from ..report import KVReport
+from ..text.generate import generate
+from ..text.result import KVReport
 
 
 @dataclasses.dataclass(frozen=True)

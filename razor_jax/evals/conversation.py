@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..generate import Session, choose_policy, prefill
 from ..params import Params
-from ..report import KVReport
-from ..tokenizer import Assets
+from ..text.generate import Session, choose_policy, prefill
+from ..text.result import KVReport
+from ..tokenizer.assets import Assets
 from .protocol import Cut, Example, Form, Options, Setting, Stopwatch, batches, cut
 from .table import Answered
 

@@ -28,13 +28,13 @@ from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
+from ..checkpoint.hub import load
 from ..config import RazorConfig, whole_number
-from ..generate import Policy, choose_policy, generate, prefill
-from ..hub import load
 from ..params import Params
-from ..prompts import capacity_bucket
-from ..report import KVReport, Result
-from ..scoring import score
+from ..text.generate import Policy, choose_policy, generate, prefill
+from ..text.prompts import capacity_bucket
+from ..text.result import KVReport, Result
+from ..text.scoring import score
 from .harness_requests import Options, Row, Tokens
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from ..config import whole_number
 from ..params import Params
-from ..sampling import Sampling
+from ..text.sampling import Sampling
 
 Tokens = list[int]
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # a penalty would not see what is cached

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..needles import facts as tasks
+from ..needles.text import load_documents
 from ..params import Params
-from ..recipes import tasks
-from ..recipes.text import load_documents
 from .protocol import Example, Form, cut
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import prompts
 from ..cache import KVCache
-from ..generate import Session, choose_policy, prefill
+from ..needles import facts as tasks
 from ..params import Params
-from ..recipes import tasks
-from ..report import KVReport
+from ..text import prompts
+from ..text.generate import Session, choose_policy, prefill
+from ..text.result import KVReport
 from .conversation import turn
 from .forced import read
 from .haystack import Haystack, counter

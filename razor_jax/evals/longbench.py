@@ -22,7 +22,7 @@ import numpy as np
 
 from ..config import whole_number
 from ..params import Params
-from ..tokenizer import Assets
+from ..tokenizer.assets import Assets
 from . import longbench_metrics
 from .protocol import Example, Question
 from .table import Table

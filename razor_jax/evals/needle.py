@@ -20,8 +20,8 @@ from typing import Literal
 
 import numpy as np
 
+from ..needles import facts as tasks
 from ..params import Params
-from ..recipes import tasks
 from .haystack import Haystack, counter, overhead, take
 from .protocol import Example, Form, Question
 

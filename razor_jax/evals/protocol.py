@@ -20,13 +20,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import compilation, prompts
+from .. import compilation
 from ..cache import KVCache
 from ..config import HeadSplit, RazorConfig
-from ..generate import Session, choose_policy, generate, prefill
 from ..params import Params, weights_fingerprint, with_heads
-from ..questions import split
-from ..report import KVReport, Result
+from ..text import prompts
+from ..text.generate import Session, choose_policy, generate, prefill
+from ..text.result import KVReport, Result
+from ..tokenizer.questions import split
 from . import metrics
 from .examples import Example, Form, Options, Question
 from .journal import Journal, key_of

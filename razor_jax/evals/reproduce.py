@@ -24,11 +24,11 @@ from .. import cache as kv
 from .. import compilation
 from ..config import HeadSplit, RazorConfig
 from ..functional import decode, init_cache
-from ..generate import make_spec, prefill
 from ..heads import find_heads, random_heads
 from ..heads.causal import Task
+from ..needles.facts import needle_document
 from ..params import Params, with_heads
-from ..recipes.tasks import needle_document
+from ..text.generate import make_spec, prefill
 from .claims import CLAIMS, Judgement, at_least, exactly, not_applicable
 from .journal import Journal, key_of
 from .protocol import Example, Question, cut

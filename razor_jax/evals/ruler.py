@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from ..needles.words import ADJECTIVES, NOUNS
 from ..params import Params
-from ..recipes.words import ADJECTIVES, NOUNS
 from .haystack import Haystack, counter, fit, overhead
 from .protocol import Example, Form, Question
 from .ruler_qa import Pool

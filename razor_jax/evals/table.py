@@ -10,7 +10,7 @@ import numpy as np
 from rich import box
 from rich.table import Table as RichTable
 
-from ..report import KVReport
+from ..text.result import KVReport
 from . import metrics
 from .examples import Example, Options, Question
 from .stats import Difference, Share, paired_bootstrap, share_interval

@@ -18,15 +18,15 @@ import numpy as np
 from jax import lax
 
 from .. import cache as kv
-from .. import prompts
 from ..attention import attend_and_write
 from ..cache import CacheSpec, Call, KVCache
 from ..config import HeadSplit, RazorConfig
-from ..generate import make_spec, prefill
 from ..heads.causal import Task
 from ..models.rope import tables
 from ..models.transformer import Transformer
 from ..params import Params, weights_fingerprint, with_heads
+from ..text import prompts
+from ..text.generate import make_spec, prefill
 from .journal import key_of
 
 CHUNK = 16  # tokens of a question and its answer that are read in one call

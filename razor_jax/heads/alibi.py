@@ -15,8 +15,8 @@ The formula as quoted from the paper, 2‖W_Q W_Kᵀ‖₂ (‖γ‖² + ‖b‖
 - *A bias b* of the norm: ‖γ ⊙ u + b‖² reaches (‖γ ⊙ u‖ + ‖b‖)², twice ‖γ ⊙ u‖² + ‖b‖² where the two are alike. No
   model here has one (RMSNorm).
 - *1/√H* is not inside, unless W_Q has it: √H too long, which hides the first two up to that factor. With it inside
-  the formula is wrong for any sufficiently uneven γ, without it for D·max γ² > √H·‖γ‖². `tests/test_alibi.py` has a
-  token of weight 0.9 at a distance where the formula allows 0.001.
+  the formula is wrong for any sufficiently uneven γ, without it for D·max γ² > √H·‖γ‖². `tests/models/test_alibi.py`
+  has a token of weight 0.9 at a distance where the formula allows 0.001.
 
 The bound is of exact arithmetic; a rounded cache moves logits by its rounding.
 """

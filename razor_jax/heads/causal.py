@@ -19,17 +19,17 @@ from jaxtyping import Bool
 from tokenizers import Tokenizer
 
 from .. import cache as kv
-from .. import prompts
 from ..attention import attend
 from ..cache import KVCache
 from ..config import HeadSplit, RazorConfig, whole_number
 from ..functional import init_cache
-from ..loop import read_prompt
 from ..models.rope import tables
 from ..models.transformer import Transformer
+from ..needles.facts import needle_document
 from ..params import Params, with_heads
-from ..questions import split as ask
-from ..recipes.tasks import needle_document
+from ..text import prompts
+from ..text.loop import read_prompt
+from ..tokenizer.questions import split as ask
 from .mass import Progress
 from .scores import HeadScores, ProbeMeta
 from .select import Head

@@ -12,8 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..config import whole_number
+from ..needles.facts import load_documents, make_facts
 from ..params import Params
-from ..recipes.tasks import load_documents, make_facts
 from .mass import Devices, Progress, attention_mass
 from .scores import HeadScores, ProbeMeta
 

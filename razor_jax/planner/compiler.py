@@ -27,8 +27,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .. import cache as kv
-from .. import collectives, functional, sharding
+from .. import functional, sharding
 from ..params import Params
+from . import collectives
 from .hardware import Hardware
 from .memory import Job
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import worker
 from ..config import whole_number
 from ..evals.journal import Journal, key_of
-from ..report import Result
+from ..launch import worker
+from ..text.result import Result
 from .messages import shared
 
 # (prompts, max_new_tokens, number of the batch) -> one result a prompt

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from . import tpu_compiler
+from ..support import tpu_compiler
 
 pytest.importorskip("libtpu", reason="the TPU compiler is in the extra 'aot': pip install -e '.[aot]'")
 

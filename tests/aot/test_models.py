@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import pytest
 
-from . import tpu_compiler
-from .tpu_compiler import COPIES, LLAMA
+from ..support import tpu_compiler
+from ..support.tpu_compiler import COPIES, LLAMA
 
 pytest.importorskip("libtpu", reason="the TPU compiler is in the extra 'aot': pip install -e '.[aot]'")
 

@@ -15,7 +15,7 @@ import pytest
 from razor_jax import RazorConfig, planner
 from razor_jax.planner import Job, compiler
 
-from . import tpu_compiler
+from ..support import tpu_compiler
 
 pytest.importorskip("libtpu", reason="the TPU compiler is in the extra 'aot': pip install -e '.[aot]'")
 

@@ -1,4 +1,4 @@
-"""These tests need 8 devices, which a process has to ask for before JAX starts: `tests/test_sharded.py` runs them."""
+"""These tests need 8 devices, requested before JAX starts: `tests/mesh/test_on_mesh.py` runs them."""
 
 import jax
 

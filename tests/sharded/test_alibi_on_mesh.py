@@ -8,7 +8,7 @@ import numpy as np
 from razor_jax import HeadSplit, RazorConfig, functional
 from razor_jax.models import ModelConfig
 
-from .meshes import on, one_device
+from ..support.meshes import on, one_device
 
 CONFIG = ModelConfig("baichuan", 64, 32, 48, 2, 4, 4, 8, 4096, alibi=True)
 # Scopes below and above the devices, one layer without a full head.

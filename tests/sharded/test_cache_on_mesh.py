@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from razor_jax import HeadSplit, RazorConfig, attention_mesh, relayout
+from razor_jax import HeadSplit, RazorConfig
 from razor_jax import cache as kv
+from razor_jax.mesh import attention as attention_mesh
+from razor_jax.mesh import relayout
 
-from .meshes import BALANCED, SPLIT, G, K, mesh_of
+from ..support.meshes import BALANCED, SPLIT, G, K, mesh_of
 
 B, H, CAPACITY, CHUNK, SINKS = 4, 8, 64, 12, 3
 # Windows below, at and above the devices of the largest mesh; with SINKS, ends at odd places.

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import razor_jax
-from razor_jax import RazorConfig, relayout
-from tests import tiny
+from razor_jax import RazorConfig
+from razor_jax.mesh import relayout
+from tests.support import tiny
 
-from .meshes import BALANCED, on, one_device
+from ..support.meshes import BALANCED, on, one_device
 
 RAZOR = RazorConfig(sinks=2, window=6)
 DOCUMENTS = [tiny.prompt(n) % 60 for n in (40, 23)]

@@ -10,8 +10,8 @@ import pytest
 import razor_jax
 from razor_jax import RazorConfig
 
-from .. import tiny
-from .meshes import on
+from ..support import tiny
+from ..support.meshes import on
 
 RAZOR = RazorConfig(sinks=2, window=6)
 PROMPTS = [tiny.prompt(n) for n in (20, 9, 14)]  # three rows, which data=2 does not divide

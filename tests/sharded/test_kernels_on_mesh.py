@@ -8,8 +8,8 @@ import pytest
 
 from razor_jax import RazorConfig, functional
 
-from .. import test_kernels_in_model as kernels
-from .meshes import on
+from ..kernels import test_in_model as kernels
+from ..support.meshes import on
 
 B, T, CAPACITY = 3, 20, 64
 

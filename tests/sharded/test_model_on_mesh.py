@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import razor_jax
-from razor_jax import HeadSplit, RazorConfig, collectives, functional, sharding, with_heads
+from razor_jax import HeadSplit, RazorConfig, functional, sharding, with_heads
 from razor_jax import cache as kv
 from razor_jax.models import ModelConfig
+from razor_jax.planner import collectives
 
-from .meshes import BALANCED, CONFIG, SPLIT, K, on, one_device
+from ..support.meshes import BALANCED, CONFIG, SPLIT, K, on, one_device
 
 B, CAPACITY = 4, 640
 RAZOR = RazorConfig(sinks=3, min_window=20, window_divisor=4)

@@ -1,0 +1,1 @@
+"""Models and caches on disk: Hugging Face and Orbax checkpoints, the Hub, saved caches."""

@@ -1,0 +1,289 @@
+"""Compressed caches on disk: read a document once, answer questions about it in another process, on another mesh.
+
+A folder holds `cache.json`, the record of what the cache is, and of each layer an Orbax checkpoint of its head groups
+in logical order: k, v [B, K_group, S, H] with slot g of a head at index g, whatever devices they lay on, and one mean a
+head. S may be padded. Heads of a group are in the order of the split; a dense cache has them in the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from .. import cache as kv
+from ..cache import Group, KVCache
+from ..config import RazorConfig
+from ..functional import check_cache
+from ..mesh import relayout
+from ..params import Params, architecture_fingerprint, weights_fingerprint
+from ..sharding import everywhere, present
+from ..spec import CacheSpec, make_spec, ring_length
+from .files import read_json, write_json, written_whole
+
+RECORD = "cache.json"
+_FORMAT, _VERSION = "razor_jax cache", 1
+_ARRAYS = ("k", "v", "k_scale", "v_scale", "k_mean", "v_mean")
+_SLOTS = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}  # which axis is S
+
+
+def save_cache(
+    cache: KVCache,
+    params: Params,
+    directory: str | os.PathLike[str],
+    *,
+    pending: Sequence[Sequence[int]] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a cache to a folder that `load_cache` reads back bit for bit. Under several processes all of them call.
+
+    Args:
+      params: what the cache was made with.
+      pending: tokens of each row that were chosen but are not in the cache yet, such as the last of an answer;
+        `load_pending` gives them back, to be put before the next prompt.
+
+    Raises FileExistsError where `directory` holds something and `overwrite` is not given, ValueError for a cache of
+    other params.
+    """
+    if kv.deleted(cache):
+        raise ValueError("this cache was given away to a later call: save the one that came back")
+    check_cache(params, cache)
+    if pending is not None and len(pending) != cache.batch:
+        raise ValueError(f"pending has {len(pending)} rows, the cache {cache.batch}: give one list of tokens a row")
+    with written_whole(Path(directory).expanduser(), overwrite) as folder, ocp.StandardCheckpointer() as checkpointer:
+        for index, layer in enumerate(cache.layers):
+            # One layer after the other: that is all that a reordered copy takes on the devices.
+            groups = _logical(cache.replace(layers=(layer,)), _dense_order(params, cache.spec, index))
+            checkpointer.save(_layer(folder, index), {str(number): _arrays(g) for number, g in enumerate(groups)})
+            checkpointer.wait_until_finished()
+        write_json(folder / RECORD, _record(cache, params, pending))
+
+
+def load_cache(params: Params, directory: str | os.PathLike[str]) -> KVCache:
+    """A saved cache, laid out for the devices of `params`, ready for `generate(params, …, cache=…)`.
+
+    Raises FileNotFoundError, or ValueError that names what does not fit: another architecture, other weights, head
+    split or types, or a file that is damaged.
+    """
+    path = Path(directory).expanduser()
+    record = _read_record(path)
+    spec = _spec(path, record, params)
+    kinds = {"length": ("lengths", np.int32), "window": ("windows", np.int32), "overflow": ("overflow", bool)}
+    rows = {name: _placed(np.asarray(record[key], kind), params) for name, (key, kind) in kinds.items()}
+    batch, layers, cache = len(record["lengths"]), [], None
+    # Shapes, and no memory.
+    shapes = jax.eval_shape(lambda: [list(map(_arrays, layer)) for layer in kv.init(spec, batch).layers])
+    for index, wanted in enumerate(shapes):
+        arrays = _read_layer(path, index, wanted, spec, _dense_order(params, spec, index))
+        groups = (
+            Group(**(dict.fromkeys(_ARRAYS) | {name: _placed(x, params) for name, x in held.items()}), **static)
+            for held, static in arrays
+        )
+        cache = KVCache((tuple(groups),), spec=spec, **rows)
+        if present(params.mesh) is not None:
+            cache = _distributed(cache, mesh=params.mesh)
+        layers.append(cache.layers[0])
+    assert cache is not None
+    return cache.replace(layers=tuple(layers))
+
+
+def load_pending(directory: str | os.PathLike[str]) -> tuple[tuple[int, ...], ...] | None:
+    """The tokens of each row that `save_cache` was given as pending."""
+    pending = _read_record(Path(directory).expanduser())["pending"]
+    return None if pending is None else tuple(map(tuple, pending))
+
+
+# The record
+
+
+def _record(cache: KVCache, params: Params, pending: Sequence[Sequence[int]] | None) -> dict[str, Any]:
+    spec = cache.spec
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        **_fields(spec, params),
+        "capacity": spec.capacity,
+        "sinks": spec.sinks,
+        "razor": None if spec.razor is None else dataclasses.asdict(spec.razor),
+        "lengths": np.asarray(cache.length).tolist(),
+        "windows": np.asarray(cache.window).tolist(),
+        "overflow": np.asarray(cache.overflow).tolist(),
+        "pending": None if pending is None else [[int(token) for token in row] for row in pending],
+    }
+
+
+def _fields(spec: CacheSpec, params: Params) -> dict[str, Any]:
+    """What must be the same where the cache is read."""
+    return {
+        "architecture": architecture_fingerprint(params.config),
+        "weights": weights_fingerprint(params),
+        # A dense cache is the same under every split.
+        "retrieval_heads": [list(heads) for heads in spec.retrieval] if spec.razor else None,
+        "scopes": [list(layer) for layer in spec.scopes] if spec.razor else None,
+        "dtype": spec.dtype,
+        "windowed_dtype": spec.windowed_dtype or spec.dtype,
+    }
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = read_json(path / RECORD, "it says what the cache is")
+    if (record.get("format"), record.get("version")) != (_FORMAT, _VERSION):
+        raise ValueError(
+            f"{path / RECORD} has format {record.get('format')!r}, version {record.get('version')!r}; this razor_jax "
+            f"reads {_FORMAT!r}, version {_VERSION}"
+        )
+    capacity, lengths = record.get("capacity"), record.get("lengths")
+    rows = len(lengths) if isinstance(lengths, list) else 0
+    sound: dict[str, Callable[[Any], bool]] = {
+        "capacity": lambda x: type(x) is int and x > 0,
+        "lengths": lambda x: rows > 0 and _all(x, int, rows) and all(0 <= length <= capacity for length in x),
+        "windows": lambda x: _all(x, int, rows),
+        "overflow": lambda x: _all(x, bool, rows),
+        "pending": lambda x: x is None or (_all(x, list, rows) and all(_all(row, int, len(row)) for row in x)),
+    }
+    for name, holds in sound.items():
+        if not holds(value := record.get(name, "missing")):
+            raise _damaged(path, f"{name} {_short(value)}, where lengths has {rows} rows")
+    return record
+
+
+def _all(values: Any, kind: type, count: int) -> bool:
+    """Whether it is a list of so many of just this type."""
+    return isinstance(values, list) and len(values) == count and all(type(value) is kind for value in values)
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path / RECORD} is damaged: {what}; save the cache again")
+
+
+def _spec(path: Path, record: Mapping[str, Any], params: Params) -> CacheSpec:
+    try:
+        razor = None if record["razor"] is None else RazorConfig(**record["razor"])
+        spec = make_spec(
+            params.split,
+            params.config.head_dim,
+            record["capacity"],
+            razor,
+            params.dtype,
+            params.implementation,
+            params.config.alibi,
+            params.mesh,
+        )
+        spec = dataclasses.replace(spec, mesh=None, layout=None)  # as it is stored
+        here = _fields(spec, params)
+        differ = [name for name in here if here[name] != record[name]]
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, repr(error)) from error
+    if differ:
+        said = "; ".join(f"{name} {_short(record[name])}, here {_short(here[name])}" for name in differ)
+        raise ValueError(
+            f"the cache in {path} was made with other params: {said}. Load the model, the head split and the types "
+            "that it was made with, or prefill again"
+        )
+    # What the rings are allocated for.
+    least, most = spec.shortest_ring(0), spec.capacity if razor is None else ring_length(razor, spec.capacity)
+    for length, window in zip(record["lengths"], record["windows"], strict=True):
+        unset = length == window == 0
+        if not (unset or least <= window <= most):
+            raise _damaged(path, f"window {window} of a row of {length} tokens, where {least} to {most} is possible")
+    return spec
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:16]}…"
+
+
+# Layers
+
+
+def _layer(folder: Path, index: int) -> Path:
+    return folder.absolute() / f"layer_{index:03d}"
+
+
+def _dense_order(params: Params, spec: CacheSpec, layer: int) -> tuple[int, ...] | None:
+    """The KV heads of a dense cache's one group as weights hold them; None where groups follow the split."""
+    return params.order(layer) if spec.razor is None else None
+
+
+_on_one_device = jax.jit(relayout.logical)
+_distributed = jax.jit(relayout.distributed, static_argnames="mesh")
+
+
+def _logical(cache: KVCache, order: tuple[int, ...] | None) -> tuple[Group, ...]:
+    """The groups of a cache of one layer."""
+    layer = cache.layers[0] if cache.spec.mesh is None else _on_one_device(cache).layers[0]
+    if order is None or order == tuple(sorted(order)):
+        return layer
+    return jax.tree.map(lambda x: x[:, np.argsort(order)], layer)
+
+
+def _arrays(group: Group) -> dict[str, Any]:
+    return {name: x for name in _ARRAYS if (x := getattr(group, name)) is not None}
+
+
+def _placed(x: np.ndarray, params: Params) -> jax.Array:
+    mesh = present(params.mesh)
+    # A copy: on CPU an array may else share the memory of `x`, and a cache is written in place.
+    return jnp.array(x) if mesh is None else everywhere(x, mesh)
+
+
+def _read_layer(
+    path: Path, index: int, wanted: Sequence[Mapping[str, Any]], spec: CacheSpec, order: tuple[int, ...] | None
+) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+    """Each group's arrays, as one device would hold them, and what is static about it."""
+    folder = _layer(path, index)
+    names = {str(number): dict.fromkeys(arrays, 0) for number, arrays in enumerate(wanted)}
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(folder).item_metadata.tree
+            if jax.tree.structure(stored) != jax.tree.structure(names):
+                raise ValueError(f"it holds {_names(stored)}, the record is of {_names(names)}")
+            # One after the other: of many that Orbax reads at once one that fails leaves the others' readers behind.
+            read = {group: {name: _read(checkpointer, folder, group, name) for name in names[group]} for group in names}
+    except Exception as error:  # Orbax raises a bare Exception where a file is damaged
+        raise ValueError(f"{folder} cannot be read: {error.__cause__ or error}; save the cache again") from error
+    groups = []
+    for number, (_, windowed, scope) in enumerate(spec.groups(index)):
+        used = min(spec.capacity, scope or (spec.windowed_slots if windowed else spec.capacity))
+        arrays = {
+            name: _fitted(f"{folder} cannot be read: {number}/{name}", x, wanted[number][name], _SLOTS.get(name), used)
+            for name, x in read[str(number)].items()
+        }
+        if order is not None:
+            arrays = {name: x[:, list(order)] for name, x in arrays.items()}
+        groups.append((arrays, {"windowed": windowed, "scope": scope}))
+    return groups
+
+
+def _read(checkpointer: ocp.PyTreeCheckpointer, folder: Path, group: str, name: str) -> np.ndarray:
+    how = ocp.args.PyTreeRestore(
+        item={group: {name: 0}},
+        restore_args={group: {name: ocp.RestoreArgs(restore_type=np.ndarray)}},
+        partial_restore=True,
+    )
+    return checkpointer.restore(folder, args=how)[group][name]
+
+
+def _fitted(what: str, x: np.ndarray, wanted: Any, slots: int | None, used: int) -> np.ndarray:
+    """The array, with its padding past the slots in use changed for this machine's."""
+    want = list(wanted.shape)
+    if slots is not None:
+        want[slots] = max(used, x.shape[slots]) if x.ndim == 4 else used
+    if list(x.shape) != want or x.dtype != wanted.dtype:
+        raise ValueError(f"{what} is {x.dtype}{list(x.shape)}, expected {wanted.dtype}{want}")
+    if slots is None:
+        return x
+    x = x[(slice(None),) * slots + (slice(wanted.shape[slots]),)]
+    return np.pad(x, [(0, wanted.shape[axis] - x.shape[axis]) for axis in range(4)])
+
+
+def _names(tree: Mapping[str, Mapping[str, Any]]) -> str:
+    return ", ".join(f"{group}/{name}" for group in sorted(tree) for name in sorted(tree[group]))

@@ -1,0 +1,111 @@
+"""Checkpoints on disk: Hugging Face safetensors in and out, and Orbax.
+
+Tensors are read one at a time, on a mesh only the parts that this process' devices hold, so host memory stays near
+the largest tensor's. No torch. Nothing is left half-written: a checkpoint is written to a folder beside its place and
+renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from ..config import HeadSplit, check_split
+from ..models import ModelConfig
+from ..params import Params, with_heads
+from ..sharding import MeshLike
+from ..tokenizer.assets import Assets
+from . import huggingface as checkpoint_huggingface
+from . import orbax as checkpoint_orbax
+from .files import written_whole
+from .loader import Progress, Weights
+
+SHARD_BYTES = 5_000_000_000
+
+
+def read(
+    directory: str | os.PathLike[str],
+    dtype: Any = None,
+    progress: Progress | None = None,
+    *,
+    mesh: MeshLike = None,
+    weights: Weights | None = None,
+    split: HeadSplit | None = None,
+) -> Params:
+    """The model of a Hugging Face or Orbax folder.
+
+    Args:
+      directory: holds config.json with model.safetensors or a sharded index, or what `save` wrote.
+      dtype: float32, bfloat16 or float16; None for the type that the checkpoint declares.
+      progress: called after every tensor with bytes read and bytes in all.
+      mesh: the devices that hold the weights, as `sharding.make_mesh` takes it; None for the default device.
+      weights: "int8" to hold kernels as int8 with a scale an output channel (`models/linear.py`).
+      split: the order in which heads are held, as by `with_heads`, but then nothing moves; None for the checkpoint's
+        own. Whether it was made for these weights is for `with_heads` to say.
+
+    Raises FileNotFoundError or ValueError that says what is wrong with which file; all missing, unexpected and
+    mis-shaped tensors come in one ValueError. ValueError also, before any weight is read, for a mesh that does not
+    take the devices, and for weights that do not fit into them.
+    """
+    path = _folder(directory)
+    config = read_config(path)
+    if split is not None:
+        check_split(split, config.num_layers, config.num_kv_heads)
+    params = _format(path).read(path, dtype, mesh, weights, split, progress)
+    return params.replace(assets=Assets.read(path))
+
+
+def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
+    """The config of a Hugging Face or Orbax folder; the weights may still say that tied embeddings are not."""
+    path = _folder(directory)
+    return _format(path).read_config(path)
+
+
+def save(
+    params: Params,
+    directory: str | os.PathLike[str],
+    format: Literal["huggingface", "orbax"] = "huggingface",
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    beside: Callable[[Path], object] | None = None,
+) -> None:
+    """Write weights, config and tokenizer to a folder that `read` reads back exactly, on any mesh.
+
+    Heads are written in the checkpoint's order. "huggingface" loads in transformers too, and is split into
+    files of at most `shard_bytes` (a larger tensor is a file of its own); host memory is one such file. "orbax" is
+    written by all processes at once, each its own shards. Every process of a run calls this; the first one calls
+    `beside`, which may write more files into the folder before it takes its place.
+
+    Raises FileExistsError where `directory` holds something and `overwrite` is not given.
+    """
+    if format not in ("huggingface", "orbax"):
+        raise ValueError(f"format={format!r}: use 'huggingface' or 'orbax'")
+    params = with_heads(params, None)
+    with written_whole(Path(directory).expanduser(), overwrite) as folder:
+        if format == "orbax":
+            checkpoint_orbax.write(params, folder)
+        else:
+            checkpoint_huggingface.write(params, folder, shard_bytes)
+        if jax.process_index() == 0:
+            if params.assets is not None:
+                params.assets.write(folder)
+            if beside is not None:
+                beside(folder)
+
+
+def _folder(directory: str | os.PathLike[str]) -> Path:
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        what = "is a file, not a folder" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"checkpoint folder {str(path)!r} {what}")
+    return path
+
+
+def _format(path: Path) -> Any:
+    """The module that reads a folder."""
+    return checkpoint_orbax if (path / checkpoint_orbax.RECORD).is_file() else checkpoint_huggingface

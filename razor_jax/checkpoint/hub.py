@@ -1,0 +1,268 @@
+"""`load`: a model by name, folder or Hub id, with its retrieval heads; `save`: both into a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+import jax
+from huggingface_hub import errors
+
+from ..config import HeadSplit, check_split
+from ..heads import alibi, find_heads, store
+from ..kernels.backend import Implementation, choose
+from ..params import Params, architecture_fingerprint, weights_fingerprint, with_heads
+from ..sharding import MeshLike
+from . import folder as checkpoint
+from .loader import Weights
+
+log = logging.getLogger("razor_jax")
+
+PACKAGED = ("razor-mini", "razor-mini-qwen3")
+_ASSETS = Path(__file__).parents[1] / "assets"
+
+# What a checkpoint needs, and no pickle: a .bin file runs code when it is read.
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    store.NAME,
+)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    heads: str | os.PathLike[str] | HeadSplit | None = "auto",
+    implementation: Implementation | None = None,
+    mesh: MeshLike = None,
+    weights: Weights | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Params:
+    """A model ready for `generate`.
+
+    Args:
+      model: "razor-mini" or "razor-mini-qwen3" (packaged), a checkpoint folder, or a Hub id "owner/name".
+      dtype: type of the weights, None for the checkpoint's own.
+      heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, else the
+        user's cache folder, else probes once and remembers; or a HeadSplit, the path of a razor.json, or
+        None for dense attention only.
+      implementation: of attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None for the
+        device's own kernels where they take the model's shapes, else XLA.
+      mesh: the devices that the model lies on: "data=2,model=4" (two groups of four, each with half of the batch and
+        all weights), a mapping of the same, or a jax Mesh with these axes; None for one device. Every process of a
+        run loads the same, and reads only its own part.
+      weights: "int8" holds kernels as int8 with a scale an output channel: half of bfloat16's bytes. Embeddings and
+        norms stay.
+      progress: called with ("read", bytes done, bytes to do), then, where heads have to be probed, with
+        ("probed", layers done, layers to do).
+
+    Raises FileNotFoundError, PermissionError or ConnectionError where there is no such model (FileNotFoundError also
+    where heads would have to be probed in a run of several processes), ValueError
+    where model and head split do not fit, no device here runs the implementation, the mesh does not take the
+    devices, or the weights do not fit into them.
+    """
+    if implementation is not None:
+        choose(implementation, lambda name: None)  # before gigabytes are read: a name, and a device for it
+    directory = find(model)
+    config = checkpoint.read_config(directory)
+    found = _given(directory, heads)
+    with _naming(directory, heads):
+        if found is not None:
+            check_split(found.split, config.num_layers, config.num_kv_heads)
+    params = checkpoint.read(
+        directory,
+        dtype,
+        _stage(progress, "read"),
+        mesh=mesh,
+        weights=weights,
+        split=None if found is None else found.split,
+    ).replace(implementation=implementation)
+    if heads is None:
+        return params
+    found = found or store.HeadFile(_remembered(params) or _probe(params, _stage(progress, "probed")))
+    with _naming(directory, heads):
+        # A split that was known is only checked here: its heads have been read in place.
+        params = with_heads(params, found.split, donate=True)
+    return dataclasses.replace(params, razor=found.recommended)
+
+
+def save(
+    params: Params,
+    directory: str | os.PathLike[str],
+    format: Literal["huggingface", "orbax"] = "huggingface",
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = checkpoint.SHARD_BYTES,
+) -> None:
+    """Write weights, config, tokenizer and, as razor.json, the head split to a folder that `load` reads back exactly,
+    on any mesh and in any number of processes. The folder is there when it is whole, or as it was before; if a process
+    is killed just as the folders change places, what was there lies beside it, hidden, until the next `save` puts it
+    back.
+
+    Args:
+      format: "huggingface" loads in transformers too, in files of at most `shard_bytes`; "orbax" takes int8 weights as
+        well, and every process of a run writes its own shards.
+
+    Every process of a run calls this. Raises FileExistsError where `directory` holds something and `overwrite` is not
+    given.
+    """
+    split = params.heads
+    if split is not None:
+        split = dataclasses.replace(
+            split,
+            architecture=split.architecture or architecture_fingerprint(params.config),
+            weights=split.weights or weights_fingerprint(params),
+        )
+
+    def beside(folder: Path) -> None:
+        if split is not None:
+            store.write(folder, split, params.razor)
+
+    checkpoint.save(params, directory, format, overwrite=overwrite, shard_bytes=shard_bytes, beside=beside)
+
+
+@contextlib.contextmanager
+def _naming(directory: Path, heads: Any) -> Iterator[None]:
+    """Errors about a split that came from a file name the file."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(heads, HeadSplit):
+            raise
+        raise ValueError(f"{directory / store.NAME if heads == 'auto' else heads}: {error}") from error
+
+
+def _stage(progress: Callable[[str, int, int], None] | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else functools.partial(progress, name)
+
+
+def find(model: str | os.PathLike[str]) -> Path:
+    """The folder of a packaged model, a path or a Hub id (downloaded into Hugging Face's own cache)."""
+    if isinstance(model, str) and model in PACKAGED:
+        return _packaged(model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{path} is a file: give the folder that holds config.json and *.safetensors")
+    # Not str(path): a Windows path turns an id's slash round.
+    name = os.fspath(model)
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise FileNotFoundError(
+            f"no model at {name!r}: give {' or '.join(map(repr, PACKAGED))}, an existing checkpoint folder, "
+            "or a Hugging Face id 'owner/name'"
+        )
+    return _download(name)
+
+
+def _packaged(model: str) -> Path:
+    folder = _ASSETS / model
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{model!r} is missing from this installation ({folder}): reinstall razor-jax, or train it with "
+            "`python -m recipes.train_mini`"
+        )
+    return folder
+
+
+def _download(name: str) -> Path:
+    """Only the files that are read. Offline, whatever an earlier download left serves."""
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{name} is gated on the Hugging Face Hub: accept its licence on the model's page, then `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"no folder {name!r} here, and no public model of that name on the Hugging Face Hub; if it is "
+            "private, `hf auth login` first"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
+        raise ConnectionError(
+            f"no folder {name!r} here, the Hugging Face Hub cannot be reached, and its cache holds no "
+            f"complete copy. Where there is a network, `hf download {name}`; copy that folder here and pass "
+            f"its path ({error})"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{name} on the Hugging Face Hub has no config.json: no transformers checkpoint")
+    if not list(folder.glob("model*.safetensors")):
+        raise FileNotFoundError(
+            f"{name} on the Hugging Face Hub has no model.safetensors. Pickle (.bin) weights are not "
+            "downloaded, for reading them can run code; where you trust them, convert them once: "
+            '`python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{name}').save_pretrained('folder')\"`"
+        )
+    return folder
+
+
+def _given(directory: Path, heads: str | os.PathLike[str] | HeadSplit | None) -> store.HeadFile | None:
+    """The split that is known before the weights are, None where there is none."""
+    if heads is None:
+        return None
+    if isinstance(heads, HeadSplit):
+        return store.HeadFile(heads)
+    if not isinstance(heads, (str, os.PathLike)):
+        raise TypeError(f"heads={heads!r}: must be 'auto', a HeadSplit, the path of a razor.json, or None")
+    if heads != "auto":
+        return store.read(heads)
+    if (directory / store.NAME).is_file():
+        return store.read(directory)
+    if jax.process_count() > 1:
+        # A probe is one process' work, and what each remembers may differ.
+        raise FileNotFoundError(
+            f"no {store.NAME} beside the model in {directory}: find its heads once on one machine, `razor-jax heads "
+            f"--model {directory} --save {directory / store.NAME}`, or pass the path of a {store.NAME} as heads="
+        )
+    return None
+
+
+def _remembered(params: Params) -> HeadSplit | None:
+    """The split an earlier load left in the user's cache folder."""
+    path = store.cache_path(params)
+    try:
+        split = store.read(path).split
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        # A damaged memory must not stop a load: the probe makes it again.
+        log.warning("ignored a remembered head split: %s", error)
+        return None
+    log.info("retrieval heads: %s (%s)", path, split.note)
+    return split
+
+
+def _probe(params: Params, progress: Callable[[int, int], None] | None) -> HeadSplit:
+    if params.config.alibi:
+        return alibi.split(params)  # from the weights alone
+    log.info("no %s beside the model and none remembered: probing its heads once", store.NAME)
+    split = find_heads(params, progress=progress).select()
+    try:
+        path = store.write(store.cache_path(params), split)
+    except OSError as error:
+        log.warning("found %d retrieval heads, but could not remember them: %s", sum(split.counts), error)
+    else:
+        log.info(
+            "found %d of %d KV heads, remembered in %s",
+            sum(split.counts),
+            len(split.counts) * split.num_kv_heads,
+            path,
+        )
+    return split

@@ -1,0 +1,267 @@
+"""Hugging Face checkpoints: safetensors, one file or many with an index.
+
+Tensors are read one at a time, and of each only the parts that this process' devices hold, straight into their final
+shape and type. safetensors' NumPy side reads bfloat16 by itself wherever ml_dtypes is installed, which JAX requires
+(seen with safetensors 0.6 to 0.8). Nothing is unpickled, for a pickle runs code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from .. import models
+from ..config import HeadSplit
+from ..models import ModelConfig, Stored, tensor_names, write_config
+from ..params import Params
+from ..sharding import MeshLike, held_order
+from .files import read_json, write_json
+from .loader import Loader, Progress, Weights, float_type
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Buffers that old checkpoints carry and every model computes.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+_EMBEDDING, _HEAD = "embedding/embedding", "head/kernel"
+
+_Handle = Any  # safetensors.safe_open, which has no public type
+_Found = Mapping[str, _Handle]  # tensor name -> the open file that holds it
+
+
+def read(
+    path: Path,
+    dtype: Any,
+    mesh: MeshLike,
+    weights: Weights | None,
+    split: HeadSplit | None,
+    progress: Progress | None,
+) -> Params:
+    """The model of a folder; arguments and errors are `checkpoint.read`'s."""
+    hf, config = _config(path)
+    with contextlib.ExitStack() as stack:
+        found = {name: handle for shard in _shards(path) for name, handle in _open(shard, stack)}
+        config, tensors = _resolve_tie(config, found)
+        _check(path, config, tensors, found)
+        slices = {stored.name: found[stored.name].get_slice(stored.name) for stored in tensors.values()}
+        to = _dtype(dtype, hf, slices[tensors[_EMBEDDING].name].get_dtype())
+        loader = Loader(config, to, mesh, weights)
+        total = sum(_bytes(slices, stored) for stored in tensors.values())
+        done = 0
+        for name, stored in tensors.items():
+            tensor, heads = slices[stored.name], _held_order(name, split, loader.mesh)
+            part = functools.partial(stored.read, tensor, heads=heads)
+            loader.read(name, part, _FLOATS[tensor.get_dtype()])
+            done += _bytes(slices, stored)
+            if progress is not None:
+                progress(done, total)
+    return loader.params(split)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The config as config.json states it."""
+    return _config(path)[1]
+
+
+def _config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
+    hf = read_json(path / "config.json", "it names the architecture; a Hugging Face checkpoint has one")
+    try:
+        return hf, models.read_config(hf)
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'}: {error}") from None
+
+
+def _held_order(name: str, split: HeadSplit | None, mesh: Mesh | None) -> tuple[int, ...] | None:
+    """The order in which a layer's weights hold their KV heads, None for the checkpoint's."""
+    layer = re.match(r"blocks_(\d+)/", name)
+    return None if split is None or layer is None else held_order(split, int(layer[1]), mesh)
+
+
+def _shards(path: Path) -> list[Path]:
+    """The checkpoint's weight files."""
+    if (path / _WEIGHTS).is_file():
+        return [path / _WEIGHTS]
+    if not (path / _INDEX).is_file():
+        raise FileNotFoundError(_no_weights(path))
+    index = read_json(path / _INDEX, "it lists the weight files")
+    if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
+        raise ValueError(f"{path / _INDEX} has no weight_map: copy or download it again")
+    shards = sorted({path / name for name in index["weight_map"].values()})
+    absent = [shard.name for shard in shards if not shard.is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{path / _INDEX} names {len(shards)} files, and {', '.join(absent)} not there: "
+            "copy or download the rest of the checkpoint"
+        )
+    return shards
+
+
+def _no_weights(path: Path) -> str:
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        convert = (
+            f"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{path}', "
+            f"use_safetensors=False).save_pretrained('{path}-safetensors')"
+        )
+        return (
+            f"{path} holds its weights as pickle ({', '.join(pickles)}), and reading a pickle can run any "
+            "code that its author put there. Where you trust it, convert it once with torch and transformers "
+            f'and copy the tokenizer files beside the result: python -c "{convert}"'
+        )
+    others = sorted(p.name for p in path.glob("*.safetensors"))
+    has = f"; {', '.join(others)} is not in transformers' format" if others else ""
+    return f"{path} has neither {_WEIGHTS} nor {_INDEX}{has}"
+
+
+def _open(shard: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, _Handle]]:
+    try:
+        handle = stack.enter_context(safetensors.safe_open(shard, framework="np"))
+    except (safetensors.SafetensorError, OSError) as error:
+        with shard.open("rb") as file:
+            pointer = file.read(24).startswith(b"version https://git-lfs")
+        cause = (
+            "is a Git LFS pointer: run `git lfs pull` in its folder"
+            if pointer
+            else (f"is truncated or no safetensors file ({error}): copy or download it again")
+        )
+        raise ValueError(f"{shard} {cause}") from error
+    for name in handle.keys():  # noqa: SIM118, it is no dictionary
+        yield name, handle
+
+
+def _resolve_tie(config: ModelConfig, found: _Found) -> tuple[ModelConfig, dict[str, Stored]]:
+    """transformers' rules where config.json ties the embeddings: either tensor serves for both; two that
+    differ stay two."""
+    tensors = tensor_names(config)
+    embedding, head = tensors[_EMBEDDING].name, _head_name(config)
+    if not config.tie_embeddings or head not in found:
+        return config, tensors
+    if embedding not in found:
+        tensors[_EMBEDDING] = dataclasses.replace(tensors[_EMBEDDING], name=head)
+        return config, tensors
+    if _equal(found, embedding, head):
+        return config, tensors
+    warnings.warn(
+        f"config.json ties the embeddings, but {embedding} and {head} differ: both are used, untied",
+        stacklevel=4,
+    )
+    config = dataclasses.replace(config, tie_embeddings=False)
+    return config, tensor_names(config)
+
+
+def _head_name(config: ModelConfig) -> str:
+    return tensor_names(dataclasses.replace(config, tie_embeddings=False))[_HEAD].name
+
+
+def _equal(found: _Found, one: str, other: str, rows: int = 4096) -> bool:
+    """Whether two stored matrices hold the same values; a block of rows in memory at a time."""
+    a, b = found[one].get_slice(one), found[other].get_slice(other)
+    # Anything else is `_check`'s to complain about.
+    if a.get_shape() != b.get_shape() or len(a.get_shape()) != 2 or {a.get_dtype(), b.get_dtype()} - _FLOATS.keys():
+        return False
+    total = a.get_shape()[0]
+    blocks = (slice(i, min(i + rows, total)) for i in range(0, total, rows))
+    return all(np.array_equal(a[block], b[block]) for block in blocks)
+
+
+def _check(path: Path, config: ModelConfig, tensors: Mapping[str, Stored], found: _Found) -> None:
+    wanted = {stored.name: stored for stored in tensors.values()}
+    spare = {_head_name(config)} if config.tie_embeddings else set()
+    extra = [name for name in found.keys() - wanted.keys() - spare if not _IGNORED.search(name)]
+    problems = [f"missing {name} {list(wanted[name].shape)}" for name in wanted if name not in found]
+    problems += [f"unexpected {name} {found[name].get_slice(name).get_shape()}" for name in sorted(extra)]
+    for name in sorted(wanted.keys() & found.keys()):
+        tensor = found[name].get_slice(name)
+        if list(tensor.get_shape()) != list(wanted[name].shape):
+            problems.append(f"{name} has shape {tensor.get_shape()}, expected {list(wanted[name].shape)}")
+        if tensor.get_dtype() not in _FLOATS:
+            problems.append(f"{name} has type {tensor.get_dtype()}, expected {', '.join(_FLOATS)}")
+    if problems:
+        raise ValueError(
+            f"the tensors in {path} do not fit its config.json ({config.family}, {config.num_layers} "
+            "layers):\n  " + "\n  ".join(problems)
+        )
+
+
+def _bytes(slices: Mapping[str, Any], stored: Stored) -> int:
+    kind = _FLOATS[slices[stored.name].get_dtype()]
+    return int(np.prod(stored.shape)) // stored.parts * jnp.dtype(kind).itemsize
+
+
+def _dtype(asked: Any, hf: Mapping[str, Any], stored: str) -> np.dtype:
+    """The type to load into: as asked, else as config.json declares, else as the embedding is stored."""
+    declared = hf.get("dtype") or hf.get("torch_dtype")
+    return float_type(
+        asked if asked is not None else str(declared or _FLOATS.get(stored, stored)).removeprefix("torch.")
+    )
+
+
+def write(params: Params, folder: Path, shard_bytes: int) -> None:
+    """config.json and weight files into `folder`; the first process writes, all take part."""
+    if params.int8:
+        raise ValueError(
+            "these weights are int8, which Hugging Face's format does not know: save with format='orbax', or copy the "
+            "checkpoint that they were loaded from"
+        )
+    assets = params.assets
+    ends = list(assets.eos_ids) if assets else []
+    about = {
+        "torch_dtype": params.dtype.name,
+        "bos_token_id": assets.bos_id if assets else None,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+    }
+    write_json(folder / "config.json", write_config(params.config) | about)
+    flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params.weights, sep="/"))
+    # A tensor's parts, where it fuses weights; they are listed in order.
+    tensors: dict[str, list[tuple[Stored, Any]]] = {}
+    for path, stored in tensor_names(params.config).items():
+        tensors.setdefault(stored.name, []).append((stored, flat[path]))
+    sizes = {name: sum(x.nbytes for _, x in parts) for name, parts in tensors.items()}
+    groups = _group(sizes, shard_bytes)
+    files = {}
+    for i, names in enumerate(groups):
+        file = _WEIGHTS if len(groups) == 1 else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+        files |= dict.fromkeys(names, file)
+        arrays = {}
+        for name in names:
+            parts = [stored.to_stored(_on_host(x)) for stored, x in tensors[name]]
+            # Joining turned tensors may leave them turned, and safetensors writes memory as it lies.
+            arrays[name] = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        # transformers reads only files that say which framework's layout they hold.
+        if jax.process_index() == 0:
+            safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
+    if len(groups) > 1:
+        write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    """The whole array, on every process."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+
+
+def _group(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, a new group wherever the next tensor would pass `limit` bytes."""
+    groups: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if size > room and groups[-1]:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups

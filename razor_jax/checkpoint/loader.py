@@ -1,0 +1,213 @@
+"""Weights on their way to their devices: whether they fit, in which type, and on which device which part."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from ..config import HeadSplit
+from ..models import ModelConfig
+from ..models.linear import is_kernel, quantize, scale_of
+from ..params import Params, abstract_weights, fingerprint, in_order, sampled, samples
+from ..sharding import MeshLike, make_mesh, weight_bytes, weight_shardings, weight_spec
+
+log = logging.getLogger("razor_jax")
+
+GIB = 2**30
+
+# Bytes of a weight while it becomes int8, beside the int8: float32, or 16 bits and a float32 copy of them, which some
+# compilers make (CPU's does, TPU's does not).
+_PASSING = 6
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Index = tuple[slice, ...]
+Weights = Literal["int8"]
+Progress = Callable[[int, int], None]
+
+
+class Loader:
+    """Collects the weights of one model, each on the devices where it belongs and in the type that it is held in.
+
+    int8 kernels are made on the devices, one by one, so that a shard split along a contracted dimension learns of
+    its channels' largest values from the others.
+
+    Attributes:
+      mesh: (data, heads, rows), None for the default device.
+      targets: path, joined by "/" -> shape, type and, on a mesh, sharding of every weight of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: np.dtype,
+        mesh: MeshLike,
+        weights: Weights | None,
+        stored: Weights | None = None,
+        origin: str | None = None,
+    ):
+        """`stored` is what the checkpoint holds, with the fingerprint `origin`; int8 stays int8.
+
+        Raises ValueError where the mesh does not take the devices or the weights do not fit into them.
+        """
+        if weights not in (None, "int8"):
+            raise ValueError(f"weights={weights!r}: use 'int8', or None for the type of dtype=")
+        self.config = config
+        self.mesh = make_mesh(mesh, config.num_kv_heads)
+        self._quantizes = weights == "int8" and stored is None
+        require_room(abstract_weights(config, dtype, weights or stored), self.mesh, self._quantizes)
+        tree = abstract_weights(config, dtype, stored)
+        if self.mesh is not None:
+            where = weight_shardings(tree, self.mesh)
+            tree = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where)
+        self.targets: dict[str, Any] = dict(flax.traverse_util.flatten_dict(tree, sep="/"))
+        self._flat: dict[str, jax.Array] = {}
+        self._samples: dict[str, np.ndarray] = {}
+        self._origin = origin
+
+    def read(self, name: str, part: Callable[[Index], np.ndarray], stored: str) -> None:
+        """Take a weight whose shards `part` reads, by index, from a checkpoint that stores the type `stored`."""
+        target = self.targets[name]
+        if self._quantizes and is_kernel(name):
+            # Straight from the stored values: rounded once.
+            dtype = jnp.dtype("float32" if stored == "float64" else stored)
+            target = jax.ShapeDtypeStruct(target.shape, dtype, sharding=target.sharding)
+        self._hold(name, place(target, part))
+
+    def put(self, name: str, array: jax.Array, split: HeadSplit | None) -> None:
+        """Take a weight that is on its devices already, its heads in the checkpoint's order."""
+        self._hold(name, array if split is None else in_order(name, array, split))
+
+    def params(self, split: HeadSplit | None) -> Params:
+        """All of them, held in the order of `split`."""
+        origin = self._origin
+        if self._quantizes:
+            origin = fingerprint(np.concatenate([self._samples[name] for name in sampled(self.config)]))
+        weights = flax.traverse_util.unflatten_dict(self._flat, sep="/")
+        return Params(weights=weights, config=self.config, heads=split, origin=origin, mesh=self.mesh)
+
+    def _hold(self, name: str, array: jax.Array) -> None:
+        if self._quantizes and name in sampled(self.config):
+            self._samples[name] = samples([{"kernel": array}], self.mesh)
+        if not self._quantizes or not is_kernel(name):
+            self._flat[name] = array
+            return
+        kernel, scale = _quantize(name.split("/")[-2], array, self.mesh)
+        self._flat[name], self._flat[scale_of(name)] = jax.block_until_ready((kernel, scale))
+        array.delete()
+
+
+@functools.partial(jax.jit, static_argnames=("name", "mesh"))
+def _quantize(name: str, kernel: jax.Array, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
+    """int8 kernel and scales, each on the devices where it belongs; `name` is the map's."""
+    path = f"{name}/kernel"
+    parts = quantize(path, kernel)
+    if mesh is None:
+        return parts
+    paths = (path, scale_of(path))
+    where = [NamedSharding(mesh, weight_spec(path, x.shape, mesh)) for path, x in zip(paths, parts, strict=True)]
+    return jax.lax.with_sharding_constraint(parts, tuple(where))
+
+
+def float_type(asked: Any) -> np.dtype:
+    """A type that weights can have; ValueError for others."""
+    name = asked if isinstance(asked, str) else jnp.dtype(asked).name
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r} is not supported: pass dtype= one of {', '.join(DTYPES)}")
+    return jnp.dtype(name)
+
+
+def require_room(weights: Any, mesh: Mesh | None, quantizes: bool) -> None:
+    """Refuse, before anything is read, weights (a tree of shapes) that a device has no room for; on a mesh of several
+    processes all refuse where one has to. `quantizes`: the int8 kernels among them are floats first, one by one.
+
+    Backends that do not say how much they have (CPU) refuse nothing. Raises ValueError with both numbers.
+    """
+    needed, replicated = weight_bytes(weights, mesh)
+    passing = _PASSING * _largest_kernel(weights, mesh) if quantizes else 0
+    devices = mesh.local_devices if mesh is not None else jax.local_devices()[:1]
+    count = 1 if mesh is None else mesh.size
+    if mesh is not None:
+        log.info(
+            "weights: %.2f GiB on each of %d devices, %.3f GiB of it the same on all",
+            needed / GIB,
+            count,
+            replicated / GIB,
+        )
+    rooms = {device: _room(device) for device in devices}
+    short = [
+        f"{max(room, 0) / GIB:.2f} GiB free on {device}"
+        for device, room in rooms.items()
+        if room is not None and needed + passing > room
+    ]
+    processes = _where(bool(short), mesh)
+    if processes:
+        free = short[0] if short else f"less free on a device of process {processes[0]}"
+        on_the_way = f" ({passing / GIB:.2f} of it while kernels become int8)" if passing else ""
+        smaller = "" if _has_int8(weights) else ', or weights="int8"'
+        raise ValueError(
+            f"the weights do not fit: {(needed + passing) / GIB:.2f} GiB needed on each of {count} "
+            f"device(s){on_the_way}, {free}: use a mesh of more devices{smaller}"
+        )
+
+
+def place(target: jax.ShapeDtypeStruct, part: Callable[[Index], np.ndarray]) -> jax.Array:
+    """An array whose shards are read one by one and cast on the host; `part` gives what lies at an index.
+
+    Only this process' shards are read, each once.
+    """
+    held: dict[Any, np.ndarray] = {}  # a part that several devices hold is read once
+
+    def shard(index: Index | None) -> np.ndarray:
+        assert index is not None
+        key = tuple((axis.start, axis.stop) for axis in index)
+        if key not in held:
+            view = part(index)
+            held[key] = np.empty(view.shape, target.dtype)
+            # Turned and cast in a single pass: under jit both would be there twice.
+            held[key][...] = view
+        return held[key]
+
+    if target.sharding is None:
+        array = jnp.asarray(shard((slice(None),) * len(target.shape)))
+    else:
+        array = jax.make_array_from_callback(target.shape, target.sharding, shard, target.dtype)
+    # Waiting bounds the host copies in flight to one tensor.
+    return jax.block_until_ready(array)
+
+
+def _room(device: Any) -> int | None:
+    """Free bytes of a device's memory, None where its backend does not say."""
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+
+
+def _largest_kernel(weights: Any, mesh: Mesh | None) -> int:
+    """Numbers in the largest part of an int8 kernel that one device has to hold."""
+    leaves = jax.tree.leaves(weights)
+    parts = [x.shape for x in leaves]
+    if mesh is not None:
+        where = jax.tree.leaves(weight_shardings(weights, mesh))
+        parts = [at.shard_shape(shape) for at, shape in zip(where, parts, strict=True)]
+    return max(math.prod(part) for x, part in zip(leaves, parts, strict=True) if x.dtype == jnp.int8)
+
+
+def _where(here: bool, mesh: Mesh | None) -> list[int]:
+    """The processes of a mesh on which this holds; all of them ask."""
+    if mesh is None or not mesh.is_multi_process:
+        return [jax.process_index()] * here
+    return np.flatnonzero(multihost_utils.process_allgather(np.asarray(here))).tolist()
+
+
+def _has_int8(weights: Any) -> bool:
+    return any(x.dtype == jnp.int8 for x in jax.tree.leaves(weights))

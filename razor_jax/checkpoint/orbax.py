@@ -1,0 +1,136 @@
+"""Orbax checkpoints: the weights in Orbax' own folder, and beside it a record of what it cannot know."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import orbax.checkpoint as ocp
+
+from ..config import HeadSplit
+from ..models import ModelConfig, Rope
+from ..params import Params
+from ..sharding import MeshLike
+from .files import read_json, write_json
+from .loader import Loader, Progress, Weights, float_type
+
+RECORD = "razor_model.json"
+_WEIGHTS = "weights"
+_VERSION = 1
+
+
+def read(
+    path: Path,
+    dtype: Any,
+    mesh: MeshLike,
+    weights: Weights | None,
+    split: HeadSplit | None,
+    progress: Progress | None,
+) -> Params:
+    """The model of a folder; arguments and errors are `checkpoint.read`'s."""
+    record, config = _config(path)
+    loader = Loader(
+        config,
+        float_type(record["dtype"] if dtype is None else dtype),
+        mesh,
+        weights,
+        record.get("weights"),
+        record.get("origin"),
+    )
+    folder = path.absolute() / _WEIGHTS
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored: dict[str, Any] = dict(
+                flax.traverse_util.flatten_dict(checkpointer.metadata(folder).item_metadata.tree, sep="/")
+            )
+            _check(path, loader.targets, stored)
+            _restore(checkpointer, folder, loader, split, progress)
+    except _Misfit:
+        raise
+    except Exception as error:  # Orbax raises a bare Exception where a file is damaged
+        cause = error.__cause__ or error
+        raise ValueError(f"Orbax cannot restore {folder}: {cause}; copy it again, or save the model again") from error
+    return loader.params(split)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The recorded config."""
+    return _config(path)[1]
+
+
+def write(params: Params, folder: Path) -> None:
+    """Record and weights into `folder`; every process writes its own shards."""
+    record = {
+        "version": _VERSION,
+        "dtype": params.dtype.name,
+        "config": dataclasses.asdict(params.config),
+    }
+    if params.int8:
+        record |= {"weights": "int8", "origin": params.origin}
+    write_json(folder / RECORD, record)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute() / _WEIGHTS, params.weights)
+        checkpointer.wait_until_finished()
+
+
+def _config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
+    record = read_json(path / RECORD, "it holds the model's config")
+    if record.get("version") != _VERSION:
+        raise ValueError(
+            f"{path / RECORD} has version {record.get('version')!r}, this razor_jax reads version {_VERSION}"
+        )
+    try:
+        config = ModelConfig(**(record["config"] | {"rope": Rope(**record["config"]["rope"])}))
+        float_type(record["dtype"])
+        if record.get("weights") not in (None, "int8"):
+            raise KeyError(f"weights of type {record['weights']!r}")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / RECORD} is damaged: {error!r}") from error
+    return record, config
+
+
+class _Misfit(ValueError):
+    """Tensors that are not those of the recorded config."""
+
+
+def _check(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    problems = [f"missing {name} {list(x.shape)}" for name, x in wanted.items() if name not in stored]
+    problems += [f"unexpected {name} {list(stored[name].shape)}" for name in sorted(stored.keys() - wanted.keys())]
+    problems += [
+        f"{name} has shape {list(stored[name].shape)}, expected {list(x.shape)}"
+        for name, x in wanted.items()
+        if name in stored and tuple(stored[name].shape) != tuple(x.shape)
+    ]
+    if problems:
+        raise _Misfit(f"the tensors in {path} do not fit its {RECORD}:\n  " + "\n  ".join(problems))
+
+
+def _restore(
+    checkpointer: ocp.PyTreeCheckpointer,
+    folder: Path,
+    loader: Loader,
+    split: HeadSplit | None,
+    progress: Progress | None,
+) -> None:
+    """Weights, one tensor after the other: of many read at once one that fails leaves the others' readers
+    behind, which then complain on stderr about an event loop that is gone."""
+    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in loader.targets.values())
+    done = 0
+    for name, target in loader.targets.items():
+        where = target.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        item = jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=where)
+        item = flax.traverse_util.unflatten_dict({name: item}, sep="/")
+        how = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+        restored: dict[str, Any] = dict(
+            flax.traverse_util.flatten_dict(checkpointer.restore(folder, args=args), sep="/")
+        )
+        loader.put(name, restored[name], split)
+        done += math.prod(target.shape) * target.dtype.itemsize
+        if progress is not None:
+            progress(done, total)

@@ -1,0 +1,5 @@
+"""The `razor-jax` program."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,188 @@
+"""`razor-jax plan`: does a model fit, on devices that are not here?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from razor_jax import RazorConfig, planner, sharding
+from razor_jax.cli.options import JsonOption
+from razor_jax.cli.terminal import note
+from razor_jax.config import HeadSplit, check_split
+from razor_jax.heads import plots, store
+from razor_jax.models.config import ModelConfig
+from razor_jax.planner import GIB, Job, Plan, compiler, picture
+from razor_jax.planner.compiler import Compiled
+
+
+def plan(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A well-known model's Hugging Face id, or a folder with a config.json.")
+    ],
+    topology: Annotated[
+        str, typer.Option("--topology", "-t", help="v5e:4x4 as libtpu names it, or a GPU: h100, h100:8.")
+    ],
+    context: Annotated[int, typer.Option("--context", "-c", min=1, help="Tokens that each row is to hold.")],
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Rows.")] = 1,
+    mesh: Annotated[str | None, typer.Option(help="data=1,model=16; all devices on model by default.")] = None,
+    weights: Annotated[
+        Literal["bfloat16", "float16", "float32", "int8"], typer.Option(help="Type of the weights.")
+    ] = "bfloat16",
+    kv_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None,
+        typer.Option(help="Type of the compressed cache; by default both the weights' own and int8 are shown."),
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Dense attention only.")] = False,
+    window: Annotated[int | None, typer.Option(min=1, help="Newest tokens that a windowed head keeps.")] = None,
+    sinks: Annotated[int | None, typer.Option(min=0, help="First tokens that a windowed head keeps.")] = None,
+    share: Annotated[float | None, typer.Option(min=0, max=1, help="Share of KV heads that keep everything.")] = None,
+    heads: Annotated[Path | None, typer.Option(help="The model's razor.json instead.")] = None,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=1, help="Read prompts by so many tokens a call; all at once by default.")
+    ] = None,
+    layout: Annotated[
+        Literal["slot", "head"] | None, typer.Option(help="Of the cache over the mesh; chosen by default.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Plan only the first so many layers.")] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Ask the TPU compiler as well: minutes. Needs the extra aot.")
+    ] = False,
+    chart: Annotated[Path | None, typer.Option(help="Write a picture here. Needs the extra plots.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Does a model fit on a TPU slice or on GPUs, dense and compressed, and by how much not?"""
+    if share is not None and heads is not None:
+        raise typer.BadParameter("give --share or --heads, not both")
+    given = {"--kv-dtype": kv_dtype, "--window": window, "--sinks": sinks, "--share": share, "--heads": heads}
+    given["--prefill-chunk"] = prefill_chunk
+    extra = [name for name, value in given.items() if value is not None]
+    if dense and extra:
+        raise typer.BadParameter(f"--dense compresses nothing: leave out {', '.join(extra)}")
+    hardware = planner.find_hardware(topology)
+    config = planner.find_config(model)
+    if compile_:
+        compiler.require(hardware)
+    if chart is not None:
+        plots.require()
+    sizes = sharding.parse(mesh) if mesh else {"data": 1, "model": hardware.devices}
+    if sizes["data"] * sizes["model"] != hardware.devices:
+        raise ValueError(
+            f"mesh={mesh!r} takes {sizes['data'] * sizes['model']} devices, {topology} has {hardware.devices}"
+        )
+    if layers is not None:
+        if layers > config.num_layers:
+            raise typer.BadParameter(f"--layers {layers}: {model} has {config.num_layers}, give at most as many")
+        config = dataclasses.replace(config, num_layers=layers)
+    split = None if dense else _split(config, share, heads)
+    policy = None
+    if split is not None:
+        changes = {"window": window, "sinks": sinks, "kv_dtype": kv_dtype, "prefill_chunk": prefill_chunk}
+        policy = RazorConfig(**{name: value for name, value in changes.items() if value is not None})
+        if layout == "head":
+            split = planner.balanced(split, sizes["model"])
+    job = Job(
+        config=config,
+        hardware=hardware,
+        **sizes,
+        batch=batch,
+        context=context,
+        call=min(prefill_chunk or context, context),
+        split=split or HeadSplit.all(config.num_layers, config.num_kv_heads),
+        razor=policy,
+        weights=weights,
+        layout=layout,
+    )
+    made = planner.make_plan(model, job, compiled=planner.STEPS if compile_ else (), progress=note)
+    if chart is not None:
+        note(f"saved {picture.draw(made, chart)}")
+    if as_json:
+        typer.echo(json.dumps(made.to_dict(), indent=1))
+    else:
+        _show(made)
+
+
+def _split(config: ModelConfig, share: float | None, heads: Path | None) -> HeadSplit | None:
+    """Of a razor.json, or as large as a search would make it; None for a model whose split its weights alone give."""
+    if heads is not None:
+        split = store.read(heads).split
+        check_split(split, config.num_layers, config.num_kv_heads)
+        return split
+    if config.alibi:
+        note("an ALiBi model's scopes follow from its weights, which are not looked at: dense only, or give --heads")
+        return None
+    return planner.default_split(config, share)
+
+
+def _show(made: Plan) -> None:
+    job = made.rows[-1].job
+    tokens = "in one call" if job.call >= job.context else f"by {job.call:,} (dense in one call)"
+    console = Console(highlight=False)
+    console.print(job.hardware.describe())
+    console.print(
+        f"{made.model}: mesh data={job.data},model={job.model}, weights {job.weights}, {job.batch} × "
+        f"{job.context:,} tokens, read {tokens}"
+    )
+    if job.razor is not None:
+        console.print(f"Razor: {job.split.note}; {job.razor.describe()}")
+    if job.context > job.config.max_position_embeddings:
+        note(f"{job.context:,} tokens are more than the {job.config.max_position_embeddings:,} that it was trained for")
+    console.print(_table(made))
+    if made.layouts:
+        sizes = "; ".join(f"by {name} {_gib(size)} GiB" for name, size in made.layouts.items())
+        console.print(f"KV cache on each device {sizes}{_balanced_note(made)}")
+    for row in made.rows:
+        for step, seen in row.compiled.items():
+            console.print(f"{row.cache}, {step}: {_told(seen, row.error(step))}")
+
+
+def _balanced_note(made: Plan) -> str:
+    job = made.job
+    reason = planner.why_not_by_head(job.split, job.model)
+    if reason is not None:
+        return f" (not by head over {job.model} devices: {reason})"
+    split = planner.balanced(job.split, job.model)
+    return f" (by head {split.share:.0%} of KV heads have to keep everything, so that each layer's divide)"
+
+
+def _table(made: Plan) -> Table:
+    """One row a policy, GiB on each device."""
+    table = Table(box=box.SIMPLE, padding=(0, 1), caption="GiB on each device; left below 0: does not fit")
+    for column in ("cache", "weights", "KV", "prefill", "decode", "left", "most rows", "most tokens"):
+        table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=column == "cache")
+    for row in made.rows:
+        m = row.memory
+        left = _gib(row.headroom) if row.fits else f"[bold]{_gib(row.headroom)}"
+        sizes = (m.weights, m.kv, m.prefill, m.decode)
+        table.add_row(row.cache, *map(_gib, sizes), left, f"{row.batch:,}", f"{row.context:,}")
+    return table
+
+
+def _told(seen: Compiled, error: float | None) -> str:
+    """The compiler's answer in one line."""
+    difference = "" if error is None else f", {error:+.1%} against the arithmetic"
+    if seen.refused:
+        return f"the compiler refuses it, {_gib(seen.needed)} GiB needed{difference} ({seen.seconds:.0f} s)"
+    parts = (
+        f"arguments {_gib(seen.arguments)} + outputs {_gib(seen.outputs)} - aliased {_gib(seen.aliased)} + "
+        f"temporaries {_gib(seen.temporaries)}"
+    )
+    said = f"{_gib(seen.needed)} GiB = {parts}{difference}; compiled in {seen.seconds:.0f} s"
+    if seen.collectives is None:
+        said += "; it cannot print this program, so collectives are not known"
+    else:
+        for looped, when in ((False, ""), (True, " a chunk of the prompt")):
+            found = [c for c in seen.collectives if c["in_loop"] == looped]
+            total = sum(c["count"] * c["bytes"] for c in found) / 2**20
+            said += f"; {sum(c['count'] for c in found)} collectives, {total:.2f} MiB{when}" if found else ""
+    return said
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"

@@ -1,0 +1,1 @@
+"""Planted facts and held-out text, shared by the demo, head search and evaluations."""

@@ -1,0 +1,1 @@
+"""Text in, text out: prompts, the token loop, sampling, chat and scores."""

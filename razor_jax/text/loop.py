@@ -1,0 +1,181 @@
+"""The two programs of a generation: read the prompt and choose a token; decode a block of tokens.
+
+Both are compiled for shapes only. Sampling numbers, stop ids' values, budgets and lengths are traced, so a
+session costs two compilations, and another call in the same bucket none.
+
+On a mesh what the host reads (tokens, counts, flags) is on every device, so that every process can read it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import cache as kv
+from ..cache import CacheSpec, KVCache
+from ..functional import decode, extend, extend_known
+from ..params import Params
+from ..sharding import constrain
+from .sampling import Sampling, sample
+
+BLOCK = 32  # decode steps a call at most; the host reads tokens and looks for stop strings between calls
+
+
+class LoopState(flax.struct.PyTreeNode):
+    """Between calls: the cache, and one token a row that is chosen but not yet in it.
+
+    Attributes:
+      token: int32 [B], the newest token of each row, which the next decode step takes.
+      count: int32 [B], tokens chosen so far.
+      done: bool [B], rows that reached a stop token or their limit.
+      seen: bool [B, V] tokens of prompt and output, None unless a repetition penalty reads it.
+      keys: PRNG keys [B], folded with `count` at each draw, so that a replay draws the same.
+    """
+
+    cache: KVCache
+    token: jax.Array
+    count: jax.Array
+    done: jax.Array
+    seen: jax.Array | None
+    keys: jax.Array
+
+
+def _begin(
+    params: Params,
+    source: KVCache | None,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    stop_ids: jax.Array,
+    limit: jax.Array,
+    sampling: Sampling,
+    seed: jax.Array,
+    *,
+    spec: CacheSpec,
+    chunk: int | None,
+) -> LoopState:
+    """Read prompts int32 [B, T] into a new cache, or a copy of `source`, and choose each row's first token."""
+    B = tokens.shape[0]
+    cache = kv.init(spec, B, lengths) if source is None else kv.broadcast(source, B, spec.capacity)
+    logits, cache = read_prompt(params, cache, tokens, lengths, chunk, fresh=source is None)
+    seen = _seen(tokens, lengths, logits.shape[-1]) if sampling.penalised else None
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(B, dtype=jnp.int32))
+    zeros = jnp.zeros((B,), jnp.int32)
+    state = LoopState(cache, zeros, zeros, zeros > 0, seen, keys)
+    return _choose(state, cache, logits, stop_ids, limit, sampling)
+
+
+begin = jax.jit(_begin, static_argnames=("spec", "chunk"))
+# The same, for a source that its owner gives away: written in place.
+resume = jax.jit(_begin, static_argnames=("spec", "chunk"), donate_argnames=("source",))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "chunk"))
+def prefill(
+    params: Params, tokens: jax.Array, lengths: jax.Array, *, spec: CacheSpec, chunk: int | None
+) -> tuple[jax.Array, KVCache]:
+    """Read prompts int32 [B, T] into a new cache: float32 logits [B, V] after each row, and the cache."""
+    return read_prompt(params, kv.init(spec, tokens.shape[0], lengths), tokens, lengths, chunk, fresh=True)
+
+
+def read_prompt(
+    params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array, chunk: int | None, *, fresh: bool
+) -> tuple[jax.Array, KVCache]:
+    """Exact prefill in one call, or streaming prefill by calls of `chunk` tokens inside one loop."""
+    T = tokens.shape[1]
+    if chunk is None or chunk >= T:
+        logits, cache = extend_known(params, cache, tokens, lengths, "last", fresh=fresh)
+        assert logits is not None
+        return logits, cache
+    tokens = jnp.pad(tokens, ((0, 0), (0, -T % chunk)))
+
+    def body(index, carry):
+        logits, cache = carry
+        part = lax.dynamic_slice_in_dim(tokens, index * chunk, chunk, axis=1)
+        new = jnp.clip(lengths - index * chunk, 0, chunk)
+        latest, cache = extend(params, cache, part, new)
+        assert latest is not None
+        return jnp.where((new > 0)[:, None], latest, logits), cache
+
+    logits = jnp.zeros((tokens.shape[0], params.config.vocab_size), jnp.float32)
+    return lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, body, (logits, cache))
+
+
+@functools.partial(jax.jit, static_argnames=("keep",), donate_argnames=("state",))
+def decode_block(
+    params: Params,
+    state: LoopState,
+    stop_ids: jax.Array,
+    limit: jax.Array,
+    steps: jax.Array,
+    sampling: Sampling,
+    *,
+    keep: bool,
+) -> tuple[LoopState, jax.Array, LoopState | None]:
+    """Up to `steps` ≤ BLOCK decode steps; rows freeze at a stop token or after `limit` [B] tokens.
+
+    Returns the state, the new tokens int32 [B, BLOCK] (row b's are the first count' - count), and with
+    `keep` a state to go back to: everything that a longer sequence would overwrite.
+    """
+    # Full groups are only ever appended to, so a copy of the windowed ones is enough.
+    saved = None
+    if keep:
+        layers = tuple(
+            tuple(
+                g if g.windowed else g.with_slots(lambda x, axis: lax.slice_in_dim(x, 0, 0, axis=axis)) for g in layer
+            )
+            for layer in state.cache.layers
+        )
+        saved = state.replace(cache=state.cache.replace(layers=layers))
+    # A limit may have come down since the last call: a stop string ended the row.
+    state = state.replace(done=state.done | (state.count >= limit))
+    out = jnp.zeros((state.token.shape[0], BLOCK), jnp.int32)
+
+    def going(carry):
+        index, state, _ = carry
+        return (index < steps) & jnp.any(~state.done)
+
+    def step(carry):
+        index, state, out = carry
+        logits, cache = decode(params, state.cache, state.token, ~state.done)
+        state = _choose(state, cache, logits, stop_ids, limit, sampling)
+        return index + 1, state, lax.dynamic_update_slice(out, state.token[:, None], (0, index))
+
+    _, state, out = lax.while_loop(going, step, (jnp.int32(0), state, out))
+    return _placed(state), constrain(out, state.cache.spec.mesh), None if saved is None else _placed(saved)
+
+
+def _placed(state: LoopState) -> LoopState:
+    """The state where the host and the next call want it: a constraint in a loop's body does not bind its result."""
+    mesh = state.cache.spec.mesh
+    everywhere = {name: constrain(getattr(state, name), mesh) for name in ("token", "count", "done")}
+    return state.replace(**everywhere, cache=kv.placed(state.cache))
+
+
+def rewind(state: LoopState, saved: LoopState) -> LoopState:
+    """`saved` as it was: folding cannot be undone, so the windowed groups are the copies."""
+    return saved.replace(cache=kv.rollback(state.cache, saved.cache))
+
+
+def _choose(state: LoopState, cache: KVCache, logits, stop_ids, limit, sampling: Sampling) -> LoopState:
+    """Each live row's next token; the others keep what they have."""
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
+    token = jnp.where(state.done, state.token, sample(sampling, logits, keys, state.seen))
+    count = state.count + ~state.done
+    seen = state.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(token.shape[0], dtype=jnp.int32), token].set(True)
+    stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=1)
+    done = state.done | stopped | (count >= limit) | cache.overflow
+    token, count, done, seen = (x if x is None else constrain(x, cache.spec.mesh) for x in (token, count, done, seen))
+    return state.replace(cache=cache, token=token, count=count, done=done, seen=seen)
+
+
+def _seen(tokens: jax.Array, lengths: jax.Array, vocabulary: int) -> jax.Array:
+    rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
+    valid = jnp.arange(tokens.shape[1], dtype=jnp.int32) < lengths[:, None]
+    at = jnp.where(valid, tokens, vocabulary)
+    return jnp.zeros((tokens.shape[0], vocabulary), bool).at[rows, at].set(True, mode="drop")

@@ -1,0 +1,125 @@
+"""From what people pass as a prompt to padded token arrays on a short ladder of shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..models.config import ModelConfig
+from ..params import Params
+from ..tokenizer.assets import Assets
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts as ids, and whether it came as one prompt or as a list."""
+
+    rows: tuple[tuple[int, ...], ...]
+    single: bool
+
+    @property
+    def longest(self) -> int:
+        return max(len(row) for row in self.rows)
+
+
+def read(params: Params, prompt: Any, *, continues: bool = False, what: str = "prompt") -> Prompts:
+    """A string, list of strings, chat-message list, list of those, or token array(s), checked.
+
+    `continues`: the text follows a cached document, so it gets no beginning-of-text token.
+    Raises ValueError or TypeError that names the prompt and the fix.
+    """
+    single, items = _items(prompt, what)
+    if not items:
+        raise ValueError(f"{what} has no rows: a batch has at least 1 prompt")
+    rows = tuple(tuple(_encode(params.assets, item, continues)) for item in items)
+    for index, row in enumerate(rows):
+        name = what if single else f"{what} {index}"
+        if not row:
+            raise ValueError(f"{name} is empty: give at least one token")
+        low, high = min(row), max(row)
+        if low < 0 or high >= params.config.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"{name} holds token id {bad}, outside the vocabulary 0..{params.config.vocab_size - 1}")
+    return Prompts(rows, single)
+
+
+def pad(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded int32 [B, length] and the valid lengths int32 [B]."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+    return tokens, np.asarray([len(row) for row in rows], np.int32)
+
+
+def prompt_bucket(tokens: int) -> int:
+    """Padded prompt length: 16, 64, then powers of two from 256. Padding is memory; it costs no time."""
+    for small in (16, 64):
+        if tokens <= small:
+            return small
+    return max(256, 1 << (tokens - 1).bit_length())
+
+
+def capacity_bucket(tokens: int) -> int:
+    """Cache capacity on a ladder from 64: two rungs an octave, eight from 512 on, where slack is real memory."""
+    power = max(64, 1 << (tokens - 1).bit_length())
+    rung = power // 16 if power > 512 else power // 4
+    return max(64, -(-tokens // rung) * rung)
+
+
+def warn_beyond_trained(config: ModelConfig, tokens: int) -> None:
+    """One warning, with both numbers, where positions pass what the checkpoint was trained for."""
+    if tokens > config.max_position_embeddings:
+        warnings.warn(
+            f"{tokens:,} tokens go beyond the {config.max_position_embeddings:,} positions that this checkpoint "
+            "declares (max_position_embeddings): answers may degrade",
+            stacklevel=3,
+        )
+
+
+def _items(prompt: Any, what: str) -> tuple[bool, list[Any]]:
+    """Whether it is one prompt, and the list of prompts."""
+    if isinstance(prompt, str) or _is_chat(prompt):
+        return True, [prompt]
+    if hasattr(prompt, "ndim"):
+        if prompt.ndim not in (1, 2) or not np.issubdtype(np.dtype(prompt.dtype), np.integer):
+            raise TypeError(
+                f"{what} is an array of shape {tuple(prompt.shape)} and type {prompt.dtype}: token ids are integers, "
+                "[T] for one prompt or [B, T] for several"
+            )
+        return prompt.ndim == 1, [np.asarray(prompt)] if prompt.ndim == 1 else list(np.asarray(prompt))
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+        if not len(prompt):
+            raise ValueError(f"{what} is an empty list: a batch has at least 1 prompt")
+        if all(isinstance(item, (int, np.integer)) for item in prompt):
+            return True, [np.asarray(prompt)]
+        return False, list(prompt)
+    raise TypeError(
+        f"{what} is a {type(prompt).__name__}: give a string, a list of strings, chat messages "
+        '([{"role": "user", "content": …}]), or token ids'
+    )
+
+
+def _is_chat(item: Any) -> bool:
+    return isinstance(item, Sequence) and len(item) > 0 and all(isinstance(m, Mapping) for m in item)
+
+
+def _encode(assets: Assets | None, item: Any, continues: bool) -> list[int]:
+    if isinstance(item, str) or _is_chat(item):
+        if assets is None:
+            raise ValueError(
+                "these params carry no tokenizer, so a prompt must be token ids; "
+                "give Params.from_flax(…, tokenizer=Assets.read(folder)) for text"
+            )
+        if isinstance(item, str):
+            return assets.encode(item, add_special=not continues) if item else []
+        return assets.encode(assets.apply_chat(item), add_special=False)
+    array = np.asarray(item)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise TypeError(
+            f"a prompt in the list is a {type(item).__name__}: give strings, chat-message lists or integer token ids"
+        )
+    return [int(token) for token in array]

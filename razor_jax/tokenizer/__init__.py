@@ -1,0 +1,1 @@
+"""Tokenizers, chat templates and stop tokens of a checkpoint."""

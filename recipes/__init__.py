@@ -1,0 +1,1 @@
+"""Train the packaged models. Not installed: run from a clone, `python -m recipes.train_mini`."""

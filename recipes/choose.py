@@ -1,0 +1,115 @@
+"""Choose razor-mini's head split and cache policy, on train documents: `python -m recipes.choose`.
+
+The paper's probe ranks the heads. Every number of kept heads and every window is then tried on needle questions about
+train documents, and the smallest cache that answers as well as dense attention is written to razor.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Annotated
+
+import numpy as np
+import typer
+from tokenizers import Tokenizer
+
+from razor_jax.checkpoint import folder as checkpoint
+from razor_jax.config import HeadSplit, RazorConfig
+from razor_jax.heads import HeadScores, find_heads, store
+from razor_jax.heads.causal import Ablation, Outcome, Task
+from razor_jax.heads.select import Memory
+from razor_jax.needles.facts import family_document
+from razor_jax.needles.text import ASSETS
+from razor_jax.params import Params
+from razor_jax.text import prompts
+from razor_jax.tokenizer.questions import split as ask
+
+WINDOWS = (128, 256, 512)
+FAMILIES = ("needle", "alike")
+CAPACITY = 8192  # tokens at which bytes are compared
+SLACK = 0.002  # loss that a smaller cache may cost, natural log
+_SEED = 500  # documents that neither training nor any evaluation draws
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One cache that was tried."""
+
+    heads: int
+    window: int
+    saved: float  # share of a dense cache's bytes at CAPACITY tokens
+    outcome: Outcome
+    split: HeadSplit
+
+
+def tasks(params: Params, tokens: int, documents: int, facts: int) -> list[Task]:
+    """Train documents with a question for each fact, half of the documents with facts that one word tells apart."""
+    assets = params.assets
+    if assets is None or assets.tokenizer_json is None:
+        raise ValueError("the params carry no tokenizer.json: load a folder that recipes.export wrote")
+    tokenizer = Tokenizer.from_str(assets.tokenizer_json)
+    found = []
+    for index in range(documents):
+        rng = np.random.default_rng([_SEED, tokens, index])
+        document = family_document(rng, tokenizer, FAMILIES[index % 2], tokens, facts, split="train")
+        cut = ask(assets, document.text, [q.question for q in document.questions], True)
+        answers = [tuple(assets.encode(q.answer, add_special=False)) for q in document.questions]
+        (text,) = prompts.read(params, cut.document).rows
+        questions = prompts.read(params, list(cut.questions), continues=True).rows
+        found.append(Task(text, tuple(zip(questions, answers, strict=True))))
+    return found
+
+
+def tried(params: Params, scores: HeadScores, asked: list[Task], most: int) -> tuple[Outcome, list[Choice]]:
+    """Dense answers, and those of every window and 1 to `most` kept heads."""
+    L, K = params.config.num_layers, params.config.num_kv_heads
+    dense, choices = None, []
+    for window in WINDOWS:
+        policy = RazorConfig.compact(window)
+        ablation = Ablation(params, asked, policy)
+        dense = dense or ablation(np.ones((L, K), bool))
+        memory = Memory(CAPACITY, policy, params.config.head_dim)
+        whole = memory.bytes(HeadSplit.of(L, K, [(l, k) for l in range(L) for k in range(K)]))
+        for heads in range(1, most + 1):
+            split = scores.select(share=heads / (L * K))
+            saved = 1 - memory.bytes(split) / whole
+            choices.append(Choice(heads, window, saved, ablation(split), split))
+    assert dense is not None
+    return dense, choices
+
+
+def best(dense: Outcome, choices: list[Choice]) -> Choice:
+    """The choice that saves most among those as good as dense attention; the best answers if none is."""
+    good = [c for c in choices if c.outcome.accuracy >= dense.accuracy and c.outcome.loss <= dense.loss + SLACK]
+    if good:
+        return max(good, key=lambda c: c.saved)
+    return min(choices, key=lambda c: c.outcome.loss)
+
+
+def main(
+    folder: Annotated[pathlib.Path, typer.Option(help="Model folder; razor.json is written here.")] = ASSETS
+    / "razor-mini",
+    tokens: Annotated[int, typer.Option(min=1024, help="Tokens of a document.")] = 4096,
+    documents: Annotated[int, typer.Option(min=2, help="Documents.")] = 8,
+    facts: Annotated[int, typer.Option(min=1, help="Facts and questions of a document: more are harder.")] = 8,
+    block: Annotated[int, typer.Option(min=16, help="Ids of the probe's block.")] = 1023,
+    most: Annotated[int, typer.Option(min=1, help="Most heads kept.")] = 10,
+) -> None:
+    """Find the split and the policy, print what was tried, and write razor.json."""
+    params = checkpoint.read(folder)
+    scores = find_heads(params, seeds=(0, 1, 2), block=block)
+    dense, choices = tried(params, scores, tasks(params, tokens, documents, facts), most)
+    typer.echo(f"dense: loss {dense.loss:.4f}, right {dense.accuracy:.1%} of {len(dense.right)}")
+    for c in choices:
+        typer.echo(
+            f"{c.heads:2d} heads, window {c.window}: {c.saved:.1%} saved at {CAPACITY}, "
+            f"loss {c.outcome.loss:.4f}, right {c.outcome.accuracy:.1%}"
+        )
+    chosen = best(dense, choices)
+    store.write(folder, chosen.split, RazorConfig.compact(chosen.window, kv_dtype="bfloat16"))
+    typer.echo(f"{chosen.heads} heads {chosen.split.retrieval}, window {chosen.window}, {chosen.saved:.1%} saved")
+
+
+if __name__ == "__main__":
+    typer.run(main)

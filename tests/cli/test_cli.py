@@ -1,0 +1,319 @@
+"""The command line on a tiny random model: what it prints where, its exit codes, its errors."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+from typer.testing import CliRunner
+
+import razor_jax
+from razor_jax import Assets, HeadSplit, Params, RazorConfig, Sampling
+from razor_jax.cli import main as cli
+from razor_jax.cli import terminal
+from razor_jax.heads import store
+from razor_jax.models.config import ModelConfig
+from razor_jax.params import abstract_weights
+from razor_jax.tokenizer.questions import split
+from recipes import vocabulary
+
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=400,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=1024,
+    tie_embeddings=True,
+)
+SPLIT = HeadSplit(((0,), ()), 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with random weights, a byte-level tokenizer with a chat template, and a razor.json."""
+    made, folder = tmp_path_factory.mktemp("made"), tmp_path_factory.mktemp("models") / "tiny"
+    vocabulary.save(vocabulary.train(["the fox", "a dog"], size=300), made, 1024)
+    shapes, tree = jax.tree.flatten(abstract_weights(CONFIG))
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    leaves = [jax.random.normal(key, shape.shape) * 0.1 for key, shape in zip(keys, shapes, strict=True)]
+    params = Params.from_flax(jax.tree.unflatten(tree, leaves), CONFIG, tokenizer=Assets.read(made))
+    razor_jax.save(params, folder)
+    store.write(folder / store.NAME, SPLIT, RazorConfig.compact(window=24))
+    return str(folder)
+
+
+@pytest.fixture
+def run():
+    runner = CliRunner()
+
+    def invoke(*arguments, stdin=None):
+        return runner.invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
+
+    return invoke
+
+
+def test_generate_prints_the_answer_and_accounts_for_it(run, model):
+    arguments = ("generate", "-m", model, "-p", "the fox " * 40, "--max-new-tokens", 12)
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    expected = razor_jax.generate(razor_jax.load(model), "the fox " * 40, max_new_tokens=12)
+    assert done.stdout == expected.text + "\n"
+    assert "window 24" in done.stderr
+    assert "smaller" in done.stderr
+    assert "tokens/s" in done.stderr
+
+    content = json.loads(run(*arguments, "--json").stdout)
+    assert content["model"] == model
+    (answer,) = content["results"]
+    assert answer["tokens"] == list(expected.tokens)
+    assert answer["kv"]["engaged"]
+    assert answer["kv"]["ratio"] == answer["kv"]["dense_bytes"] / answer["kv"]["allocated_bytes"]
+    assert answer["timings"]["prompt_tokens"] > 40
+
+
+@pytest.mark.parametrize(
+    ("options", "razor", "sampling"),
+    [
+        ((), RazorConfig(window=24), {"temperature": 0}),
+        (("--dense",), None, {"temperature": 0}),
+        (("--window", 8, "--sinks", 0), RazorConfig(window=8, sinks=0), {"temperature": 0}),
+        (("--prefill-chunk", 16, "--top-k", 5), RazorConfig(window=24, prefill_chunk=16), {"top_k": 5}),
+        (("--top-p", 0.5, "--temperature", 2), RazorConfig(window=24), {"top_p": 0.5, "temperature": 2}),
+        (("--min-p", 0.5), RazorConfig(window=24), {"min_p": 0.5}),
+        (
+            ("--repetition-penalty", 1.5, "--temperature", 0),
+            RazorConfig(window=24),
+            {"repetition_penalty": 1.5, "temperature": 0},
+        ),
+    ],
+)
+def test_options_become_policy_and_sampling(run, model, monkeypatch, options, razor, sampling):
+    calls = []
+
+    def stream(params, prompt, **given):
+        calls.append((params, given))
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(razor_jax, "stream", stream)
+    done = run("generate", "-m", model, "-p", "x", "--seed", 3, "--stop", "a", "--stop", "b", *options)
+    assert "far enough" in done.stderr
+    ((params, given),) = calls
+    assert given["razor"] == razor
+    assert params.heads == (None if razor is None else SPLIT)
+    assert (given["seed"], given["stop"], given["max_new_tokens"]) == (3, ["a", "b"], 256)
+    assert str(given["sampling"]) == str(Sampling.of(**sampling))
+
+
+def test_the_document_is_read_once_for_all_questions(run, model, tmp_path, monkeypatch):
+    document = tmp_path / "document.txt"
+    document.write_text("the fox and a dog " * 20)
+    read, asked = [], []
+
+    def prefill(params, tokens, real=razor_jax.prefill, **options):
+        read.append(tokens)
+        return real(params, tokens, **options)
+
+    def stream(params, tokens, real=razor_jax.stream, **options):
+        asked.append(tokens)
+        return real(params, tokens, **options)
+
+    monkeypatch.setattr(razor_jax, "prefill", prefill)
+    monkeypatch.setattr(razor_jax, "stream", stream)
+    questions = ("-Q", "where is the fox?", "-Q", " and the dog? ")
+    done = run("generate", "-m", model, "--prompt-file", document, *questions, "--max-new-tokens", 4, "--json")
+    assert done.exit_code == 0, done.output
+    results = json.loads(done.stdout)["results"]
+    assert [each["question"] for each in results] == ["where is the fox?", " and the dog? "]
+    # what is read in two pieces is the whole conversation
+    assets = Assets.read(model)
+    messages = [
+        {"role": "system", "content": document.read_text()},
+        {"role": "user", "content": "and the dog?"},
+    ]
+    assert len(read) == 1
+    assert read[0] + asked[1] == assets.encode(assets.apply_chat(messages), add_special=False)
+
+
+def test_questions_without_a_template(run, model):
+    arguments = ("--no-chat", "-Q", "where?", "--max-new-tokens", 4)
+    done = run("generate", "-m", model, "--prompt-file", "-", *arguments, stdin="the fox " * 40)
+    assert done.exit_code == 0, done.output
+    assert "— where?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("template", "document"),
+    [
+        ("{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{% endfor %}!", "[system]a fox[user]"),
+        (
+            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+            "[{{ m.role }}]{{ m.content | trim }}{% endfor %}!",
+            "[user]a fox\n\n",
+        ),
+        (
+            "{% for m in messages if m.role == 'user' %}[{{ m.role }}]{{ m.content }}{% endfor %}!",
+            "[user]a fox\n\n",
+        ),
+    ],
+    ids=["system", "refuses a system message", "passes over it"],
+)
+def test_where_a_template_puts_the_document(model, template, document):
+    assets = dataclasses.replace(Assets.read(model), chat_template=template)
+    cut = split(assets, "a fox", ["who?"], chat=True)
+    assert assets.decode(cut.document) == document
+    assert assets.decode(cut.questions[0]) == "who?!"
+
+
+def test_generate_by_chat_template(run, model):
+    done = run("generate", "-m", model, "-p", "a fox", "--chat", "--max-new-tokens", 6, "--json")
+    expected = razor_jax.generate(razor_jax.load(model), [{"role": "user", "content": "a fox"}], max_new_tokens=6)
+    assert json.loads(done.stdout)["results"][0]["tokens"] == list(expected.tokens)
+
+
+def test_chat_remembers_forgets_and_leaves(run, model):
+    lines = "a fox\nthe dog\n/what\n\n/reset\na fox\n/exit\nnever read\n"
+    done = run("chat", "-m", model, "--max-new-tokens", 4, "--system", "the dog", stdin=lines)
+    assert done.exit_code == 0, done.output
+    chat = razor_jax.Chat(razor_jax.load(model), system="the dog")
+    first, second = (chat.send(text, max_new_tokens=4).text for text in ("a fox", "the dog"))
+    assert done.stdout == f"{first}\n{second}\n{first}\n"
+    assert "/what is no command" in done.stderr
+    assert "forgotten" in done.stderr
+    assert run("chat", "-m", model, stdin="").exit_code == 0
+
+
+def test_ctrl_c_ends_a_turn_then_the_program(run, model, monkeypatch):
+    class Interrupted(razor_jax.Chat):
+        def stream(self, text, **options):
+            for piece in super().stream(text, **options):
+                yield piece
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "Chat", Interrupted)
+    done = run("chat", "-m", model, stdin="a fox\n")
+    assert done.exit_code == 0, done.output
+    assert "interrupted" in done.stderr
+
+    def leave():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_line", leave)
+    assert run("chat", "-m", model).exit_code == terminal.INTERRUPTED
+
+
+def test_refused_input_does_not_end_a_chat(run, model, monkeypatch):
+    def refuse(conversation, text, **options):
+        raise ValueError(f"no room for {text}")
+
+    monkeypatch.setattr(razor_jax.Chat, "stream", refuse)
+    done = run("chat", "-m", model, stdin="a fox\nthe dog\n")
+    assert done.exit_code == 0, done.output
+    assert "error: no room for a fox" in done.stderr
+    assert "error: no room for the dog" in done.stderr
+
+
+def test_chat_needs_a_template(run, model, tmp_path):
+    shutil.copytree(model, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    done = run("chat", "-m", tmp_path / "base", stdin="hello\n")
+    assert done.exit_code == 1
+    assert "has no chat template" in done.stderr
+
+
+def test_heads_as_table_json_and_file(run, model, tmp_path):
+    path = tmp_path / "found.json"
+    done = run("heads", "-m", model, "--share", 0.5, "--save", path, "--json")
+    assert done.exit_code == 0, done.output
+    content = json.loads(done.stdout)
+    found = store.read(path).split
+    assert [list(heads) for heads in found.retrieval] == content["split"]["retrieval"]
+    assert sum(found.counts) == 2
+    table = run("heads", "-m", model, "--share", 0.5).stdout
+    assert "2 of 4 KV heads" in table
+    assert table.count("●") == 2 * 2 + 1
+    assert razor_jax.load(model, heads=path).heads == found
+
+
+def test_demo_compares_three_caches(run, model):
+    arguments = ("demo", "-m", model, "--tokens", 400, "--facts", 2)
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    for text in ("dense", "Razor", "all windowed", "of 2", "What is the", "✗"):
+        assert text in done.stdout
+    assert "now the questions" in done.stderr
+    content = json.loads(run(*arguments, "--json").stdout)
+    dense, razor, windowed = content["settings"]
+    assert dense["kv"]["allocated_bytes"] > razor["kv"]["allocated_bytes"] > windowed["kv"]["allocated_bytes"]
+    assert [each["kv"]["engaged"] for each in content["settings"]] == [False, True, True]
+    assert content["document_tokens"] <= 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate",), "give --prompt or --prompt-file"),
+        (("generate", "-p", "x", "--prompt-file", "y"), "give --prompt or --prompt-file"),
+        (("generate", "-p", "x", "--top-p", 1.5), "top_p=1.5"),
+        (("generate", "-p", "x", "--temperature", -1), "temperature=-1.0"),
+        (("generate", "-p", "x", "--window", 0), "--window"),
+        (("generate", "-p", "x", "--sinks", -4), "--sinks"),
+        (("generate", "-p", "x", "--max-new-tokens", 0), "--max-new-tokens"),
+        (("generate", "-p", "x", "--dense", "--window", 9), "leave out --window"),
+        (("heads", "--share", 0.2, "--echo", 0.1), "give --share, or"),
+        (("chat", "--system", "x", "--system-file", "y"), "not both"),
+        (("nothing",), "No such command"),
+        (("generate", "--nothing"), "No such option"),
+    ],
+)
+def test_wrong_usage_is_2(run, model, arguments, message):
+    done = run(arguments[0], "-m", model, *arguments[1:]) if arguments != ("nothing",) else run(*arguments)
+    assert done.exit_code == 2, done.output
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "-m", "no/such/folder", "-p", "x"), "no model at 'no/such/folder'"),
+        (("generate", "-p", ""), "prompt is empty"),
+        (("generate", "--prompt-file", "missing.txt"), "missing.txt"),
+        (("generate", "-p", " ", "-Q", "x"), "the document is empty"),
+        (("generate", "-p", "x", "-Q", ""), "a question is empty"),
+        (("generate", "-p", "x", "--heads", "missing.json"), "no head split at missing.json"),
+    ],
+)
+def test_failure_is_one_line_and_1(run, model, arguments, message):
+    done = run(arguments[0], "-m", model, *arguments[1:])
+    assert done.exit_code == 1, done.output
+    assert f"error: {message}" in done.stderr or ("error: " in done.stderr and message in done.stderr)
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_debug_shows_the_traceback(run):
+    done = run("--debug", "generate", "-m", "no/such/folder", "-p", "x")
+    assert isinstance(done.exception, FileNotFoundError)
+
+
+def test_program_in_a_process_of_its_own(model, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    program = [sys.executable, "-c", "from razor_jax.cli import main; main()"]
+    arguments = ["generate", "-m", model, "--prompt-file", str(tmp_path / "latin.txt")]
+    done = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [f"error: {tmp_path / 'latin.txt'} is not UTF-8 text (byte 3): convert it first"]
+    assert run_version(program) == razor_jax.__version__
+
+
+def run_version(program):
+    done = subprocess.run([*program, "--version"], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout.strip()

@@ -1,0 +1,114 @@
+"""`razor-jax heads`: budgets, imports and exports, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import razor_jax
+from razor_jax.cli import heads as cli_heads
+from razor_jax.heads import causal, interchange, needle, random_heads, store
+from tests.support import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    razor_jax.save(tiny.params(), folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(model):
+    app = typer.Typer()
+    app.command()(cli_heads.heads)
+
+    def call(*args: object, code: int = 0):
+        done = CliRunner().invoke(app, ["--model", model, *map(str, args)])
+        assert done.exit_code == code, done.output
+        return done
+
+    return call
+
+
+def split_of(done) -> list:
+    return json.loads(done.stdout)["split"]["retrieval"]
+
+
+def test_share_layers_and_devices(run, tmp_path):
+    done = run("--scorer", "random", "--share", 0.5, "--keep-layer", 1, "--save", tmp_path / "razor.json", "--json")
+    assert split_of(done) == [[], [0, 1]]
+    assert store.read(tmp_path / "razor.json").split.counts == (0, 2)
+    assert split_of(run("--scorer", "random", "--share", 0.25, "--balanced-over", 2, "--json")) in (
+        [[0, 1], []],
+        [[], [0, 1]],
+    )
+
+
+def test_bytes_say_what_they_hold(run):
+    dense = 4 * 1024 * 2 * 16 * 4  # KV heads × tokens × (key, value) × H × float32
+    options = ("--scorer", "random", "--capacity", 1024, "--window", 100)
+    done = run(*options, "--bytes", dense // 2)
+    assert "● 1 of 4 KV heads keep every token: bytes" in done.stdout
+    assert f"of {dense // 2:,} (1,024 tokens, float32, sinks 4, window 100" in done.stdout
+    with_all = run(*options, "--bytes", dense, "--json")
+    assert split_of(with_all) == [[0, 1], [0, 1]]
+
+
+def test_duo_there_and_back(run, tmp_path):
+    run("--scorer", "random", "--share", 0.5, "--window", 64, "--save-duo", tmp_path / "duo")
+    want = interchange.read_duo(tmp_path / "duo").split()
+    assert sum(want.counts) == 2
+    assert split_of(run("--import", tmp_path / "duo", "--share", 0.5, "--json")) == [list(h) for h in want.retrieval]
+
+
+def test_vendor_file(run, tmp_path):
+    file = tmp_path / "heads.json"
+    file.write_text(json.dumps({"prefix_matching": {"0": [3]}, "copying": {"1": [0]}}))
+    done = run("--import", file, "--numbered", "query", "--json")
+    assert split_of(done) == [[1], [0]]
+    assert json.loads(done.stdout)["scores"] is None
+    assert "1 prefix_matching + 1 copying KV heads" in run("--import", file, "--numbered", "query").stdout
+
+
+@pytest.mark.parametrize(("scorer", "module"), [("needle", needle), ("causal", causal)])
+def test_other_searches_take_the_seeds(run, monkeypatch, scorer, module):
+    def made(params, *, seeds, progress=None):
+        return random_heads(params, seeds=seeds)
+
+    monkeypatch.setattr(module, f"{scorer}_heads", made)
+    want = random_heads(tiny.params(), seeds=(0, 1, 2)).select(share=0.5)
+    assert split_of(run("--scorer", scorer, "--seeds", 3, "--share", 0.5, "--json")) == [
+        list(h) for h in want.retrieval
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--share", 0.2, "--echo", 0.1), "not both"),
+        (("--bytes", 1000), "--bytes goes with --capacity"),
+        (("--bytes", 1000, "--capacity", 10, "--share", 0.5), "--bytes goes with --capacity"),
+        (("--import", "heads.json"), "--numbered query or kv goes with"),
+        (("--numbered", "kv"), "--numbered query or kv goes with"),
+        (("--import", "heads.json", "--numbered", "kv", "--share", 0.5), "a choice, not a ranking"),
+    ],
+)
+def test_wrong_use(run, options, words):
+    # The message stands in a box as wide as the terminal.
+    said = run(*options, code=2).output.replace("│", " ")
+    assert words in " ".join(said.split())
+
+
+@pytest.mark.slow
+def test_report_writes_text_figures_and_pictures(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need the extra 'plots': pip install -e '.[plots]'")
+    run("--report", tmp_path / "report", "--json")
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert names >= {"heads.md", "heads.json", "echo.png", "induction.png", "causal.png", "split.png", "accuracy.png"}
+    text = (tmp_path / "report" / "heads.md").read_text(encoding="utf-8")
+    assert "vendor: vocab_size=264" in text
+    assert "window 128" in text

@@ -1,0 +1,190 @@
+"""Sampling against transformers' logits processors, and the distribution that is drawn."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+from transformers.generation import logits_process as hf
+
+from razor_jax.text import sampling
+from razor_jax.text.sampling import Greedy, MinP, Sampling, Temperature, TopK, TopP
+
+sample = jax.jit(sampling.sample)
+process_logits = jax.jit(sampling.process_logits)
+
+SETTINGS = [
+    {"temperature": 0.7},
+    {"temperature": 1e-3},
+    {"temperature": 50.0},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 10_000},
+    {"top_p": 0.05},
+    {"top_p": 0.75},
+    {"top_p": 0.999},
+    {"top_p": 1e-6},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"top_k": 12, "top_p": 0.75, "temperature": 1.3},
+    {"top_k": 20, "top_p": 0.9, "min_p": 0.1, "temperature": 0.8, "repetition_penalty": 1.7},
+    {"repetition_penalty": 0.6, "top_k": 5},
+    {"repetition_penalty": 3.0, "top_p": 0.5},
+]
+
+
+def rows(vocab):
+    """[10, V] logits: random, spread wide and narrow, extreme, masked, and with many ties."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(10, vocab)).astype(np.float32) * np.array(
+        [[1], [4], [20], [0.01], [2], [3], [1], [1], [1], [1]]
+    )
+    logits[4, rng.random(vocab) < 0.5] = -np.inf
+    logits[4, 3] = 0.0
+    logits[5] *= 1e4
+    logits[6] = np.round(logits[6])
+    logits[7] = 0.0
+    logits[8] = np.where(np.arange(vocab) % 4 == 1, 2.0, -np.inf)
+    logits[9, 11] = 3e38
+    return logits.astype(np.float32)
+
+
+def seen_tokens(vocab, batch=10):
+    ids = np.random.default_rng(1).integers(0, vocab, size=(batch, 9))
+    seen = np.zeros((batch, vocab), bool)
+    np.put_along_axis(seen, ids, True, axis=1)
+    return ids, seen
+
+
+@pytest.fixture(autouse=True)
+def _ties_in_vocabulary_order(monkeypatch):
+    """torch.sort orders equal scores as it likes; hold it to one order, so that kept sets can be compared."""
+    monkeypatch.setattr(torch, "sort", functools.partial(torch.sort, stable=True))
+
+
+def transformers_scores(setting, ids, logits):
+    """What transformers' `generate` would draw from, in its order."""
+    processors = hf.LogitsProcessorList()
+    if setting.get("repetition_penalty", 1.0) != 1.0:
+        processors.append(hf.RepetitionPenaltyLogitsProcessor(setting["repetition_penalty"]))
+    if setting.get("temperature", 1.0) != 1.0:
+        processors.append(hf.TemperatureLogitsWarper(setting["temperature"]))
+    if "top_k" in setting:
+        processors.append(hf.TopKLogitsWarper(setting["top_k"]))
+    if setting.get("top_p", 1.0) < 1.0:
+        processors.append(hf.TopPLogitsWarper(setting["top_p"]))
+    if "min_p" in setting:
+        processors.append(hf.MinPLogitsWarper(setting["min_p"]))
+    return processors(torch.from_numpy(ids), torch.from_numpy(logits)).numpy()
+
+
+@pytest.mark.parametrize("vocab", [32, 1001])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_processed_logits_are_those_of_transformers(setting, vocab):
+    logits, (ids, seen) = rows(vocab), seen_tokens(vocab)
+    expected = transformers_scores(setting, ids, logits.copy())
+    actual = np.asarray(process_logits(Sampling.of(**setting), logits, seen))
+    np.testing.assert_array_equal(np.isneginf(actual), np.isneginf(expected))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_greedy_is_argmax_after_the_penalty():
+    logits, (ids, seen) = rows(64), seen_tokens(64)
+    expected = transformers_scores({"repetition_penalty": 2.0}, ids, logits.copy()).argmax(-1)
+    actual = sample(Greedy(repetition_penalty=2.0), jnp.asarray(logits), _keys(10), jnp.asarray(seen))
+    assert actual.dtype == jnp.int32
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(sample(Greedy(), jnp.asarray(logits), _keys(10)), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("setting", [{}, {"temperature": 1.8}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}], ids=str)
+def test_tokens_are_drawn_with_their_probabilities(setting):
+    draws = 20_000
+    logits = np.random.default_rng(2).normal(size=(1, 12)).astype(np.float32)
+    scores = transformers_scores(setting, np.zeros((1, 1), np.int64), logits.copy())[0]
+    probabilities = scipy.special.softmax(scores.astype(np.float64))
+    tokens = sample(Sampling.of(**setting), np.repeat(logits, draws, axis=0), _keys(draws))
+    counts = np.bincount(np.asarray(tokens), minlength=12)
+    assert counts[probabilities == 0].sum() == 0
+    kept = probabilities > 0
+    assert scipy.stats.chisquare(counts[kept], probabilities[kept] * draws).pvalue > 1e-3
+
+
+def test_a_row_does_not_depend_on_its_batch_mates():
+    logits, keys = jnp.asarray(rows(200)), _keys(10)
+    rule = Sampling.of(temperature=2.0, top_k=50, top_p=0.95, min_p=0.01)
+    together = sample(rule, logits, keys)
+    alone = [int(sample(rule, logits[i : i + 1], keys[i : i + 1])[0]) for i in range(10)]
+    np.testing.assert_array_equal(together, alone)
+    np.testing.assert_array_equal(sample(rule, logits[::-1], keys[::-1]), together[::-1])
+
+
+def test_numbers_are_traced():
+    traces = []
+
+    @jax.jit
+    def draw(rule, logits, keys):
+        traces.append(rule)
+        return sampling.sample(rule, logits, keys)
+
+    logits, keys = jnp.asarray(rows(50)), _keys(10)
+    for rule in (
+        Temperature(0.5),
+        Temperature(2),
+        TopK(3),
+        TopK(40, 0.1),
+        TopP(0.5),
+        TopP(1),
+        MinP(0.3),
+        Sampling.of(),
+    ):
+        draw(rule, logits, keys)
+    assert len(traces) == 1
+
+
+def test_settings_may_differ_by_row():
+    logits, keys = jnp.asarray(rows(100)), _keys(10)
+    rules = [TopK(1), TopK(30, 0.5), TopP(0.2), MinP(0.5), Temperature(9.0)] * 2
+    batched = jax.tree.map(lambda *values: np.stack(values), *rules)
+    alone = [np.asarray(process_logits(rule, logits[i : i + 1])[0]) for i, rule in enumerate(rules)]
+    np.testing.assert_array_equal(process_logits(batched, logits), np.stack(alone))
+    assert sample(batched, logits, keys).shape == (10,)
+
+
+def test_temperature_zero_is_greedy():
+    assert Sampling.of(temperature=0).greedy
+    assert jax.tree.structure(Sampling.of(temperature=0.0)) == jax.tree.structure(Greedy())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperature": -0.1}, "temperature=-0.1: must be 0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"top_k": 0}, "top_k=0: must be an integer of at least 1"),
+        ({"top_k": 1.5}, "top_k=1.5"),
+        ({"top_p": 0.0}, r"top_p=0.0: must be a number in \(0, 1\]"),
+        ({"top_p": 1.01}, "top_p=1.01"),
+        ({"min_p": -0.5}, r"min_p=-0.5: must be a number in \[0, 1\]"),
+        ({"min_p": 2}, "min_p=2"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0: must be a positive number"),
+    ],
+)
+def test_settings_are_checked(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling.of(**setting)
+
+
+def test_a_penalty_needs_the_tokens_seen():
+    with pytest.raises(ValueError, match="needs `seen`"):
+        process_logits(Greedy(repetition_penalty=1.2), jnp.zeros((1, 4)))
+
+
+def _keys(batch):
+    return jax.random.split(jax.random.key(0), batch)
