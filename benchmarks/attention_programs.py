@@ -22,7 +22,7 @@ from razor_jax import cache as kv
 from razor_jax.config import kv_type
 from razor_jax.kernels import cache_write
 from razor_jax.kernels.attention import attend, attend_causal, compensation
-from razor_jax.kernels.cache_write import Stored
+from razor_jax.kernels.cache_write import GroupArrays
 from razor_jax.kernels.quantize import dequantize
 from razor_jax.models.config import ModelConfig
 
@@ -96,14 +96,14 @@ class Cache:
                 total += heads * (int(self.valid(windowed).sum(dtype=np.int64)) * token + windowed * means)
         return total
 
-    def layers(self, count: int) -> tuple[tuple[Stored, ...], ...]:
+    def layers(self, count: int) -> tuple[tuple[GroupArrays, ...], ...]:
         """The first `count` layers, filled with noise."""
         return tuple(
             tuple(self.group(heads, windowed, 8 * layer + windowed) for heads, windowed, _ in self.spec.groups(layer))
             for layer in range(count)
         )
 
-    def group(self, heads: int, windowed: bool, seed: int) -> Stored:
+    def group(self, heads: int, windowed: bool, seed: int) -> GroupArrays:
         """One head group filled with noise."""
         batch, H, dtype = len(self.lengths), self.spec.head_dim, jnp.dtype(self.spec.dtype)
         slots = self.spec.slots(windowed)
@@ -116,7 +116,7 @@ class Cache:
             )
         if windowed:
             means = tuple(0.1 * noise(seed + 6 + i, (batch, heads, 1, H), jnp.dtype("float32")) for i in (0, 1))
-        return Stored(k, v, *scales, *means)
+        return GroupArrays(k, v, *scales, *means)
 
     @property
     def extra(self) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -128,7 +128,7 @@ class Cache:
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "return_state"))
-def attend_group(rows, group: Stored, extra, implementation: str, return_state: bool = False):
+def attend_group(rows, group: GroupArrays, extra, implementation: str, return_state: bool = False):
     """rows [B,K,R,H] over one head group: its compensation token if it has one, then its slots."""
     full, windowed, dropped = extra
     scale = 1 / math.sqrt(rows.shape[-1])
@@ -155,7 +155,7 @@ class Ours:
 
     implementation: str
 
-    def __call__(self, rows, layer: tuple[Stored, ...], extra):
+    def __call__(self, rows, layer: tuple[GroupArrays, ...], extra):
         outs, first = [], 0
         for group in layer:
             heads = slice(first, first + group.k.shape[1])
@@ -187,7 +187,7 @@ def chain(q, layers, extra, *, attend_layer: Callable[..., jax.Array], probe: in
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "window", "sinks", "implementation"))
-def stream(q, k, v, held: tuple[Stored, ...], *, chunk: int, window: int, sinks: int, implementation: str):
+def stream(q, k, v, held: tuple[GroupArrays, ...], *, chunk: int, window: int, sinks: int, implementation: str):
     """Streaming prefill of one layer: for each chunk, attend to the cache and to the chunk, then write.
 
     q [B,K,G·T,H], k, v [B,K,T,H], the layer's empty groups: the outputs [B,K,G·T,H] and the groups.
@@ -197,7 +197,7 @@ def stream(q, k, v, held: tuple[Stored, ...], *, chunk: int, window: int, sinks:
     scale = 1 / math.sqrt(H)
     counts, windows = jnp.full((B,), chunk, jnp.int32), jnp.full((B,), window, jnp.int32)
 
-    def heads_of(groups: tuple[Stored, ...]) -> list[slice]:
+    def heads_of(groups: tuple[GroupArrays, ...]) -> list[slice]:
         ends = np.cumsum([group.k.shape[1] for group in groups])
         return [slice(int(end) - group.k.shape[1], int(end)) for end, group in zip(ends, groups, strict=True)]
 
@@ -219,7 +219,7 @@ def stream(q, k, v, held: tuple[Stored, ...], *, chunk: int, window: int, sinks:
         groups = tuple(
             cache_write.write(
                 group,
-                Stored(*(x[:, heads].astype(group.k.dtype) for x in new)),
+                GroupArrays(*(x[:, heads].astype(group.k.dtype) for x in new)),
                 length,
                 counts,
                 None if group.k_mean is None else windows,
@@ -255,7 +255,7 @@ def check_decode(implementation: str, dtype: str) -> float:
     mixed = next(layer for layer, kept in enumerate(cache.spec.counts) if 0 < kept < 4)
     groups = [cache.group(heads, windowed, int(windowed)) for heads, windowed, _ in cache.spec.groups(mixed)]
 
-    def poison(group: Stored) -> Stored:
+    def poison(group: GroupArrays) -> GroupArrays:
         windowed = group.k_mean is not None
         unread = jnp.arange(group.k.shape[2]) >= jnp.asarray(cache.valid(windowed))[:, None]
         if group.k_scale is not None:
@@ -270,9 +270,9 @@ def check_decode(implementation: str, dtype: str) -> float:
             group = group._replace(**{n: jnp.where(unused, jnp.nan, getattr(group, n)) for n in ("k_mean", "v_mean")})
         return group
 
-    def plain(group: Stored) -> Stored:
+    def plain(group: GroupArrays) -> GroupArrays:
         k, v = dequantize(group.k, group.k_scale), dequantize(group.v, group.v_scale)
-        return Stored(k, v, None, None, group.k_mean, group.v_mean)
+        return GroupArrays(k, v, None, None, group.k_mean, group.v_mean)
 
     layer = tuple(poison(group) for group in groups)
     q = noise(99, (3, 4, 4, 128), jnp.dtype("bfloat16"))
@@ -300,10 +300,10 @@ def check_stream(implementation: str) -> float:
     q, k, v = (noise(i, (1, 4, n, 128), jnp.dtype("bfloat16")) for i, n in enumerate((4 * T, T, T)))
     options = {"chunk": chunk, "window": window, "sinks": 4}
 
-    def empty(heads: int, slots: int, windowed: bool, dtype) -> Stored:
+    def empty(heads: int, slots: int, windowed: bool, dtype) -> GroupArrays:
         k, v = (jnp.zeros((1, heads, slots, 128), dtype) for _ in range(2))
         means = (jnp.zeros((1, heads, 1, 128)) for _ in range(2)) if windowed else (None, None)
-        return Stored(k, v, None, None, *means)
+        return GroupArrays(k, v, None, None, *means)
 
     def held(dtype):
         return empty(1, T, False, dtype), empty(3, window + 4, True, dtype)
@@ -314,7 +314,7 @@ def check_stream(implementation: str) -> float:
     return max(peers.error_of(float32(got), want), peers.error_of(groups[1].k_mean, wanted[1].k_mean))
 
 
-def check_head(rows, out, group: Stored, valid: int, n: int) -> float:
+def check_head(rows, out, group: GroupArrays, valid: int, n: int) -> float:
     """Error of the last row's last head of a group at the timed size, against a float64 softmax on the host.
 
     rows, out [B,K,G,H], this group's heads only; `valid` slots and `n` dropped tokens of that row.

@@ -21,7 +21,7 @@ from benchmarks.attention_programs import Cache, noise
 from benchmarks.attention_rows import GIB, Case, Refused, Row
 from razor_jax import Params, RazorConfig
 from razor_jax import cache as kv
-from razor_jax.kernels.cache_write import Stored
+from razor_jax.kernels.cache_write import GroupArrays
 from razor_jax.models.config import ModelConfig
 from razor_jax.params import abstract_weights
 
@@ -158,7 +158,7 @@ def _dense_case(bench: Bench, lengths: np.ndarray, ragged: bool, peer: peers.Pee
         )
         _, (rows, out) = bench.time(row, step)
         k, v = (x[-1:, :, -1:].swapaxes(1, 2) if peer.slots_first else x[-1:, -1:] for x in stored[-1])
-        bench.hold(row, programs.check_head(rows, out, Stored(k, v), int(lengths[-1]), 0))
+        bench.hold(row, programs.check_head(rows, out, GroupArrays(k, v), int(lengths[-1]), 0))
         _remember(bench, row)
 
     return Case(row, measure)
@@ -280,7 +280,7 @@ def prefill_section(bench: Bench) -> Iterator[Case]:
             )
             out = bench.time(row, call)
             # The last token's rows see everything, as a decode step does.
-            bench.hold(row, programs.check_head(q[:, :, -G:], out[:, :, -G:], Stored(k, v), tokens, 0))
+            bench.hold(row, programs.check_head(q[:, :, -G:], out[:, :, -G:], GroupArrays(k, v), tokens, 0))
             assert row.seconds is not None
             row.extra["flops_per_second"] = row.flops / row.seconds
             if peer.seconds:
@@ -315,7 +315,7 @@ def streaming_section(bench: Bench) -> Iterator[Case]:
         for heads, windowed, _ in spec.groups(layer):
             slots = [jnp.zeros((1, heads, spec.slots(windowed), H), jnp.bfloat16) for _ in range(2)]
             means = [jnp.zeros((1, heads, 1, H)) if windowed else None for _ in range(2)]
-            held.append(Stored(*slots, None, None, *means))
+            held.append(GroupArrays(*slots, None, None, *means))
         options = {"chunk": chunk, "window": window, "sinks": sinks, "implementation": bench.implementation}
         bench.time(row, lambda: programs.stream(q, k, v, tuple(held), **options))
 

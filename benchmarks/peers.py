@@ -48,7 +48,7 @@ PARITY_DOCUMENTS, PARITY_QUESTIONS = 4, 8
 def document_bytes(params: Params, razor: RazorConfig, tokens: int) -> int:
     """Bytes of a cache that holds exactly a document of `tokens` tokens, in bfloat16."""
     policy = dataclasses.replace(razor, kv_dtype="bfloat16", windowed_kv_dtype=None)
-    return kv.make_spec(params.split, params.config.head_dim, tokens, policy, "bfloat16").kv_bytes(1)
+    return kv.make_spec(params.heads_or_all, params.config.head_dim, tokens, policy, "bfloat16").kv_bytes(1)
 
 
 def kept_tokens(params: Params, razor: RazorConfig, tokens: int) -> float:

@@ -53,11 +53,11 @@ def choose(
     here = platform()
     if implementation is None:
         first = first_choice()
-        return "xla" if first == "xla" or obstacle(first, unsupported) else first
+        return "xla" if first == "xla" or why_not(first, unsupported) else first
     if implementation == "xla":
         return implementation
     if _DEVICE[implementation] == here:
-        reason = obstacle(implementation, unsupported)
+        reason = why_not(implementation, unsupported)
     else:
         reason = f"the device is a {here}, not a {_DEVICE[implementation]}"
     if reason is not None:
@@ -65,7 +65,7 @@ def choose(
     return implementation
 
 
-def obstacle(implementation: Implementation, unsupported: Callable[[Implementation], str | None]) -> str | None:
+def why_not(implementation: Implementation, unsupported: Callable[[Implementation], str | None]) -> str | None:
     """Why a Pallas implementation cannot run here, or None: its own reason, or a mesh that the compiler partitions."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = [

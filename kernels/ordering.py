@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def after(x: jax.Array, earlier: jax.Array, lengths: jax.Array) -> jax.Array:
+def ordered_after(x: jax.Array, earlier: jax.Array, lengths: jax.Array) -> jax.Array:
     """x, but not before `earlier` is there; `lengths` are numbers ≥ 0 that only run time knows.
 
     Reading a cache and writing it are independent until someone says otherwise, and a compiler that may

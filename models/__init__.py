@@ -7,15 +7,15 @@ from typing import Any
 
 from . import baichuan, llama, mistral, qwen
 from .config import ModelConfig, Rope
-from .huggingface import Stored
+from .huggingface import CheckpointTensor
 from .transformer import Block, Transformer
 
 __all__ = [
     "FAMILIES",
     "Block",
+    "CheckpointTensor",
     "ModelConfig",
     "Rope",
-    "Stored",
     "Transformer",
     "read_config",
     "tensor_names",
@@ -60,6 +60,6 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return hf
 
 
-def tensor_names(config: ModelConfig) -> dict[str, Stored]:
+def tensor_names(config: ModelConfig) -> dict[str, CheckpointTensor]:
     """Linen path, joined by "/", -> the checkpoint's tensor, for every weight."""
     return FAMILIES[config.family].names(config)

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import huggingface
 from .config import ModelConfig, Rope
-from .huggingface import Stored
+from .huggingface import CheckpointTensor
 
 ARCHITECTURE = "BaichuanForCausalLM"
 _DEFAULTS = {"num_key_value_heads": None, "model_max_length": 4096}
@@ -45,7 +45,7 @@ def fields(config: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in own.items() if name not in _ROTARY}
 
 
-def names(config: ModelConfig) -> dict[str, Stored]:
+def names(config: ModelConfig) -> dict[str, CheckpointTensor]:
     """Llama's tensors, but q, k and v in one, in this order."""
     named = huggingface.tensors(config)
     for path, stored in named.items():

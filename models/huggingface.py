@@ -27,7 +27,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class CheckpointTensor:
     """One weight as a checkpoint holds it: its tensor's name, and how that becomes ours.
 
     `pattern` is einops', stored axes -> our axes; `sizes` gives each of its letters a length. A tensor that fuses
@@ -91,7 +91,7 @@ def _gather(tensor: Any, axes: Sequence[Sequence[slice]]) -> np.ndarray:
     return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
-def tensors(config: ModelConfig) -> dict[str, Stored]:
+def tensors(config: ModelConfig) -> dict[str, CheckpointTensor]:
     """Every weight of a model: linen path, joined by "/", -> the tensor that holds it."""
     c = config
     # v vocabulary, d model width, f feed-forward, k KV heads, g query heads per KV head, h head width.
@@ -136,7 +136,7 @@ def tensors(config: ModelConfig) -> dict[str, Stored]:
     named["norm/scale"] = ("model.norm.weight", "d -> d")
     if not c.tie_embeddings:
         named["head/kernel"] = ("lm_head.weight", "v d -> d v")
-    return {path: Stored(name, pattern, sizes) for path, (name, pattern) in named.items()}
+    return {path: CheckpointTensor(name, pattern, sizes) for path, (name, pattern) in named.items()}
 
 
 def decoder(

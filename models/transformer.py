@@ -6,7 +6,7 @@ packed t-major: row t·G + g. Rotary embedding is the model's, ALiBi's biases ar
 Kernels may be int8 (`linear.py`).
 
 The model never hears of caches: `attend(q, k, v, state) -> (out, state)` is given by the caller, one
-opaque state a layer. `Block` also offers its two halves (`keys_values`, `queries`, `mix`), so that a
+opaque state a layer. `Block` also offers its two halves (`keys_values`, `queries`, `output_and_mlp`), so that a
 long prompt can pass through a layer in chunks of tokens.
 """
 
@@ -74,7 +74,9 @@ class Block(nn.Module):
         """Positions go into queries and keys, unless attention itself adds them (ALiBi)."""
         return x if self.config.alibi else rotate(x, rope)
 
-    def mix(self, x: Float[jax.Array, "B T D"], out: Float[jax.Array, "B K R H"]) -> Float[jax.Array, "B T D"]:
+    def output_and_mlp(
+        self, x: Float[jax.Array, "B T D"], out: Float[jax.Array, "B K R H"]
+    ) -> Float[jax.Array, "B T D"]:
         """Residual stream x [B, T, D] and attention output [B, K, T·G, H] -> x [B, T, D]."""
         B, T, _ = x.shape
         c = self.config
@@ -87,8 +89,8 @@ class Block(nn.Module):
         with jax.named_scope("attention"):
             k, v = self.keys_values(x, rope)
             out, state = attend(self.queries(x, rope), k, v, state)
-        with jax.named_scope("mix"):
-            return self.mix(x, out), state
+        with jax.named_scope("output_and_mlp"):
+            return self.output_and_mlp(x, out), state
 
 
 class Transformer(nn.Module):

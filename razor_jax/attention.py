@@ -21,7 +21,7 @@ from jaxtyping import Float
 from . import cache as kv
 from .cache import Call, Group
 from .kernels import attention as kernel
-from .kernels.ordering import after
+from .kernels.ordering import ordered_after
 from .mesh import by_slot as attention_slots
 from .mesh.by_slot import Split
 
@@ -117,15 +117,15 @@ def attend_and_write(
     """A whole call at once: the attention output, and the layer with the call's tokens written."""
     group_size = group_size or q.shape[2] // k.shape[2]
     out = attend(q, k, v, layer, call, start=0, group_size=group_size, slopes=slopes, split=split)
-    k, v = (after(x, out, call.length) for x in kv.bring(layer, k, v, call))
+    k, v = (ordered_after(x, out, call.length) for x in kv.bring(layer, k, v, call))
     return out, kv.write(layer, k, v, call)
 
 
 def write_behind(x: jax.Array, k, v, layer: tuple[Group, ...], call: Call) -> tuple[jax.Array, tuple[Group, ...]]:
     """Write when everything has been read, which x says; and x, not before it is written: or a compiler may put the
     writes of all layers off to the end and keep every layer's K/V until then."""
-    k, v = (after(a, x, call.length) for a in (k, v))
+    k, v = (ordered_after(a, x, call.length) for a in (k, v))
     layer = kv.write(layer, *kv.bring(layer, k, v, call), call)
     for group in layer:
-        x = after(after(x, group.k, call.length), group.v, call.length)
+        x = ordered_after(ordered_after(x, group.k, call.length), group.v, call.length)
     return x, layer

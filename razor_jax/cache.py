@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from .kernels import cache_write
-from .kernels.cache_write import Stored
+from .kernels.cache_write import GroupArrays
 from .kernels.quantize import INT8, quantize
 from .mesh.slots import Shard, most_tokens
 from .sharding import HEADS, MODEL, ROWS
@@ -58,9 +58,9 @@ class Group(flax.struct.PyTreeNode):
     scope: int = flax.struct.field(pytree_node=False, default=0)
 
     @property
-    def stored(self) -> Stored:
+    def stored(self) -> GroupArrays:
         """The arrays, as the kernels take them."""
-        return Stored(self.k, self.v, self.k_scale, self.v_scale, self.k_mean, self.v_mean)
+        return GroupArrays(self.k, self.v, self.k_scale, self.v_scale, self.k_mean, self.v_mean)
 
     def with_slots(self, change) -> Group:
         """The group with `change(x, axis)` made to every array that has slots, on `axis`."""
@@ -233,7 +233,7 @@ def write(
 
 def _write_group(group: Group, k, v, length, new, window, sinks, call: Call) -> Group:
     (new_k, k_scale), (new_v, v_scale) = (quantize(x, group.k.dtype) for x in (k, v))
-    tokens = Stored(new_k, new_v, k_scale, v_scale)
+    tokens = GroupArrays(new_k, new_v, k_scale, v_scale)
     held = cache_write.write(group.stored, tokens, length, new, window, sinks, implementation=call.spec.kernels)
     return group.replace(**held._asdict())
 

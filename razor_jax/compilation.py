@@ -27,12 +27,12 @@ def user_cache() -> Path:
 def totals() -> tuple[int, float]:
     """Programs compiled (or read from the persistent cache) since `watch`, and the seconds it took, tracing and
     lowering included."""
-    watch()
+    track_compilation()
     return _totals["programs"], _totals["seconds"]
 
 
 @functools.cache
-def watch() -> None:
+def track_compilation() -> None:
     """Start counting, and keep compiled programs between runs unless the user has chosen a place."""
 
     counted: list[tuple[float, float]] = []  # when an event ended, and its seconds
@@ -54,7 +54,7 @@ def watch() -> None:
 
 
 @contextlib.contextmanager
-def announced(what: str) -> Iterator[None]:
+def log_compilation(what: str) -> Iterator[None]:
     """Log how long the compilation inside took, if there was any worth a line."""
     programs, seconds = totals()
     started = time.perf_counter()

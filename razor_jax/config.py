@@ -53,7 +53,7 @@ class RazorConfig:
         least = {"sinks": 0, "window": 1, "min_window": 1, "window_divisor": 1, "prefill_chunk": 1}
         for name, value in ((name, getattr(self, name)) for name in least):
             if value is not None or name not in ("window", "prefill_chunk"):
-                object.__setattr__(self, name, whole_number(name, value, least[name]))
+                object.__setattr__(self, name, check_int(name, value, least[name]))
         for name in ("kv_dtype", "windowed_kv_dtype"):
             value = getattr(self, name)
             if value is not None and value not in KV_DTYPES:
@@ -198,7 +198,7 @@ def check_split(split: HeadSplit, num_layers: int, num_kv_heads: int) -> None:
         )
 
 
-def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:
     """`value` as an int, NumPy's integers included; ValueError if it is none or out of range."""
     try:
         number = operator.index(value)
@@ -210,4 +210,4 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
     return number
 
 
-__all__: Sequence[str] = ("KV_DTYPES", "HeadSplit", "RazorConfig", "check_split", "kv_type", "whole_number")
+__all__: Sequence[str] = ("KV_DTYPES", "HeadSplit", "RazorConfig", "check_int", "check_split", "kv_type")

@@ -17,7 +17,7 @@ from .mesh import attention
 from .models import alibi, rope
 from .models.transformer import Block, Transformer
 from .params import Params
-from .sharding import constrain, describe, present
+from .sharding import constrain, describe, nontrivial
 from .spec import Layout
 
 Logits = Literal["last", "all", "none"]
@@ -55,7 +55,7 @@ def init_cache(
     require_split(params, razor)
     config = params.config
     spec = kv.make_spec(
-        params.split,
+        params.heads_or_all,
         config.head_dim,
         capacity,
         razor,
@@ -170,10 +170,10 @@ def _check_call(cache: KVCache, tokens: Ids, lengths: Ids, logits: Logits) -> No
 def check_cache(params: Params, cache: KVCache) -> None:
     """Refuse a cache that was made for other heads, shapes or devices, or for another implementation than a forced
     one."""
-    if cache.spec.mesh != present(params.mesh):
+    if cache.spec.mesh != nontrivial(params.mesh):
         raise ValueError(
-            f"the cache lies on {describe(cache.spec.mesh)}, the params on {describe(present(params.mesh))}: make the "
-            "cache from the same params"
+            f"the cache lies on {describe(cache.spec.mesh)}, the params on {describe(nontrivial(params.mesh))}: "
+            "make the cache from the same params"
         )
     if params.implementation not in (None, cache.spec.implementation):
         raise ValueError(
@@ -186,10 +186,10 @@ def check_cache(params: Params, cache: KVCache) -> None:
     if have != want:
         raise ValueError(f"the cache is for (layers, KV heads, head width) {have}, the model has {want}")
     # Another split of the same weights holds its heads in another order, dense or not.
-    if (spec.retrieval, spec.scopes) != (params.split.retrieval, params.split.scopes):
+    if (spec.retrieval, spec.scopes) != (params.heads_or_all.retrieval, params.heads_or_all.scopes):
         raise ValueError(
             f"the cache was made for another head split: retrieval heads by layer {list(spec.retrieval)}, these "
-            f"params have {list(params.split.retrieval)}; make the cache from the same params"
+            f"params have {list(params.heads_or_all.retrieval)}; make the cache from the same params"
         )
 
 
@@ -276,7 +276,7 @@ def _in_chunks(params: Params, index: int, x: jax.Array, layer: tuple[Group, ...
         x_chunk = attention.chunk(x, start, CHUNK, call)
         q = _block(params, index, x_chunk, _tables(params, call, start, CHUNK), method="queries")
         out = attention.attend(q, k, v, layer, call, start=start, group_size=config.group_size, slopes=slopes)
-        return put(x, _block(params, index, x_chunk, out, method="mix"), start)
+        return put(x, _block(params, index, x_chunk, out, method="output_and_mlp"), start)
 
     x = lax.fori_loop(0, chunks, mix, x)
     return attention.write_behind(x, k, v, layer, call)

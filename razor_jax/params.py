@@ -94,13 +94,13 @@ class Params(flax.struct.PyTreeNode):
         return "scale" in self.weights["blocks_0"]["q"]
 
     @property
-    def split(self) -> HeadSplit:
+    def heads_or_all(self) -> HeadSplit:
         """`heads`, or every head where nobody has said: dense attention."""
         return self.heads or HeadSplit.all(self.config.num_layers, self.config.num_kv_heads)
 
     def order(self, layer: int) -> tuple[int, ...]:
         """The layer's KV heads in the order in which its weights are held."""
-        return held_order(self.split, layer, self.mesh)
+        return held_order(self.heads_or_all, layer, self.mesh)
 
 
 def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32, weights: Literal["int8"] | None = None) -> Any:

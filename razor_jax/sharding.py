@@ -94,7 +94,7 @@ def make_mesh(mesh: MeshLike, num_kv_heads: int, devices: Sequence[Any] | None =
     return Mesh(grid, (DATA, *MODEL), axis_types=(AxisType.Auto,) * 3)
 
 
-def present(mesh: Mesh | None) -> Mesh | None:
+def nontrivial(mesh: Mesh | None) -> Mesh | None:
     """The mesh, None for one of a single device, on which everything is as without one."""
     return mesh if mesh is not None and mesh.size > 1 else None
 
@@ -148,7 +148,7 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: Axes) -> jax.Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
-def everywhere(tree: Any, mesh: Mesh | None) -> Any:
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
     """Host arrays, the same in every process, as arrays that all devices of a mesh hold; as they are without one."""
     if mesh is None:
         return tree

@@ -23,8 +23,8 @@ from jax.sharding import AxisType, Mesh
 from . import sharding
 from .config import HeadSplit, RazorConfig, kv_type
 from .kernels import attention, cache_write
-from .kernels.backend import Implementation, choose, first_choice, obstacle
-from .kernels.cache_write import Stored
+from .kernels.backend import Implementation, choose, first_choice, why_not
+from .kernels.cache_write import GroupArrays
 from .kernels.quantize import INT8
 
 Layout = Literal["slot", "head"]
@@ -186,7 +186,7 @@ def make_spec(
     if razor is not None:
         full = kv_type(razor.kv_dtype) if razor.kv_dtype else full
         windowed = kv_type(razor.windowed_kv_dtype) if razor.windowed_kv_dtype else full
-    mesh = sharding.present(mesh)
+    mesh = sharding.nontrivial(mesh)
     with _kernels_on(mesh):
         chosen = _choose(implementation, head_dim, jnp.dtype(dtype), {full, windowed}, alibi)
     return CacheSpec(
@@ -243,7 +243,7 @@ def _choose(
         for kind in sorted(cached | {dtype}, key=str):
             keys = of(kind)
             reason = attention.unsupported(name, of(dtype), keys, keys, alibi) or cache_write.unsupported(
-                name, Stored(keys, keys)
+                name, GroupArrays(keys, keys)
             )
             if reason is not None:
                 return reason
@@ -252,6 +252,6 @@ def _choose(
     chosen = choose(asked, unsupported)
     if asked is None and chosen != first_choice():
         # Python shows a warning from one place once.
-        reason = obstacle(first_choice(), unsupported)
+        reason = why_not(first_choice(), unsupported)
         warnings.warn(f"attention runs without its {first_choice()} kernels, on XLA: {reason}", stacklevel=3)
     return chosen

@@ -32,7 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Float32, Int, Shaped
 
 from ..quantize import EIGHT_BIT, INT8
-from ..tpu_memory import stay
+from ..tpu_memory import keep_in_hbm
 from .state import NEG, State
 
 _LANES = 128
@@ -178,9 +178,9 @@ def _run(call: _Call, q, k, v, scales, lengths, start, table, state: State | Non
         start,
         jnp.zeros((1,), jnp.int32) if table is None else table.astype(jnp.int32).reshape(-1),
         q.astype(dtype),
-        stay(k, call.interpret),
-        stay(v, call.interpret),
-        tuple(stay(x, call.interpret) for x in scales),
+        keep_in_hbm(k, call.interpret),
+        keep_in_hbm(v, call.interpret),
+        tuple(keep_in_hbm(x, call.interpret) for x in scales),
         () if state is None else (state[0], jnp.stack(state[1:], axis=2)),
     )
     if not call.return_state:

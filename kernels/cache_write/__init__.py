@@ -1,6 +1,6 @@
 """Writing tokens into a head group's cache in place, evicted ones folded into the means."""
 
+from .arrays import GroupArrays
 from .dispatch import unsupported, write
-from .stored import Stored
 
-__all__ = ["Stored", "unsupported", "write"]
+__all__ = ["GroupArrays", "unsupported", "write"]

@@ -9,19 +9,19 @@ from jaxtyping import Int
 
 from ..backend import Implementation, choose
 from . import tpu, xla
-from .stored import Stored
+from .arrays import GroupArrays
 
 
 def write(
-    held: Stored,
-    new: Stored,
+    held: GroupArrays,
+    new: GroupArrays,
     lengths: Int[jax.Array, " B"],
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"] | None,
     sinks: jax.Array | int = 0,
     *,
     implementation: Implementation | None = None,
-) -> Stored:
+) -> GroupArrays:
     """The group with tokens 0 … counts[b]-1 of `new` appended to row b, which has seen lengths[b] tokens.
 
     Position p of a full group goes to slot p; of a windowed one to slot p below N0, else to slot

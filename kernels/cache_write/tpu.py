@@ -25,11 +25,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Int
 
-from ..ordering import after
+from ..ordering import ordered_after
 from ..quantize import EIGHT_BIT, FP8
-from ..tpu_memory import stay
+from ..tpu_memory import keep_in_hbm
 from . import xla
-from .stored import Stored
+from .arrays import GroupArrays
 
 _LANES = 128
 _HEAD_WIDTHS = (64, 128)
@@ -37,7 +37,7 @@ _TYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"), *EIGHT_BIT)
 _LONGEST = 1024  # slots a step of a chunk: some hundred KiB of each array, which hides a step's own cost
 
 
-def unsupported(held: Stored) -> str | None:
+def unsupported(held: GroupArrays) -> str | None:
     """Why the kernels cannot write the group `held`, k [B,K,S,H], or None: they can."""
     H = held.k.shape[-1]
     if H not in _HEAD_WIDTHS:
@@ -48,8 +48,8 @@ def unsupported(held: Stored) -> str | None:
 
 
 def write(
-    held: Stored,
-    new: Stored,
+    held: GroupArrays,
+    new: GroupArrays,
     lengths: Int[jax.Array, " B"],
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"] | None,
@@ -57,7 +57,7 @@ def write(
     *,
     block: int | None = None,
     interpret: Any = False,
-) -> Stored:
+) -> GroupArrays:
     """`xla.write` as kernels: tokens 0 … counts[b]-1 of `new` [B,K,T,H] appended to row b of `held` [B,K,S,H].
 
     `block` slots a step of a chunk, a multiple of 128; None to choose.
@@ -68,7 +68,9 @@ def write(
     )
 
 
-def _write(held: Stored, new: Stored, lengths, counts, window, sinks: jax.Array | int, *, block, interpret) -> Stored:
+def _write(
+    held: GroupArrays, new: GroupArrays, lengths, counts, window, sinks: jax.Array | int, *, block, interpret
+) -> GroupArrays:
     T = new.k.shape[2]
     if T == 1:
         return _write_token(held, new, lengths, counts, window, sinks, interpret)
@@ -81,13 +83,13 @@ _compiled = jax.jit(_write, static_argnames=("sinks", "block", "interpret"))
 _compiled_for_any_sinks = jax.jit(_write, static_argnames=("block", "interpret"))
 
 
-def _turn(x: Stored) -> list[jax.Array]:
+def _turn(x: GroupArrays) -> list[jax.Array]:
     """k, v and scales if any, as the kernels take them: [B,K,S,H], or [B,K,·,S] where slots lie along the lanes."""
     k, v = (a.swapaxes(2, 3) if a.shape[3] < _LANES else a for a in (x.k, x.v))
     return [k, v, *(scale for scale in (x.k_scale, x.v_scale) if scale is not None)]
 
 
-def _along_lanes(held: Stored) -> list[bool]:
+def _along_lanes(held: GroupArrays) -> list[bool]:
     """Of each array of `_turn` whether its slots lie along the lanes."""
     across = held.k.shape[3] < _LANES
     return [across] * 2 if held.k_scale is None else [across, across, True, True]
@@ -103,13 +105,15 @@ def _moves(size: int) -> pl.CostEstimate:
     return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=size)
 
 
-def _turn_back(arrays: Sequence[jax.Array], lanes: list[bool]) -> Stored:
+def _turn_back(arrays: Sequence[jax.Array], lanes: list[bool]) -> GroupArrays:
     """What `_turn` was given."""
     k, v = (x.swapaxes(2, 3) if lane else x for x, lane in zip(arrays[:2], lanes, strict=False))
-    return Stored(k, v, *arrays[2:])
+    return GroupArrays(k, v, *arrays[2:])
 
 
-def _write_token(held: Stored, new: Stored, lengths, counts, window, sinks: jax.Array | int, interpret) -> Stored:
+def _write_token(
+    held: GroupArrays, new: GroupArrays, lengths, counts, window, sinks: jax.Array | int, interpret
+) -> GroupArrays:
     slot = lengths if window is None else xla.ring_slot(lengths, window, sinks)
     slot = jnp.where((counts > 0) & (slot < held.k.shape[2]), slot, -1)
     arrays, tokens, lanes = _turn(held), _turn(new), _along_lanes(held)
@@ -152,7 +156,7 @@ def _write_token(held: Stored, new: Stored, lengths, counts, window, sinks: jax.
         cost_estimate=_moves(2 * moved),
         interpret=interpret,
         name="razor_write_token",
-    )(slot, tokens, [stay(x, interpret) for x in arrays])
+    )(slot, tokens, [keep_in_hbm(x, interpret) for x in arrays])
     k_mean, v_mean = held.k_mean, held.v_mean
     if window is not None and folds:
         evicted = [x.swapaxes(1, 2)[..., None] if lane else x for x, lane in zip(evicted, lanes, strict=True)]
@@ -246,8 +250,8 @@ def _steps(runs, block: int, most: int) -> tuple[_Steps, jax.Array]:
 
 
 def _write_chunk(
-    held: Stored, new: Stored, lengths, counts, window, sinks: jax.Array | int, block: int, interpret
-) -> Stored:
+    held: GroupArrays, new: GroupArrays, lengths, counts, window, sinks: jax.Array | int, block: int, interpret
+) -> GroupArrays:
     (B, K, S, _), T = held.k.shape, new.k.shape[2]
     runs = _runs(lengths, counts, window, sinks, S)
     # A run of n slots touches at most one block more than n slots need.
@@ -255,7 +259,7 @@ def _write_chunk(
     k_mean, v_mean = held.k_mean, held.v_mean
     if k_mean is not None:
         k_mean, v_mean = xla.fold_chunk(held, new, lengths, counts, window, sinks)
-        steps = steps._replace(block=after(after(steps.block, k_mean, lengths), v_mean, lengths))
+        steps = steps._replace(block=ordered_after(ordered_after(steps.block, k_mean, lengths), v_mean, lengths))
     arrays, tokens, lanes = _turn(held), _turn(new), _along_lanes(held)
 
     def spec(x, lane: bool, index) -> pl.BlockSpec:
@@ -295,7 +299,7 @@ def _write_chunk(
         cost_estimate=_moves(2 * sum(x.size * x.dtype.itemsize for x in tokens)),
         interpret=interpret,
         name="razor_write_chunk",
-    )(*steps, tokens, tokens, [stay(x, interpret) for x in arrays])
+    )(*steps, tokens, tokens, [keep_in_hbm(x, interpret) for x in arrays])
     return _turn_back(written, lanes)._replace(k_mean=k_mean, v_mean=v_mean)
 
 

@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Int
 
-from ..ordering import after
+from ..ordering import ordered_after
 from ..quantize import dequantize
-from .stored import Stored
+from .arrays import GroupArrays
 
 
 def write(
-    held: Stored,
-    new: Stored,
+    held: GroupArrays,
+    new: GroupArrays,
     lengths: Int[jax.Array, " B"],
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"] | None,
     sinks: jax.Array | int = 0,
-) -> Stored:
+) -> GroupArrays:
     """The group with tokens 0 … counts[b]-1 of `new` appended to row b, which has seen lengths[b] tokens.
 
     Args:
@@ -47,7 +47,7 @@ def dropped(lengths: jax.Array, window: jax.Array, sinks: jax.Array | int) -> ja
     return ((lengths - sinks - window) * (window > 0)).clip(0)
 
 
-def _write_full(held: Stored, new: Stored, lengths, counts) -> Stored:
+def _write_full(held: GroupArrays, new: GroupArrays, lengths, counts) -> GroupArrays:
     T, S = new.k.shape[2], held.k.shape[2]
     tokens = jnp.arange(T, dtype=jnp.int32)
     # Invalid tokens aim past the end, each at a slot of its own, and are dropped.
@@ -61,7 +61,9 @@ def ring_slot(
     return jnp.where(position < sinks, position, sinks + (position - sinks) % jnp.maximum(window, 1))
 
 
-def _write_ring_token(held: Stored, new: Stored, lengths, counts, window, sinks: jax.Array | int) -> Stored:
+def _write_ring_token(
+    held: GroupArrays, new: GroupArrays, lengths, counts, window, sinks: jax.Array | int
+) -> GroupArrays:
     """One token a row: one slot read, folded, overwritten."""
     S = held.k.shape[2]
     slot = ring_slot(lengths, window, sinks)
@@ -70,17 +72,19 @@ def _write_ring_token(held: Stored, new: Stored, lengths, counts, window, sinks:
     if held.k_mean is not None:
         k, v = (jnp.take_along_axis(x, at, axis=2) for x in (held.k, held.v))
         scales = (None if x is None else jnp.take_along_axis(x, at, axis=3) for x in (held.k_scale, held.v_scale))
-        evicted = Stored(k, v, *scales)
+        evicted = GroupArrays(k, v, *scales)
         k_mean, v_mean = fold_token(held, evicted, lengths, counts, window, sinks)
         held = held._replace(k_mean=k_mean, v_mean=v_mean)
-        new = new._replace(k=after(new.k, k_mean, lengths), v=after(new.v, v_mean, lengths))
+        new = new._replace(k=ordered_after(new.k, k_mean, lengths), v=ordered_after(new.v, v_mean, lengths))
         if new.k_scale is not None and new.v_scale is not None:
-            scales = (after(x, k_mean, lengths) for x in (new.k_scale, new.v_scale))
-            new = Stored(new.k, new.v, *scales)
+            scales = (ordered_after(x, k_mean, lengths) for x in (new.k_scale, new.v_scale))
+            new = GroupArrays(new.k, new.v, *scales)
     return _scatter(held, jnp.where(counts > 0, slot, S)[:, None], new)
 
 
-def _write_ring_chunk(held: Stored, new: Stored, lengths, counts, window, sinks: jax.Array | int) -> Stored:
+def _write_ring_chunk(
+    held: GroupArrays, new: GroupArrays, lengths, counts, window, sinks: jax.Array | int
+) -> GroupArrays:
     """T tokens a row: each slot gathers its newest position, so no slot is written twice."""
     T = new.k.shape[2]
     source = _newest(held.k.shape[2], lengths + counts, window, sinks) - lengths[:, None]
@@ -102,8 +106,8 @@ def _write_ring_chunk(held: Stored, new: Stored, lengths, counts, window, sinks:
 
 
 def fold_token(
-    held: Stored,
-    evicted: Stored,
+    held: GroupArrays,
+    evicted: GroupArrays,
     lengths: Int[jax.Array, " B"],
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"],
@@ -121,8 +125,8 @@ def fold_token(
 
 
 def fold_chunk(
-    held: Stored,
-    new: Stored,
+    held: GroupArrays,
+    new: GroupArrays,
     lengths: Int[jax.Array, " B"],
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"],
@@ -161,7 +165,7 @@ def _rows(x: jax.Array) -> jax.Array:
     return x[:, None, None, None]
 
 
-def _scatter(held: Stored, slots: jax.Array, new: Stored) -> Stored:
+def _scatter(held: GroupArrays, slots: jax.Array, new: GroupArrays) -> GroupArrays:
     """Tokens at slots [B,T], distinct in a row; slots past S are dropped."""
     batch = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
 

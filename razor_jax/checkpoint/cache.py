@@ -24,9 +24,9 @@ from ..config import RazorConfig
 from ..functional import check_cache
 from ..mesh import relayout
 from ..params import Params, architecture_fingerprint, weights_fingerprint
-from ..sharding import everywhere, present
+from ..sharding import nontrivial, replicate
 from ..spec import CacheSpec, make_spec, ring_length
-from .files import read_json, write_json, written_whole
+from .files import atomic_directory, read_json, write_json
 
 RECORD = "cache.json"
 _FORMAT, _VERSION = "razor_jax cache", 1
@@ -57,7 +57,10 @@ def save_cache(
     check_cache(params, cache)
     if pending is not None and len(pending) != cache.batch:
         raise ValueError(f"pending has {len(pending)} rows, the cache {cache.batch}: give one list of tokens a row")
-    with written_whole(Path(directory).expanduser(), overwrite) as folder, ocp.StandardCheckpointer() as checkpointer:
+    with (
+        atomic_directory(Path(directory).expanduser(), overwrite) as folder,
+        ocp.StandardCheckpointer() as checkpointer,
+    ):
         for index, layer in enumerate(cache.layers):
             # One layer after the other: that is all that a reordered copy takes on the devices.
             groups = _logical(cache.replace(layers=(layer,)), _dense_order(params, cache.spec, index))
@@ -87,7 +90,7 @@ def load_cache(params: Params, directory: str | os.PathLike[str]) -> KVCache:
             for held, static in arrays
         )
         cache = KVCache((tuple(groups),), spec=spec, **rows)
-        if present(params.mesh) is not None:
+        if nontrivial(params.mesh) is not None:
             cache = _distributed(cache, mesh=params.mesh)
         layers.append(cache.layers[0])
     assert cache is not None
@@ -167,7 +170,7 @@ def _spec(path: Path, record: Mapping[str, Any], params: Params) -> CacheSpec:
     try:
         razor = None if record["razor"] is None else RazorConfig(**record["razor"])
         spec = make_spec(
-            params.split,
+            params.heads_or_all,
             params.config.head_dim,
             record["capacity"],
             razor,
@@ -230,9 +233,9 @@ def _arrays(group: Group) -> dict[str, Any]:
 
 
 def _placed(x: np.ndarray, params: Params) -> jax.Array:
-    mesh = present(params.mesh)
+    mesh = nontrivial(params.mesh)
     # A copy: on CPU an array may else share the memory of `x`, and a cache is written in place.
-    return jnp.array(x) if mesh is None else everywhere(x, mesh)
+    return jnp.array(x) if mesh is None else replicate(x, mesh)
 
 
 def _read_layer(

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 
 @contextlib.contextmanager
-def written_whole(path: Path, overwrite: bool) -> Iterator[Path]:
+def atomic_directory(path: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `path` that takes its place if the block ends well, and goes if it does not.
 
     What a killed process leaves lies beside `path`: a `.name.….partial`, which nobody reads and which may be removed;

@@ -21,7 +21,7 @@ from ..sharding import MeshLike
 from ..tokenizer.assets import Assets
 from . import huggingface as checkpoint_huggingface
 from . import orbax as checkpoint_orbax
-from .files import written_whole
+from .files import atomic_directory
 from .loader import Progress, Weights
 
 SHARD_BYTES = 5_000_000_000
@@ -86,7 +86,7 @@ def save(
     if format not in ("huggingface", "orbax"):
         raise ValueError(f"format={format!r}: use 'huggingface' or 'orbax'")
     params = with_heads(params, None)
-    with written_whole(Path(directory).expanduser(), overwrite) as folder:
+    with atomic_directory(Path(directory).expanduser(), overwrite) as folder:
         if format == "orbax":
             checkpoint_orbax.write(params, folder)
         else:

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from .. import models
 from ..config import HeadSplit
-from ..models import ModelConfig, Stored, tensor_names, write_config
+from ..models import CheckpointTensor, ModelConfig, tensor_names, write_config
 from ..params import Params
 from ..sharding import MeshLike, held_order
 from .files import read_json, write_json
@@ -144,7 +144,7 @@ def _open(shard: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, _Hand
         yield name, handle
 
 
-def _resolve_tie(config: ModelConfig, found: _Found) -> tuple[ModelConfig, dict[str, Stored]]:
+def _resolve_tie(config: ModelConfig, found: _Found) -> tuple[ModelConfig, dict[str, CheckpointTensor]]:
     """transformers' rules where config.json ties the embeddings: either tensor serves for both; two that
     differ stay two."""
     tensors = tensor_names(config)
@@ -179,7 +179,7 @@ def _equal(found: _Found, one: str, other: str, rows: int = 4096) -> bool:
     return all(np.array_equal(a[block], b[block]) for block in blocks)
 
 
-def _check(path: Path, config: ModelConfig, tensors: Mapping[str, Stored], found: _Found) -> None:
+def _check(path: Path, config: ModelConfig, tensors: Mapping[str, CheckpointTensor], found: _Found) -> None:
     wanted = {stored.name: stored for stored in tensors.values()}
     spare = {_head_name(config)} if config.tie_embeddings else set()
     extra = [name for name in found.keys() - wanted.keys() - spare if not _IGNORED.search(name)]
@@ -198,7 +198,7 @@ def _check(path: Path, config: ModelConfig, tensors: Mapping[str, Stored], found
         )
 
 
-def _bytes(slices: Mapping[str, Any], stored: Stored) -> int:
+def _bytes(slices: Mapping[str, Any], stored: CheckpointTensor) -> int:
     kind = _FLOATS[slices[stored.name].get_dtype()]
     return int(np.prod(stored.shape)) // stored.parts * jnp.dtype(kind).itemsize
 
@@ -228,7 +228,7 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
     write_json(folder / "config.json", write_config(params.config) | about)
     flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params.weights, sep="/"))
     # A tensor's parts, where it fuses weights; they are listed in order.
-    tensors: dict[str, list[tuple[Stored, Any]]] = {}
+    tensors: dict[str, list[tuple[CheckpointTensor, Any]]] = {}
     for path, stored in tensor_names(params.config).items():
         tensors.setdefault(stored.name, []).append((stored, flat[path]))
     sizes = {name: sum(x.nbytes for _, x in parts) for name, parts in tensors.items()}

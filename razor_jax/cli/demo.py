@@ -110,7 +110,7 @@ def _ask(
     with terminal.working(f"{name}: reading the document"):
         cache = prefill(params, asked.document, razor=policy, capacity=capacity)
     if show:
-        note(f"compressed: {KVReport.of(cache, params.split)}\nnow the questions:")
+        note(f"compressed: {KVReport.of(cache, params.heads_or_all)}\nnow the questions:")
     results = []
     for fact, question in zip(facts, asked.questions, strict=True):
         if show:

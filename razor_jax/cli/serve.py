@@ -111,7 +111,7 @@ def serve(
         )
         # The split may be one that each host remembers for itself, and a razor.json recommends a policy, too.
         kept = {
-            "head split": json.dumps([params.split.retrieval, params.split.scopes]),
+            "head split": json.dumps([params.heads_or_all.retrieval, params.heads_or_all.scopes]),
             "policy": json.dumps(None if policy is None else dataclasses.asdict(policy), sort_keys=True),
         }
         agreement.require(kept)

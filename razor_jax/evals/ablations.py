@@ -74,7 +74,7 @@ def _copy(rng: np.random.Generator, pool: np.ndarray, first: tuple[int, ...], to
 def variants(params: Params, razor: RazorConfig, *, random_draws: int = 3, causal: bool = True) -> list[Variant]:
     """The rows: dense attention, Razor as recommended, and one part changed at a time. Searches heads."""
     L, K = params.config.num_layers, params.config.num_kv_heads
-    split, scores = params.split, find_heads(params)
+    split, scores = params.heads_or_all, find_heads(params)
     rows = [
         Variant("dense", HeadSplit.all(L, K), RazorConfig(kv_dtype="bfloat16")),
         Variant(RAZOR, split, razor),
@@ -203,7 +203,7 @@ def main(
     same = {"width": _TEXT + 1, "turns": questions}
     readings = {name: Reading(params, found, batch, **same) for name, found in made.items()}
     about = provenance(params, model)
-    policy = f"{razor.describe()}; {sum(params.split.counts)} heads: {params.split.note}"
+    policy = f"{razor.describe()}; {sum(params.heads_or_all.counts)} heads: {params.heads_or_all.note}"
 
     def tell(row: dict[str, Any]) -> None:
         typer.echo(row["name"], err=True)

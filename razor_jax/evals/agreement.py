@@ -115,7 +115,7 @@ def judge(
             tokens, lengths = prompts.pad([row.following[:-1] for row in rows], T)
             following, _ = prompts.pad([row.following[1:] for row in rows], T)
             found, cache = read(params, cache, tokens, following, lengths)
-            found, report = jax.device_get(found), KVReport.of(cache, params.split)
+            found, report = jax.device_get(found), KVReport.of(cache, params.heads_or_all)
         if np.asarray(cache.overflow).any():
             raise RuntimeError(f"a passage of {longest} tokens overflowed a cache for {spec.capacity}")
         # Predictions are made from what was dropped before their token was written.

@@ -54,7 +54,7 @@ class Conversation:
         params = self.setting.params
         rows = [texts[i % len(texts)] for i in range(options.batch)]
         cache = prefill(params, [document for document, _ in rows], razor=self.setting.razor, capacity=capacity)
-        report = KVReport.of(cache, params.split)
+        report = KVReport.of(cache, params.heads_or_all)
         answers: list[list[str]] = [[] for _ in rows]
         last: list[list[int]] = [[] for _ in rows]
         for turn in range(max(len(asked) for _, asked in rows)):

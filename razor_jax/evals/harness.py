@@ -29,7 +29,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 
 from ..checkpoint.hub import load
-from ..config import RazorConfig, whole_number
+from ..config import RazorConfig, check_int
 from ..params import Params
 from ..text.generate import Policy, choose_policy, generate, prefill
 from ..text.prompts import capacity_bucket
@@ -90,14 +90,14 @@ class RazorLM(TemplateLM):
         self.razor = choose_policy(params, razor)
         if isinstance(batch_size, str) and batch_size.isdecimal():  # as the harness's command line has it
             batch_size = int(batch_size)
-        self.batch_size = whole_number("batch_size", batch_size, 1)
+        self.batch_size = check_int("batch_size", batch_size, 1)
         longest = params.config.max_position_embeddings
-        self.max_length = whole_number("max_length", longest if max_length is None else max_length, 2)
-        self.max_gen_toks = whole_number("max_gen_toks", max_gen_toks, 1)
-        self.question_tokens = whole_number("question_tokens", question_tokens, 0)
+        self.max_length = check_int("max_length", longest if max_length is None else max_length, 2)
+        self.max_gen_toks = check_int("max_gen_toks", max_gen_toks, 1)
+        self.question_tokens = check_int("question_tokens", question_tokens, 0)
         self.exact, self.add_bos_token = exact, add_bos_token
         self.enable_thinking, self.think_end_token = enable_thinking, think_end_token
-        self._seeds = itertools.count(whole_number("seed", seed, 0))
+        self._seeds = itertools.count(check_int("seed", seed, 0))
         self._caches: list[KVReport] = []  # one a request
 
     @classmethod
@@ -306,7 +306,7 @@ class RazorLM(TemplateLM):
             "model_dtype": str(self.params.dtype),
             "razor": {
                 "setting": "dense" if self.razor is None else self.razor.describe(),
-                "share": 1.0 if self.razor is None else self.params.split.share,
+                "share": 1.0 if self.razor is None else self.params.heads_or_all.share,
                 "question_tokens": self.question_tokens,
                 "requests": len(self._caches),
                 "requests_compressed": sum(kv.engaged for kv in self._caches),

@@ -7,7 +7,7 @@ from typing import Any
 
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-from ..config import whole_number
+from ..config import check_int
 from ..params import Params
 from ..text.sampling import Sampling
 
@@ -62,7 +62,7 @@ class Options:
         assets = params.assets
         assert assets is not None
         options: dict[str, Any] = dict(normalize_gen_kwargs(given, max_gen_toks))
-        new_tokens = whole_number("max_gen_toks", options.pop("max_gen_toks"), 1, max_length - 1)
+        new_tokens = check_int("max_gen_toks", options.pop("max_gen_toks"), 1, max_length - 1)
         until = handle_stop_sequences(options.pop("until"), eos=assets.decode([eos], skip_special=False))
         draws = options.pop("do_sample")
         unknown = sorted(set(options) - set(SAMPLING))

@@ -143,7 +143,7 @@ class LongReply:
                 some = pairs[first : first + options.batch]
                 for (row, number), text in zip(some, self._ask(cache, some, texts, options), strict=False):
                     answers[row][number] = text
-        report = KVReport.of(cache, params.split)
+        report = KVReport.of(cache, params.heads_or_all)
         return [tuple(found[number] for number in sorted(found)) for found in answers], report
 
     def _ask(self, cache: KVCache, pairs: Sequence[tuple[int, int]], texts: Any, options: Options) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import whole_number
+from ..config import check_int
 from ..params import Params
 from ..tokenizer.assets import Assets
 from . import longbench_metrics
@@ -96,7 +96,7 @@ def examples(
     longbench_metrics.check_libraries(task.metric)
     if max_length is None:
         max_length = params.config.max_position_embeddings - task.max_new_tokens - _TEMPLATE_ROOM
-    max_length = whole_number("max_length", max_length, 16)
+    max_length = check_int("max_length", max_length, 16)
     return [_example(assets, dataset, task, record, max_length) for record in records]
 
 

@@ -133,7 +133,7 @@ class Setting:
 
     def identity(self) -> dict[str, Any]:
         """Weights, heads, policy, types."""
-        params, split_ = self.params, self.params.split
+        params, split_ = self.params, self.params.heads_or_all
         return {
             "weights": weights_fingerprint(params),
             "heads": [split_.retrieval, split_.scopes] if self.razor is not None else None,
@@ -165,7 +165,7 @@ class Setting:
         """The headline: compress the documents, then put each question to a copy of its document's rows."""
         rows = [texts[i % len(texts)][0] for i in range(options.batch)]
         cache = prefill(self.params, rows, razor=self.razor, capacity=capacity)
-        report = KVReport.of(cache, self.params.split)
+        report = KVReport.of(cache, self.params.heads_or_all)
         pairs = [(row, question) for row, (_, questions) in enumerate(texts) for question in questions]
         answers: list[list[str]] = [[] for _ in texts]
         for part in _pieces(pairs, options.batch):

@@ -265,7 +265,7 @@ def memory(params: Params, preset: Preset, recorded: Recorded, say: Say):
     tokens = max(8_192, preset.tokens)
     cache = init_cache(chosen, batch=1, capacity=tokens, razor=policy)
     allocated, predicted = kv.allocated_bytes(cache), cache.spec.kv_bytes(1)
-    r = chosen.split.share
+    r = chosen.heads_or_all.share
     stage = {"share": r, "saved": saved, "allocated": allocated, "predicted": predicted, "capacity": tokens}
     why = (
         f"{r:.1%} of KV heads keep everything and the others a fifth: {100 * 0.8 * (1 - r):.1f} % can be saved at most"

@@ -31,7 +31,7 @@ def settings(
     rows = [dense(params), Setting("Razor", params, policy)]
     if no_compensation:
         rows.append(Setting("no compensation token", params, dataclasses.replace(policy, compensation=False)))
-    kept = sum(params.split.counts)
+    kept = sum(params.heads_or_all.counts)
     for draw in range(random_heads):
         chosen = np.random.default_rng([seed, draw]).permutation(L * K)[:kept]
         split = HeadSplit.of(L, K, [divmod(int(i), K) for i in chosen])

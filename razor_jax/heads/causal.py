@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from .. import cache as kv
 from ..attention import attend
 from ..cache import KVCache
-from ..config import HeadSplit, RazorConfig, whole_number
+from ..config import HeadSplit, RazorConfig, check_int
 from ..functional import init_cache
 from ..models.rope import tables
 from ..models.transformer import Transformer
@@ -195,7 +195,7 @@ def greedy(
     `grow`: from no head, always add the one that lowers the loss most. Else from all heads, always window the one that
     raises it least.
     """
-    steps = whole_number("steps", steps, 0, math.prod(ablation.shape))
+    steps = check_int("steps", steps, 0, math.prod(ablation.shape))
     kept = np.full(ablation.shape, not grow)
     path = [(heads_of(kept), ablation(kept).loss)]
     for step in range(steps):

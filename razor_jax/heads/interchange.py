@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..config import HeadSplit, RazorConfig, whole_number
+from ..config import HeadSplit, RazorConfig, check_int
 from .scores import HeadScores, ProbeMeta
 from .select import Head
 
@@ -74,7 +74,7 @@ def read_duo(folder: str | os.PathLike[str]) -> DuoPattern:
     config = _json(folder / CONFIG)
     try:
         sinks, recent = (
-            whole_number(name, config.get(name), least) for name, least in (("sink_size", 0), ("recent_size", 1))
+            check_int(name, config.get(name), least) for name, least in (("sink_size", 0), ("recent_size", 1))
         )
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
@@ -138,7 +138,7 @@ def read_vendor(
                 raise ValueError(f"{where}={listed!r}: must be a list of heads")
             for head in listed:
                 try:
-                    found.add((int(layer), whole_number("head", head, 0, most) // group))
+                    found.add((int(layer), check_int("head", head, 0, most) // group))
                 except ValueError as error:
                     raise ValueError(f"{where}: {error} ({heads} heads)") from error
     both = len(classes["prefix_matching"] & classes["copying"])

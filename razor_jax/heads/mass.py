@@ -124,7 +124,7 @@ def _layer(config: ModelConfig, chunk: int, weights: Any, x, rope: Tables, lengt
         q = q.reshape(B, K, C, G, H).astype(jnp.float32) * scale
         log_total = (m + jnp.log(l)).reshape(B, K, C, G)
         echo, induction = (_mass(q, log_total, k, aims, shift) for shift in (0, 1))
-        return part("mix", here, finish(state, here.dtype)), echo, induction
+        return part("output_and_mlp", here, finish(state, here.dtype)), echo, induction
 
     new, echo, induction = jax.lax.map(rows, jnp.arange(0, T, C, dtype=jnp.int32))
     return jnp.moveaxis(new, 0, 1).reshape(x.shape), echo.sum(axis=0), induction.sum(axis=0)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..config import whole_number
+from ..config import check_int
 from ..needles.facts import load_documents, make_facts
 from ..params import Params
 from .mass import Devices, Progress, attention_mass
@@ -46,8 +46,8 @@ def needle_heads(
     if assets is None or assets.tokenizer_json is None:
         raise ValueError("the two-needle probe reads text: it needs a model with a tokenizer.json; use find_heads")
     longest = params.config.max_position_embeddings
-    tokens = whole_number("tokens", min(2048, longest) if tokens is None else tokens, 128, longest)
-    documents = whole_number("documents", documents, 1)
+    tokens = check_int("tokens", min(2048, longest) if tokens is None else tokens, 128, longest)
+    documents = check_int("documents", documents, 1)
     tokenizer = Tokenizer.from_str(assets.tokenizer_json)
     first = [] if assets.bos_id is None else [assets.bos_id]
     prose = _encode(tokenizer, "\n".join(d.text for d in load_documents("held_out")))

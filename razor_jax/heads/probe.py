@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..config import whole_number
+from ..config import check_int
 from ..models.config import ModelConfig
 from ..params import Params
 from .mass import Devices, Progress, attention_mass
@@ -85,7 +85,7 @@ def find_heads(
         raise ValueError("seeds=(): give at least one seed")
     prefix, pool, longest, note = _plan(params, preset)
     if block is not None:
-        longest, note = whole_number("block", block, 2, longest), f"K_p = {block} instead of {longest}: asked for"
+        longest, note = check_int("block", block, 2, longest), f"K_p = {block} instead of {longest}: asked for"
     layout = Layout(longest)
     aside = f" ({note})" if note else ""
     log.info("probing %d layers with 1 + %d × %d tokens%s", params.config.num_layers, REPEATS, layout.block, aside)

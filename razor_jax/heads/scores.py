@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import HeadSplit, RazorConfig, whole_number
+from ..config import HeadSplit, RazorConfig, check_int
 from ..params import Params, architecture_fingerprint, weights_fingerprint
 from . import select
 from .select import Head
@@ -195,7 +195,7 @@ class HeadScores:
     def _by_bytes(
         self, limit: int, memory: select.Memory, forced: set[Head], finish: Callable[[set[Head], str], HeadSplit]
     ) -> tuple[set[Head], str]:
-        limit = whole_number("bytes", limit, 1)
+        limit = check_int("bytes", limit, 1)
 
         def heads(count: int) -> set[Head]:
             return select.by_count(self.induction, self.echo, count, forced)
@@ -232,11 +232,11 @@ class HeadScores:
         if not head_dim:
             raise ValueError("these scores do not say how wide a head is: pass head_dim= (params.config.head_dim)")
         return select.Memory(
-            whole_number("capacity", capacity, 1),
+            check_int("capacity", capacity, 1),
             razor or RazorConfig(),
-            whole_number("head_dim", head_dim, 1),
+            check_int("head_dim", head_dim, 1),
             self.meta.dtype or "bfloat16",
-            whole_number("batch", batch, 1),
+            check_int("batch", batch, 1),
         )
 
     def curve(

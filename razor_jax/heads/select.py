@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import cache as kv
-from ..config import HeadSplit, RazorConfig, whole_number
+from ..config import HeadSplit, RazorConfig, check_int
 
 # (induction, echo) shares: the paper's for one query head a KV head, what vendors ship for grouped ones.
 PAPER_SHARES = (0.14, 0.01)
@@ -77,7 +77,7 @@ def by_count(induction: np.ndarray, echo: np.ndarray, wanted: int, forced: Itera
 
 def whole_layers(layers: Sequence[int], shape: tuple[int, ...]) -> set[Head]:
     """Every KV head of the layers that are always kept."""
-    found = {whole_number("always_layers", layer, 0, shape[0] - 1) for layer in layers}
+    found = {check_int("always_layers", layer, 0, shape[0] - 1) for layer in layers}
     return set(itertools.product(found, range(shape[1])))
 
 
@@ -85,7 +85,7 @@ def balanced(heads: set[Head], induction: np.ndarray, devices: int) -> set[Head]
     """Heads with each layer's count rounded up to a multiple of `devices`, by induction score: nothing that was chosen
     is lost, and every device holds as many full caches as the others."""
     K = induction.shape[1]
-    devices = whole_number("balanced_over", devices, 1)
+    devices = check_int("balanced_over", devices, 1)
     if K % devices:
         allowed = [n for n in range(1, K + 1) if K % n == 0]
         raise ValueError(

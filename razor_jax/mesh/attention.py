@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from .. import attention
 from .. import cache as kv
 from ..cache import Call, Group
-from ..kernels.ordering import after
+from ..kernels.ordering import ordered_after
 from ..sharding import HEADS, MODEL, ROWS, Axes, model_devices
 from .by_slot import Split
 
@@ -82,7 +82,7 @@ def blank(x: jax.Array, shape: tuple[int, ...], call: Call) -> jax.Array:
     laid out for every layer at once."""
 
     def zeros(x, call, shape):
-        zero = after(jnp.zeros((1,), x.dtype), x, call.length)
+        zero = ordered_after(jnp.zeros((1,), x.dtype), x, call.length)
         return jnp.broadcast_to(zero, shape)
 
     mesh = call.spec.mesh

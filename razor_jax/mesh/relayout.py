@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from .. import cache as kv
 from ..cache import Group, KVCache
-from ..sharding import present
+from ..sharding import nontrivial
 from ..spec import Layout, lay_out
 from .slots import Shard
 
@@ -48,7 +48,7 @@ def distributed(cache: KVCache, mesh: Mesh | None, layout: Layout | None = None)
 
     Raises ValueError where batch or layout do not divide.
     """
-    mesh, spec = present(mesh), cache.spec
+    mesh, spec = nontrivial(mesh), cache.spec
     if mesh is None:
         return cache
     layout = lay_out(layout, spec, mesh, dense=spec.razor is None)

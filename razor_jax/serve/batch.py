@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import whole_number
+from ..config import check_int
 from ..evals.journal import Journal, key_of
 from ..launch import worker
 from ..text.result import Result
@@ -188,7 +188,7 @@ def _item(data: Any, max_new_tokens: int) -> Item:
             raise ValueError(f"unknown field {name!r}: allowed are {', '.join(_FIELDS)}")
     if ("prompt" in data) == ("messages" in data):
         raise ValueError('give "prompt" or "messages", one of the two')
-    limit = whole_number("max_new_tokens", data.get("max_new_tokens", max_new_tokens), 1)
+    limit = check_int("max_new_tokens", data.get("max_new_tokens", max_new_tokens), 1)
     return Item(data["id"], _text(data["prompt"]) if "prompt" in data else _chat(data["messages"]), limit)
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from .. import cache as kv
 from .. import compilation
 from ..cache import CacheSpec, KVCache
-from ..config import RazorConfig, whole_number
+from ..config import RazorConfig, check_int
 from ..functional import check_cache, require_split
 from ..params import Params
-from ..sharding import DATA, everywhere
+from ..sharding import DATA, replicate
 from ..tokenizer.assets import Detokenizer, find_stop
 from . import loop, prompts
 from .prompts import Prompts
@@ -107,14 +107,14 @@ def prefill(params: Params, document: Any, *, razor: Policy = "auto", capacity: 
 
     `document` is what `generate` takes as a prompt. Raises as `generate`.
     """
-    compilation.watch()
+    compilation.track_compilation()
     read = prompts.read(params, document, what="document")
     policy = choose_policy(params, razor)
     spec = make_spec(params, policy, read.longest, capacity)
     spec.rows(len(read.rows))
-    batch = everywhere(prompts.pad(read.rows, prompts.prompt_bucket(read.longest)), spec.mesh)
+    batch = replicate(prompts.pad(read.rows, prompts.prompt_bucket(read.longest)), spec.mesh)
     prompts.warn_beyond_trained(params.config, read.longest)
-    with compilation.announced("prefill"):
+    with compilation.log_compilation("prefill"):
         _, cache = loop.prefill(params, *batch, spec=spec, chunk=_chunk(policy))
         return jax.block_until_ready(cache)
 
@@ -147,14 +147,14 @@ class Session:
         capacity: int | None = None,
         owns_cache: bool = False,
     ):
-        compilation.watch()
-        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
+        compilation.track_compilation()
+        max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
         self.params = params
         self.prompts: Prompts = prompts.read(params, prompt, continues=cache is not None)
         self.sampling = Greedy() if sampling is None else sampling
         if not isinstance(self.sampling, Sampling):
             raise TypeError(f"sampling={sampling!r}: give Greedy(), Temperature(…), TopK(…), TopP(…), MinP(…) or None")
-        self.seed = np.uint32(whole_number("seed", seed, 0, 2**32 - 1))
+        self.seed = np.uint32(check_int("seed", seed, 0, 2**32 - 1))
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(self.stop):
             raise ValueError(f"stop={stop!r}: a stop string has at least one character")
@@ -224,7 +224,7 @@ class Session:
             self.state = program(
                 self.params,
                 self.source,
-                *everywhere((tokens, lengths, self._stop_ids, self._limits), self.spec.mesh),
+                *replicate((tokens, lengths, self._stop_ids, self._limits), self.spec.mesh),
                 self.sampling,
                 self.seed,
                 spec=self.spec,
@@ -245,7 +245,7 @@ class Session:
         out = loop.decode_block(
             self.params,
             self._live,
-            *everywhere((self._stop_ids, self._limits, np.int32(steps)), self.spec.mesh),
+            *replicate((self._stop_ids, self._limits, np.int32(steps)), self.spec.mesh),
             self.sampling,
             keep=bool(self.stop),
         )
@@ -308,7 +308,7 @@ class Session:
             raise RuntimeError(
                 f"a row needed more than the cache's capacity of {self.spec.capacity} tokens; its output is incomplete"
             )
-        report = KVReport.of(self.cache, self.params.split)
+        report = KVReport.of(self.cache, self.params.heads_or_all)
         timings = Timings(
             prompt_tokens=sum(len(row) for row in self.prompts.rows),
             generated_tokens=sum(len(row.tokens) - 1 for row in self.rows),
@@ -359,7 +359,7 @@ class _Clock:
 
     def __init__(self, session: Session, phase: Literal["prefill", "decode"]):
         self._session, self._phase = session, phase
-        self._announced = compilation.announced(phase)
+        self._announced = compilation.log_compilation(phase)
 
     def __enter__(self) -> None:
         self._compiled = compilation.totals()[1]
@@ -396,7 +396,7 @@ def _chunk(policy: RazorConfig | None) -> int | None:
 def _capacity(tokens: int, capacity: int | None) -> int:
     if capacity is None:
         return prompts.capacity_bucket(tokens)
-    capacity = whole_number("capacity", capacity, 1)
+    capacity = check_int("capacity", capacity, 1)
     if tokens > capacity:
         raise ValueError(
             f"{tokens:,} tokens (prompt and new tokens) do not fit capacity={capacity:,}: "
@@ -408,7 +408,7 @@ def _capacity(tokens: int, capacity: int | None) -> int:
 def make_spec(params: Params, policy: RazorConfig | None, tokens: int, capacity: int | None = None) -> CacheSpec:
     """The spec of a cache with room for `tokens` a row, on the ladder unless `capacity` is given."""
     return kv.make_spec(
-        params.split,
+        params.heads_or_all,
         params.config.head_dim,
         _capacity(tokens, capacity),
         policy,

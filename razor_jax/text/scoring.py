@@ -16,7 +16,7 @@ from .. import compilation
 from ..cache import CacheSpec
 from ..functional import extend
 from ..params import Params
-from ..sharding import constrain, everywhere
+from ..sharding import constrain, replicate
 from . import loop, prompts
 from .generate import Policy, choose_policy, make_spec, read_batch
 from .result import KVReport
@@ -61,7 +61,7 @@ def score(
 
     Returns a `Score`, or a list of them for lists. Raises as `generate`.
     """
-    compilation.watch()
+    compilation.track_compilation()
     context = prompts.read(params, prompt)
     target = prompts.read(params, continuation, continues=True, what="continuation")
     if len(context.rows) != len(target.rows):
@@ -73,12 +73,12 @@ def score(
     spec = make_spec(params, policy, total)
     tokens, lengths = read_batch(context.rows, spec)
     targets, target_lengths = read_batch(target.rows, spec)
-    with compilation.announced("score"):
+    with compilation.log_compilation("score"):
         logprobs, greedy, cache = _teacher_force(
-            params, *everywhere((tokens, lengths, targets, target_lengths), spec.mesh), spec=spec, chunk=chunk
+            params, *replicate((tokens, lengths, targets, target_lengths), spec.mesh), spec=spec, chunk=chunk
         )
         logprobs, greedy = np.asarray(logprobs), np.asarray(greedy)
-    report = KVReport.of(cache, params.split)
+    report = KVReport.of(cache, params.heads_or_all)
     sizes = [len(row) for row in target.rows]
     scores = [Score(logprobs[row, :n], greedy[row, :n], chunk, report.row(row)) for row, n in enumerate(sizes)]
     return scores[0] if context.single and target.single else scores

@@ -68,7 +68,7 @@ def test_no_heads_is_the_checkpoint_as_it_is(model):
     params = load(model, heads=None)
     assert params.heads is None
     assert params.razor is None
-    assert params.split == HeadSplit.all(L, K)
+    assert params.heads_or_all == HeadSplit.all(L, K)
 
 
 def test_auto_probes_once_remembers_and_says_so(model, said, monkeypatch):

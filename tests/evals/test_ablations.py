@@ -151,7 +151,7 @@ def test_razor_mini_shows_what_its_parts_are_worth():
     read = Reading(params, ablations.tasks(params, "needle", tokens=1024, documents=4, questions=8), batch=4)
     every = HeadSplit.all(params.config.num_layers, params.config.num_kv_heads)
     none = HeadSplit.none(params.config.num_layers, params.config.num_kv_heads)
-    dense, found, lost = (read.judge(Variant("", split, razor)) for split in (every, params.split, none))
+    dense, found, lost = (read.judge(Variant("", split, razor)) for split in (every, params.heads_or_all, none))
     assert (dense.right() == 1).mean() > 0.9
     assert (found.right() == 1).mean() > (lost.right() == 1).mean() + 0.3
     assert dense.losses.mean() < found.losses.mean() < lost.losses.mean()

@@ -67,7 +67,7 @@ def test_any_split_scores_as_on_its_own_cache(ablation, tasks, split):
 
 def test_another_split_compiles_nothing(ablation):
     ablation(np.ones(SHAPE, bool))
-    compilation.watch()
+    compilation.track_compilation()
     before = compilation.totals()[0]
     losses = {ablation(mask_of(HeadSplit(((head,), ()), 2))).loss for head in (0, 1)}
     assert compilation.totals()[0] == before

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from razor_jax.kernels.cache_write import Stored, tpu, xla
+from razor_jax.kernels.cache_write import GroupArrays, tpu, xla
 
 from ..support import oracle
 
@@ -68,7 +68,7 @@ class History:
             uniform = np.random.default_rng(3).uniform
             self.k_scale, self.v_scale = (uniform(0.01, 0.02, (*shape[:2], 1, shape[2])).astype("f") for _ in "kv")
 
-    def tokens(self, starts, counts, T) -> Stored:
+    def tokens(self, starts, counts, T) -> GroupArrays:
         """Tokens [starts[b], starts[b] + counts[b]) of each row, poison up to T."""
         out = []
         for x in (self.k, self.v, self.k_scale, self.v_scale):
@@ -82,16 +82,16 @@ class History:
             for b, (start, count) in enumerate(zip(starts, counts, strict=True)):
                 chunk[b, :, :count] = np.moveaxis(x, axis, 2)[b, :, start : start + count]
             out.append(np.moveaxis(chunk, 2, axis))
-        return Stored(*out)
+        return GroupArrays(*out)
 
-    def held(self, lengths, before: Stored | None = None) -> Stored:
+    def held(self, lengths, before: GroupArrays | None = None) -> GroupArrays:
         """The group after lengths[b] tokens of each row, one at a time in lists; the rest as `before` has it."""
         B, _, S, H = self.shape
         if before is None:
             scale = None if self.k_scale is None else poison((B, K, 1, S), "float32")
             mean = poison((B, K, 1, H), "float32") if self.compensation else None
-            before = Stored(*(poison(self.shape, self.k.dtype.name) for _ in "kv"), scale, scale, mean, mean)
-        after = Stored(*(None if x is None else np.array(x) for x in before))
+            before = GroupArrays(*(poison(self.shape, self.k.dtype.name) for _ in "kv"), scale, scale, mean, mean)
+        after = GroupArrays(*(None if x is None else np.array(x) for x in before))
         for b, h in np.ndindex(B, K):
             head = oracle.Head(self.sinks, self.windows and self.windows[b], dtype=np.float64)
             for position in range(lengths[b]):
@@ -258,5 +258,5 @@ def test_steps_visit_what_is_touched_and_load_what_survives():
 )
 def test_what_the_kernel_cannot_write_is_said(H, dtype, reason):
     x = jax.ShapeDtypeStruct((1, 1, 32, H), dtype)
-    said = tpu.unsupported(Stored(x, x))
+    said = tpu.unsupported(GroupArrays(x, x))
     assert said is reason is None or reason in said

@@ -15,8 +15,8 @@ from razor_jax import HeadSplit, RazorConfig, sharding, with_heads
 from razor_jax.checkpoint import folder as checkpoint
 from razor_jax.checkpoint import hub
 from razor_jax.checkpoint import loader as loading
-from razor_jax.checkpoint.files import written_whole
-from razor_jax.models import Stored, tensor_names
+from razor_jax.checkpoint.files import atomic_directory
+from razor_jax.models import CheckpointTensor, tensor_names
 from razor_jax.params import Params, abstract_weights
 
 from ..support import devices
@@ -122,7 +122,7 @@ def child_counts(root: str) -> None:
                     assert tensor.read == part.nbytes == ours.nbytes // _parts(where, ours)
 
 
-def _permuted(stored: Stored, ours: np.ndarray, heads: tuple[int, ...]) -> np.ndarray:
+def _permuted(stored: CheckpointTensor, ours: np.ndarray, heads: tuple[int, ...]) -> np.ndarray:
     axes = stored.pattern.split("->")[1].split()
     return np.take(ours, heads, axis=axes.index("k")) if "k" in axes else ours
 
@@ -162,17 +162,17 @@ def test_host_memory_is_one_tensors(tmp_path, weights):
 def child_two_processes(root: str, out: str) -> None:
     plain = checkpoint.read(root)
     read = 0
-    original = Stored.read
+    original = CheckpointTensor.read
 
-    def counted(self: Stored, *arguments: Any, **options: Any) -> np.ndarray:
+    def counted(self: CheckpointTensor, *arguments: Any, **options: Any) -> np.ndarray:
         nonlocal read
         part = original(self, *arguments, **options)
         read += part.nbytes
         return part
 
-    Stored.read = counted  # type: ignore[method-assign]
+    CheckpointTensor.read = counted  # type: ignore[method-assign]
     params = checkpoint.read(root, mesh="model=8", split=SPLIT)
-    Stored.read = original  # type: ignore[method-assign]
+    CheckpointTensor.read = original  # type: ignore[method-assign]
     whole = sum(x.nbytes for x in jax.tree.leaves(plain.weights))
     # Keys and values lie twice, on neighbours; norms everywhere.
     assert read < 0.52 * whole, (read, whole)
@@ -191,7 +191,7 @@ def test_two_processes_read_their_halves_and_save_together(folders, tmp_path):
     devices.run(child_two_processes, str(folders / "files"), str(tmp_path), devices=4, processes=2)
     for name in ("orbax", "huggingface", "int8"):
         params = hub.load(tmp_path / name)
-        assert (params.split.retrieval, params.razor) == (SPLIT.retrieval, RAZOR)
+        assert (params.heads_or_all.retrieval, params.razor) == (SPLIT.retrieval, RAZOR)
         want = checkpoint.read(folders / "files", weights="int8" if name == "int8" else None)
         _equal(with_heads(params, None), want)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["huggingface", "int8", "orbax"]
@@ -265,7 +265,7 @@ def test_weights_that_do_not_fit_are_refused_unread(folders, monkeypatch):
     def unread(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(Stored, "read", unread)
+    monkeypatch.setattr(CheckpointTensor, "read", unread)
     monkeypatch.setattr(loading, "_room", lambda device: 100_000)
     with pytest.raises(ValueError, match=r'0\.00 GiB needed.*free on.*mesh of more devices, or weights="int8"'):
         checkpoint.read(folders / "llama")
@@ -309,13 +309,13 @@ def test_what_a_killed_process_leaves_is_put_back(tmp_path):
     path, old = tmp_path / "saved", tmp_path / ".saved.0123abcd.old"
     old.mkdir()
     (old / "content").write_text("old")
-    with pytest.raises(FileExistsError, match="overwrite=True"), written_whole(path, False):
+    with pytest.raises(FileExistsError, match="overwrite=True"), atomic_directory(path, False):
         raise AssertionError
     assert (path / "content").read_text() == "old"
     old.mkdir()
     (tmp_path / ".saved.0123abcd.partial").mkdir()  # somebody may be writing it
     (tmp_path / ".saved_too.0123abcd.old").mkdir()
-    with written_whole(path, True) as folder:
+    with atomic_directory(path, True) as folder:
         (folder / "content").write_text("new")
     assert (path / "content").read_text() == "new"
     left = {entry.name for entry in tmp_path.iterdir()}

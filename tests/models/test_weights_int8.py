@@ -134,7 +134,7 @@ def test_load_takes_a_razor_json_of_the_floats(tmp_path):
         warnings.simplefilter("error")
         params = hub.load(tmp_path, weights="int8")
     assert params.int8
-    assert params.split.retrieval == ((1,), ())
+    assert params.heads_or_all.retrieval == ((1,), ())
 
 
 @pytest.mark.usefixtures("unchecked")

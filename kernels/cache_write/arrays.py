@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 
-class Stored(NamedTuple):
+class GroupArrays(NamedTuple):
     """What a head group holds, or what a call brings to it (then without means).
 
     Attributes:
