@@ -91,7 +91,7 @@ class Cache:
         token = 2 * (self.spec.head_dim * jnp.dtype(self.spec.dtype).itemsize + 4 * (self.spec.dtype == "int8"))
         means = len(self.lengths) * 2 * 4 * self.spec.head_dim
         total = 0
-        for layer in range(len(self.spec.counts)):
+        for layer in range(len(self.spec.heads.counts)):
             for heads, windowed, _ in self.spec.groups(layer):
                 total += heads * (int(self.valid(windowed).sum(dtype=np.int64)) * token + windowed * means)
         return total
@@ -252,7 +252,7 @@ def check_decode(implementation: str, dtype: str) -> float:
     model = ModelConfig("llama", 64, 4096, 64, 3, 16, 4, 128, 4096)
     lengths = np.asarray([5, 700, 2048], np.int32)
     cache = Cache.of(model, 5, RazorConfig.compact(509), lengths, dtype)
-    mixed = next(layer for layer, kept in enumerate(cache.spec.counts) if 0 < kept < 4)
+    mixed = next(layer for layer, kept in enumerate(cache.spec.heads.counts) if 0 < kept < 4)
     groups = [cache.group(heads, windowed, int(windowed)) for heads, windowed, _ in cache.spec.groups(mixed)]
 
     def poison(group: GroupArrays) -> GroupArrays:

@@ -308,7 +308,7 @@ def streaming_section(bench: Bench) -> Iterator[Case]:
 
     def measure(row: Row) -> None:
         bench.verify(row, "streaming", functools.partial(programs.check_stream, bench.implementation))
-        layer = spec.counts.index(row.extra["retrieval_heads"])
+        layer = spec.heads.counts.index(row.extra["retrieval_heads"])
         shapes = ((1, K, tokens * G, H), (1, K, tokens, H), (1, K, tokens, H))
         q, k, v = (noise(i, shape, jnp.dtype("bfloat16")) for i, shape in enumerate(shapes))
         held = []
@@ -320,22 +320,22 @@ def streaming_section(bench: Bench) -> Iterator[Case]:
         bench.time(row, lambda: programs.stream(q, k, v, tuple(held), **options))
 
     rows = []
-    for count in sorted(set(spec.counts)):
+    for count in sorted(set(spec.heads.counts)):
         row = Row("streaming", f"razor_jax {bench.implementation}, {count} of {K} heads kept", batch=1, context=tokens)
-        row.extra.update(retrieval_heads=count, model_layers=spec.counts.count(count))
+        row.extra.update(retrieval_heads=count, model_layers=spec.heads.counts.count(count))
         row.flops = count * dense + (K - count) * narrow
         row.alone, row.window = peer.row.alone * 2, f"{window:,}, chunk {chunk:,}"
         row.kept = count
         rows.append(row)
         yield Case(row, measure)
     total = Row("streaming", f"razor_jax {bench.implementation}, all layers", "prompt", 1, tokens, kept=kept)
-    total.window, total.layers = f"{window:,}, chunk {chunk:,}", len(spec.counts)
+    total.window, total.layers = f"{window:,}, chunk {chunk:,}", len(spec.heads.counts)
     total.flops = sum(row.flops * row.extra["model_layers"] for row in rows)
     if all(row.seconds for row in rows):
         total.seconds = sum(row.seconds * row.extra["model_layers"] for row in rows if row.seconds)
         total.note = "the sum of the rows above, each times the layers of its kind"
         if peer.row.seconds:
-            total.speedup = len(spec.counts) * peer.row.seconds / total.seconds
+            total.speedup = len(spec.heads.counts) * peer.row.seconds / total.seconds
             total.goal(f"× one-shot {peer.row.name}", 2.0, total.speedup)
     yield Case(total, None)
 

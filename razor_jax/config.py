@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -99,24 +99,40 @@ def kv_type(name: str) -> jnp.dtype:
     return jnp.dtype(_KV_TYPES[name])
 
 
-@dataclasses.dataclass(frozen=True)
-class HeadSplit:
-    """Which KV heads keep the whole cache, layer by layer, in the checkpoint's own order.
+class HeadGroup(NamedTuple):
+    """KV heads of one layer that keep the same tokens.
 
     Attributes:
-      retrieval: one ascending tuple of KV head indices a layer.
+      heads: KV head indices in the checkpoint's order.
+      windowed: keep sinks and a window; False keeps every token.
+      scope: newest tokens that an ALiBi head keeps, 0 where sinks and a window decide.
+    """
+
+    heads: tuple[int, ...]
+    windowed: bool
+    scope: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSplit:
+    """Which KV heads keep the whole cache, layer by layer, in the checkpoint's order.
+
+    Two splits are equal if they keep the same heads, wherever they came from.
+
+    Attributes:
+      retrieval: one ascending tuple of KV head indices per layer.
       num_kv_heads: K.
       architecture: SHA-256 of the architecture that the split was made for, "" if unknown.
       weights: SHA-256 of samples of its weights, "" if unknown.
       note: where it came from, for people.
-      scopes: of an ALiBi model (`heads.alibi`), for each layer and KV head the newest tokens that it keeps, 0 for one
+      scopes: for ALiBi models (`heads.alibi`), the newest tokens that each KV head of each layer keeps, 0 for a head
         that keeps everything; () where sinks and a window decide.
     """
 
     retrieval: tuple[tuple[int, ...], ...]
     num_kv_heads: int
-    architecture: str = ""
-    weights: str = ""
+    architecture: str = dataclasses.field(default="", compare=False)
+    weights: str = dataclasses.field(default="", compare=False)
     note: str = dataclasses.field(default="", compare=False)
     scopes: tuple[tuple[int, ...], ...] = ()
 
@@ -180,13 +196,21 @@ class HeadSplit:
         """r, the share of KV heads that keep everything."""
         return sum(self.counts) / (self.num_layers * self.num_kv_heads)
 
-    def order(self, layer: int) -> tuple[int, ...]:
-        """The layer's KV heads, retrieval heads first, then by falling scope: how weights and cache are held."""
+    def groups(self, layer: int) -> tuple[HeadGroup, ...]:
+        """Return the layer's head groups, none of them empty: retrieval heads first, then by falling scope."""
         kept = self.retrieval[layer]
         rest = [h for h in range(self.num_kv_heads) if h not in kept]
+        groups = [HeadGroup(kept, windowed=False)]
         if self.scopes:
-            rest.sort(key=lambda h: -self.scopes[layer][h])
-        return kept + tuple(rest)
+            scopes = sorted({self.scopes[layer][h] for h in rest}, reverse=True)
+            groups += [HeadGroup(tuple(h for h in rest if self.scopes[layer][h] == s), True, s) for s in scopes]
+        else:
+            groups.append(HeadGroup(tuple(rest), windowed=True))
+        return tuple(group for group in groups if group.heads)
+
+    def order(self, layer: int) -> tuple[int, ...]:
+        """Return the layer's KV heads in the order of its groups, which is that of its weights and cache."""
+        return tuple(head for group in self.groups(layer) for head in group.heads)
 
 
 def check_split(split: HeadSplit, num_layers: int, num_kv_heads: int) -> None:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -28,8 +28,10 @@ from .kernels.backend import Implementation
 from .models.config import ModelConfig
 from .models.linear import dequantize, is_kernel, quantize_tree, scale_of
 from .models.transformer import Transformer
-from .sharding import held_order
 from .tokenizer.assets import Assets
+
+if TYPE_CHECKING:
+    from .mesh.placement import MeshPlacement
 
 # Which axis of which weight runs over KV heads.
 _KV_HEAD_AXIS: dict[tuple[str, ...], int] = {
@@ -57,7 +59,7 @@ class Params(flax.struct.PyTreeNode):
       implementation: of attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None chooses by
         the device.
       origin: fingerprint of the float weights that int8 ones were made from, None for float weights.
-      mesh: (data, heads, rows) devices that the weights and every cache lie on (`sharding.py`), None for one device.
+      placement: how weights and caches are spread over a mesh, None for one device.
     """
 
     weights: Any
@@ -67,7 +69,7 @@ class Params(flax.struct.PyTreeNode):
     assets: Assets | None = flax.struct.field(pytree_node=False, default=None)
     implementation: Implementation | None = flax.struct.field(pytree_node=False, default=None)
     origin: str | None = flax.struct.field(pytree_node=False, default=None)
-    mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
+    placement: MeshPlacement | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
     def from_flax(cls, variables: Mapping[str, Any], config: ModelConfig, tokenizer: Assets | None = None) -> Params:
@@ -98,9 +100,14 @@ class Params(flax.struct.PyTreeNode):
         """`heads`, or every head where nobody has said: dense attention."""
         return self.heads or HeadSplit.all(self.config.num_layers, self.config.num_kv_heads)
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh (data, heads, rows) of weights and caches, None for one device."""
+        return None if self.placement is None else self.placement.mesh
+
     def order(self, layer: int) -> tuple[int, ...]:
-        """The layer's KV heads in the order in which its weights are held."""
-        return held_order(self.heads_or_all, layer, self.mesh)
+        """Return the layer's KV heads in the order of its weights."""
+        return stored_order(self.heads_or_all, layer, self.placement)
 
 
 def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32, weights: Literal["int8"] | None = None) -> Any:
@@ -219,14 +226,21 @@ def _permutation(now: tuple[int, ...], target: tuple[int, ...]) -> np.ndarray | 
     return np.asarray([place[head] for head in target], np.int32)
 
 
-def in_order(name: str, weight: jax.Array, split: HeadSplit) -> jax.Array:
-    """A weight by its path, joined by "/", from the checkpoint's order of heads into a split's; it is donated."""
+def stored_order(split: HeadSplit, layer: int, placement: MeshPlacement | None) -> tuple[int, ...]:
+    """Return a layer's KV heads in the order of its weights: retrieval heads first, on a mesh first on each device."""
+    return split.order(layer) if placement is None else placement.order(split, layer)
+
+
+def in_order(name: str, weight: jax.Array, split: HeadSplit, placement: MeshPlacement | None) -> jax.Array:
+    """Return a weight, named by its path joined by "/", with heads moved from the checkpoint's order into a split's.
+
+    The weight is donated.
+    """
     block, *path = name.split("/")
     axis = _KV_HEAD_AXIS.get(tuple(path))
     if axis is None:
         return weight
-    mesh = weight.sharding.mesh if isinstance(weight.sharding, NamedSharding) else None
-    order = held_order(split, int(block.removeprefix("blocks_")), cast(Mesh | None, mesh))
+    order = stored_order(split, int(block.removeprefix("blocks_")), placement)
     move = _permutation(tuple(range(split.num_kv_heads)), order)
     return weight if move is None else _move(weight, move, axis, donate=True)
 

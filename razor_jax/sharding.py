@@ -11,14 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-from .config import HeadSplit
 
 AXES = ("data", "model")
 DATA, HEADS, ROWS = "data", "heads", "rows"
@@ -27,18 +25,6 @@ MODEL = (HEADS, ROWS)  # in a PartitionSpec: what a user calls `model`
 MeshLike = Mesh | Mapping[str, int] | str | None  # what `make_mesh` takes
 
 Axes = str | tuple[str, ...] | None  # what one dimension of an array is split over
-
-
-@runtime_checkable
-class Split(Protocol):
-    """What the places of heads depend on: of a `HeadSplit`, or of the cache made for it."""
-
-    @property
-    def retrieval(self) -> tuple[tuple[int, ...], ...]: ...
-    @property
-    def scopes(self) -> tuple[tuple[int, ...], ...]: ...
-    @property
-    def num_kv_heads(self) -> int: ...
 
 
 _FORM = re.compile(r"\s*(\w+)\s*=\s*(\d+)\s*")
@@ -109,38 +95,6 @@ def describe(mesh: Mesh | None) -> str:
 def model_devices(mesh: Mesh | None) -> int:
     """P, devices of the model axes."""
     return 1 if mesh is None else mesh.shape[HEADS] * mesh.shape[ROWS]
-
-
-def head_groups(split: Split, layer: int) -> tuple[int, ...]:
-    """KV heads of each of a layer's head groups, as `HeadSplit.order` has them one after the other."""
-    kept = len(split.retrieval[layer])
-    if not split.scopes:
-        return kept, split.num_kv_heads - kept
-    scopes = [scope for scope in split.scopes[layer] if scope]
-    return kept, *(scopes.count(scope) for scope in sorted(set(scopes), reverse=True))
-
-
-def dealt(split: Split, mesh: Mesh | None) -> int:
-    """Devices that every head group of every layer divides by, so that each holds its part of every group; else 1."""
-    devices = model_devices(mesh)
-    layers = range(len(split.retrieval))
-    return devices if all(n % devices == 0 for layer in layers for n in head_groups(split, layer)) else 1
-
-
-def places(sizes: Sequence[int], devices: int) -> list[np.ndarray]:
-    """Of groups of these sizes, which of all heads are each one's: groups one after the other, on every device."""
-    blocks = np.arange(sum(sizes)).reshape(devices, -1)
-    ends = np.cumsum(sizes) // devices
-    return [blocks[:, end - size // devices : end].reshape(-1) for end, size in zip(ends, sizes, strict=True)]
-
-
-def held_order(split: HeadSplit, layer: int, mesh: Mesh | None) -> tuple[int, ...]:
-    """A layer's KV heads as weights hold them: retrieval heads first, on each device where they divide over all."""
-    order, held = split.order(layer), [0] * split.num_kv_heads
-    spread = np.concatenate(places(head_groups(split, layer), dealt(split, mesh)))
-    for head, place in zip(order, spread, strict=True):
-        held[place] = head
-    return tuple(held)
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: Axes) -> jax.Array:

@@ -21,11 +21,11 @@ import orbax.checkpoint as ocp
 from .. import cache as kv
 from ..cache import Group, KVCache
 from ..config import RazorConfig
-from ..functional import check_cache
+from ..functional import cache_spec, check_cache
 from ..mesh import relayout
 from ..params import Params, architecture_fingerprint, weights_fingerprint
 from ..sharding import nontrivial, replicate
-from ..spec import CacheSpec, make_spec, ring_length
+from ..spec import CacheSpec, ring_length
 from .files import atomic_directory, read_json, write_json
 
 RECORD = "cache.json"
@@ -90,8 +90,8 @@ def load_cache(params: Params, directory: str | os.PathLike[str]) -> KVCache:
             for held, static in arrays
         )
         cache = KVCache((tuple(groups),), spec=spec, **rows)
-        if nontrivial(params.mesh) is not None:
-            cache = _distributed(cache, mesh=params.mesh)
+        if params.placement is not None:
+            cache = _distributed(cache, placement=params.placement)
         layers.append(cache.layers[0])
     assert cache is not None
     return cache.replace(layers=tuple(layers))
@@ -128,8 +128,8 @@ def _fields(spec: CacheSpec, params: Params) -> dict[str, Any]:
         "architecture": architecture_fingerprint(params.config),
         "weights": weights_fingerprint(params),
         # A dense cache is the same under every split.
-        "retrieval_heads": [list(heads) for heads in spec.retrieval] if spec.razor else None,
-        "scopes": [list(layer) for layer in spec.scopes] if spec.razor else None,
+        "retrieval_heads": [list(heads) for heads in spec.heads.retrieval] if spec.razor else None,
+        "scopes": [list(layer) for layer in spec.heads.scopes] if spec.razor else None,
         "dtype": spec.dtype,
         "windowed_dtype": spec.windowed_dtype or spec.dtype,
     }
@@ -169,17 +169,7 @@ def _damaged(path: Path, what: str) -> ValueError:
 def _spec(path: Path, record: Mapping[str, Any], params: Params) -> CacheSpec:
     try:
         razor = None if record["razor"] is None else RazorConfig(**record["razor"])
-        spec = make_spec(
-            params.heads_or_all,
-            params.config.head_dim,
-            record["capacity"],
-            razor,
-            params.dtype,
-            params.implementation,
-            params.config.alibi,
-            params.mesh,
-        )
-        spec = dataclasses.replace(spec, mesh=None, layout=None)  # as it is stored
+        spec = dataclasses.replace(cache_spec(params, razor, record["capacity"]), placement=None)  # as it is stored
         here = _fields(spec, params)
         differ = [name for name in here if here[name] != record[name]]
     except (KeyError, TypeError) as error:
@@ -217,12 +207,12 @@ def _dense_order(params: Params, spec: CacheSpec, layer: int) -> tuple[int, ...]
 
 
 _on_one_device = jax.jit(relayout.logical)
-_distributed = jax.jit(relayout.distributed, static_argnames="mesh")
+_distributed = jax.jit(relayout.distributed, static_argnames="placement")
 
 
 def _logical(cache: KVCache, order: tuple[int, ...] | None) -> tuple[Group, ...]:
     """The groups of a cache of one layer."""
-    layer = cache.layers[0] if cache.spec.mesh is None else _on_one_device(cache).layers[0]
+    layer = cache.layers[0] if cache.spec.placement is None else _on_one_device(cache).layers[0]
     if order is None or order == tuple(sorted(order)):
         return layer
     return jax.tree.map(lambda x: x[:, np.argsort(order)], layer)
@@ -234,7 +224,7 @@ def _arrays(group: Group) -> dict[str, Any]:
 
 def _placed(x: np.ndarray, params: Params) -> jax.Array:
     mesh = nontrivial(params.mesh)
-    # A copy: on CPU an array may else share the memory of `x`, and a cache is written in place.
+    # A copy: on CPU an array may otherwise share the memory of `x`, and a cache is written in place.
     return jnp.array(x) if mesh is None else replicate(x, mesh)
 
 

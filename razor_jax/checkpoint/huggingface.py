@@ -23,13 +23,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from .. import models
 from ..config import HeadSplit
+from ..mesh import MeshPlacement
 from ..models import CheckpointTensor, ModelConfig, tensor_names, write_config
-from ..params import Params
-from ..sharding import MeshLike, held_order
+from ..params import Params, stored_order
+from ..sharding import MeshLike
 from .files import read_json, write_json
 from .loader import Loader, Progress, Weights, float_type
 
@@ -64,7 +64,7 @@ def read(
         total = sum(_bytes(slices, stored) for stored in tensors.values())
         done = 0
         for name, stored in tensors.items():
-            tensor, heads = slices[stored.name], _held_order(name, split, loader.mesh)
+            tensor, heads = slices[stored.name], _stored_order(name, split, loader.placement)
             part = functools.partial(stored.read, tensor, heads=heads)
             loader.read(name, part, _FLOATS[tensor.get_dtype()])
             done += _bytes(slices, stored)
@@ -86,10 +86,10 @@ def _config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
         raise ValueError(f"{path / 'config.json'}: {error}") from None
 
 
-def _held_order(name: str, split: HeadSplit | None, mesh: Mesh | None) -> tuple[int, ...] | None:
-    """The order in which a layer's weights hold their KV heads, None for the checkpoint's."""
+def _stored_order(name: str, split: HeadSplit | None, placement: MeshPlacement | None) -> tuple[int, ...] | None:
+    """Return the order of KV heads in a layer's weights, None for the checkpoint's order."""
     layer = re.match(r"blocks_(\d+)/", name)
-    return None if split is None or layer is None else held_order(split, int(layer[1]), mesh)
+    return None if split is None or layer is None else stored_order(split, int(layer[1]), placement)
 
 
 def _shards(path: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from ..config import HeadSplit
+from ..mesh import MeshPlacement
 from ..models import ModelConfig
 from ..models.linear import is_kernel, quantize, scale_of
 from ..params import Params, abstract_weights, fingerprint, in_order, sampled, samples
@@ -64,6 +65,7 @@ class Loader:
             raise ValueError(f"weights={weights!r}: use 'int8', or None for the type of dtype=")
         self.config = config
         self.mesh = make_mesh(mesh, config.num_kv_heads)
+        self.placement = None if self.mesh is None else MeshPlacement(self.mesh)
         self._quantizes = weights == "int8" and stored is None
         require_room(abstract_weights(config, dtype, weights or stored), self.mesh, self._quantizes)
         tree = abstract_weights(config, dtype, stored)
@@ -86,7 +88,7 @@ class Loader:
 
     def put(self, name: str, array: jax.Array, split: HeadSplit | None) -> None:
         """Take a weight that is on its devices already, its heads in the checkpoint's order."""
-        self._hold(name, array if split is None else in_order(name, array, split))
+        self._hold(name, array if split is None else in_order(name, array, split, self.placement))
 
     def params(self, split: HeadSplit | None) -> Params:
         """All of them, held in the order of `split`."""
@@ -94,7 +96,7 @@ class Loader:
         if self._quantizes:
             origin = fingerprint(np.concatenate([self._samples[name] for name in sampled(self.config)]))
         weights = flax.traverse_util.unflatten_dict(self._flat, sep="/")
-        return Params(weights=weights, config=self.config, heads=split, origin=origin, mesh=self.mesh)
+        return Params(weights=weights, config=self.config, heads=split, origin=origin, placement=self.placement)
 
     def _hold(self, name: str, array: jax.Array) -> None:
         if self._quantizes and name in sampled(self.config):

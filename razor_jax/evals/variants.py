@@ -19,7 +19,7 @@ from jax import lax
 
 from .. import cache as kv
 from ..attention import attend_and_write
-from ..cache import CacheSpec, Call, KVCache
+from ..cache import AttentionMetadata, CacheSpec, KVCache
 from ..config import HeadSplit, RazorConfig
 from ..heads.causal import Task
 from ..models.rope import tables
@@ -168,7 +168,7 @@ class _Batch:
         return Judged(np.asarray(losses), np.stack(likeliest), np.stack(wanted))
 
 
-class _One(Call):
+class _One(AttentionMetadata):
     """A call to which the dropped tokens count as one, so that ln n is 0."""
 
     @property
@@ -176,7 +176,7 @@ class _One(Call):
         return jnp.minimum(super().dropped, 1)
 
 
-class _Frozen(Call):
+class _Frozen(AttentionMetadata):
     """A call to which only what a document dropped counts."""
 
     before: jax.Array | None = None  # int32 [B]
@@ -187,9 +187,9 @@ class _Frozen(Call):
         return self.before
 
 
-def _counted(call: Call, cache: KVCache, counting: Counting) -> Call:
+def _counted(call: AttentionMetadata, cache: KVCache, counting: Counting) -> AttentionMetadata:
     """The call with another way to count; `cache` is that of the document."""
-    fields = {field.name: getattr(call, field.name) for field in dataclasses.fields(Call)}
+    fields = {field.name: getattr(call, field.name) for field in dataclasses.fields(AttentionMetadata)}
     if counting == "one":
         return _One(**fields)
     return _Frozen(**fields, before=cache.dropped) if counting == "frozen" else call

@@ -1,1 +1,5 @@
-"""What a mesh adds to the spine: which device holds which slots, and how devices exchange what they saw."""
+"""What a mesh adds to the spine: where caches are stored, and how devices exchange what they computed."""
+
+from .placement import Layout, MeshPlacement
+
+__all__ = ["Layout", "MeshPlacement"]

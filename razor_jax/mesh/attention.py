@@ -1,148 +1,184 @@
 """Attention and cache writes on a mesh: which part of each array a device gets, and `attention.py` on that part.
 
-Kernels cannot be partitioned by a compiler, so they run inside `shard_map`; what lies between them is partitioned
-from the weights. Without a mesh these are the functions of `attention.py` themselves.
+A compiler cannot partition kernels, so they run inside `shard_map`; what is between them is partitioned from the
+weights.
 
-    queries, outputs   [B, K, T, G, H]   heads over `heads`; G over `rows` where it divides, else T where that does
-    k, v of a call     [B, K, T, H]      heads over `heads`, alike on all `rows`
-    cache              by head or by slot over both (`cache.places`)
+    queries, outputs   [B, K, T, G, H]   heads over `heads`; G over `rows` where it divides, T where that divides
+    k, v of a call     [B, K, T, H]      heads over `heads`, the same on all `rows`
+    cache              by head or by slot over both (`cache.cache_pspecs`)
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .. import attention
-from .. import cache as kv
-from ..cache import Call, Group
+from ..attention import Slopes
+from ..cache import AttentionMetadata, Group
 from ..kernels.ordering import ordered_after
 from ..sharding import HEADS, MODEL, ROWS, Axes, model_devices
-from .by_slot import Split
+from . import by_slot
+from .by_slot import RowSplit
+from .cache import cache_pspecs, exchange_tokens, write
+
+if TYPE_CHECKING:
+    from .placement import MeshPlacement
+
+Layer = tuple[Group, ...]
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: tuple[Group, ...], call: Call, *, start, group_size: int, slopes
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: Layer,
+    meta: AttentionMetadata,
+    *,
+    start: jax.Array | int,
+    group_size: int,
+    slopes: Slopes,
 ) -> jax.Array:
-    """`attention.attend` of a chunk of queries [B, K, Tq·G, H]."""
-    if call.spec.mesh is None:
-        return attention.attend(q, k, v, layer, call, start=start, group_size=group_size, slopes=slopes)
+    """Run `attention.attend` of a chunk of queries [B, K, Tq·G, H]."""
 
-    def run(q, k, v, layer, call, start, *, split):
-        out = attention.attend(
-            _packed(q), k, v, layer, call, start=start, group_size=q.shape[3], slopes=slopes, split=split
-        )
+    def run(q, k, v, layer, meta, start, *, row_split):
+        out = _attend_here(_packed(q), k, v, layer, meta, start, q.shape[3], slopes, row_split)
         return out.reshape(q.shape), ()
 
-    out, _ = _queries(run, q, k, v, layer, call, group_size, jnp.asarray(start, jnp.int32))
+    out, _ = _on_queries(run, q, k, v, layer, meta, group_size, jnp.asarray(start, jnp.int32))
     return out
 
 
 def attend_and_write(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: tuple[Group, ...], call: Call, slopes: np.ndarray | None
-) -> tuple[jax.Array, tuple[Group, ...]]:
-    """`attention.attend_and_write` of a whole call."""
-    if call.spec.mesh is None:
-        return attention.attend_and_write(q, k, v, layer, call, slopes)
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: Layer, meta: AttentionMetadata, slopes: Slopes
+) -> tuple[jax.Array, Layer]:
+    """Run `attention.attend_and_write` of a whole call."""
 
-    def run(q, k, v, layer, call, *, split):
-        out, layer = attention.attend_and_write(_packed(q), k, v, layer, call, slopes, q.shape[3], split)
-        return out.reshape(q.shape), jax.tree.leaves(layer)
+    def run(q, k, v, layer, meta, *, row_split):
+        out = _attend_here(_packed(q), k, v, layer, meta, 0, q.shape[3], slopes, row_split)
+        k, v = (ordered_after(x, out, meta.length) for x in exchange_tokens(layer, k, v, meta))
+        return out.reshape(q.shape), jax.tree.leaves(write(layer, k, v, meta))
 
-    out, leaves = _queries(run, q, k, v, layer, call, q.shape[2] // k.shape[2])
+    out, leaves = _on_queries(run, q, k, v, layer, meta, q.shape[2] // k.shape[2])
     return out, jax.tree.unflatten(jax.tree.structure(layer), leaves)
 
 
-def write_behind(x: jax.Array, k, v, layer: tuple[Group, ...], call: Call) -> tuple[jax.Array, tuple[Group, ...]]:
-    """`attention.write_behind`, x [B, T, D] lying as `hidden` says."""
-    if call.spec.mesh is None:
-        return attention.write_behind(x, k, v, layer, call)
-    leaves, tree = jax.tree.flatten(layer)
-    at, places = hidden(x, call), kv.places(layer, call.spec, x.shape[0])
+def _attend_here(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: Layer,
+    meta: AttentionMetadata,
+    start: jax.Array | int,
+    group_size: int,
+    slopes: Slopes,
+    row_split: RowSplit,
+) -> jax.Array:
+    """Attend with this device's queries; `start` and slopes are of all devices' queries."""
+    mine = functools.partial(by_slot.of_this_device, q, start, group_size, slopes, row_split)
+    if meta.fresh or meta.spec.shards == 1:
+        start, slopes = mine()
+        return attention.attend(q, k, v, layer, meta, start=start, group_size=group_size, slopes=slopes)
+    state = by_slot.attend(q, layer, meta, start=start, group_size=group_size, slopes=slopes, row_split=row_split)
+    start, slopes = mine()
+    few = k.shape[2] <= attention.FEW_TOKENS
+    implementation = "xla" if few else meta.spec.kernels
+    own = functools.partial(attention.attend_own, q, k, v, meta=meta, start=start, group_size=group_size)
+    return own(slopes=slopes, state=state, implementation=implementation)  # type: ignore[return-value]
 
-    def run(x, k, v, leaves, call):
-        x, layer = attention.write_behind(x, k, v, jax.tree.unflatten(tree, leaves), call)
-        return x, jax.tree.leaves(layer)
+
+def write_after(
+    x: jax.Array, k: jax.Array, v: jax.Array, layer: Layer, meta: AttentionMetadata
+) -> tuple[jax.Array, Layer]:
+    """Run `attention.write_after`, x [B, T, D] spread as `hidden_spec` says."""
+    placement = _placement(meta)
+    leaves, tree = jax.tree.flatten(layer)
+    at, pspecs = hidden_spec(x, placement), cache_pspecs(layer, meta.spec, x.shape[0])
+
+    def run(x, k, v, leaves, meta):
+        k, v = (ordered_after(a, x, meta.length) for a in (k, v))
+        layer = jax.tree.unflatten(tree, leaves)
+        layer = write(layer, *exchange_tokens(layer, k, v, meta), meta)
+        return attention.ordered_after_write(x, layer, meta), jax.tree.leaves(layer)
 
     heads = PartitionSpec(at[0], HEADS)
-    x, leaves = _shard_map(run, call, (at, heads, heads, places, PartitionSpec(at[0])), (at, places))(
-        x, k, v, leaves, call
-    )
+    ins = (at, heads, heads, pspecs, PartitionSpec(at[0]))
+    x, leaves = _shard_map(run, placement.mesh, ins, (at, pspecs))(x, k, v, leaves, meta)
     return x, jax.tree.unflatten(tree, leaves)
 
 
-def blank(x: jax.Array, shape: tuple[int, ...], call: Call) -> jax.Array:
-    """Zeros [B, K, T, H] for the keys or values of a call, after x [B, T, D]: a buffer that needs nothing would be
-    laid out for every layer at once."""
-
-    def zeros(x, call, shape):
-        zero = ordered_after(jnp.zeros((1,), x.dtype), x, call.length)
-        return jnp.broadcast_to(zero, shape)
-
-    mesh = call.spec.mesh
-    if mesh is None:
-        return zeros(x, call, shape)
-    rows = call.spec.rows(call.length.shape[0])
+def zeros(x: jax.Array, shape: tuple[int, ...], meta: AttentionMetadata) -> jax.Array:
+    """Return zeros [B, K, T, H] for the keys or values of a call, which depend on x [B, T, D]."""
+    placement = _placement(meta)
+    rows = placement.rows(x.shape[0])
     at = PartitionSpec(rows, HEADS)
-    part = jax.sharding.NamedSharding(mesh, at).shard_shape(shape)
-    run = functools.partial(zeros, shape=part)
-    return _shard_map(run, call, (hidden(x, call), PartitionSpec(rows)), at)(x, call)
+    part = NamedSharding(placement.mesh, at).shard_shape(shape)
+
+    def run(x, meta):
+        return jnp.broadcast_to(ordered_after(jnp.zeros((1,), x.dtype), x, meta.length), part)
+
+    return _shard_map(run, placement.mesh, (hidden_spec(x, placement), PartitionSpec(rows)), at)(x, meta)
 
 
-def chunk(x: jax.Array, start: jax.Array, tokens: int, call: Call) -> jax.Array:
-    """Tokens [start, start + tokens) of the hidden states x [B, T, D] of a long call, whole on every device."""
+def take(x: jax.Array, start: jax.Array, tokens: int, placement: MeshPlacement) -> jax.Array:
+    """Return tokens [start, start + tokens) of the hidden states x [B, T, D] of a long call, whole on every device."""
+    at = hidden_spec(x, placement)
 
-    if call.spec.mesh is None:
-        return lax.dynamic_slice_in_dim(x, start, tokens, axis=1)
-    at = hidden(x, call)
-
-    # Cut first: a compiler that is only told where the result lies gathers all tokens and cuts then.
-    def whole(x, start):
+    # Cut first: a compiler that only knows the result's sharding gathers all tokens and cuts then.
+    def run(x, start):
         part = lax.dynamic_slice_in_dim(x, start, tokens, axis=1)
         return part if at[2] is None else lax.all_gather(part, MODEL, axis=2, tiled=True)
 
-    return _shard_map(whole, call, (at, PartitionSpec()), PartitionSpec(at[0]))(x, jnp.asarray(start, jnp.int32))
+    ins = (at, PartitionSpec())
+    return _shard_map(run, placement.mesh, ins, PartitionSpec(at[0]))(x, jnp.asarray(start, jnp.int32))
 
 
-def hidden(x: Any, call: Call) -> PartitionSpec:
-    """Where the hidden states [B, T, D] of a long call lie: their D over all devices of the model axes, for they are
-    as long as the prompt."""
-    mesh = call.spec.mesh
-    assert mesh is not None
-    whole = x.shape[2] % model_devices(mesh) == 0
-    return PartitionSpec(call.spec.rows(x.shape[0]), None, MODEL if whole else None)
+def hidden_spec(x: Any, placement: MeshPlacement) -> PartitionSpec:
+    """Return the PartitionSpec of the hidden states [B, T, D] of a long call.
 
-
-def _queries(run, q: jax.Array, k, v, layer: tuple[Group, ...], call: Call, group_size: int, *start) -> Any:
-    """`run` on each device's queries [B, K, T, G, H] and its part of the layer, out of q [B, K, T·G, H].
-
-    `run` gives its output alike and, unless it has a start, the layer's new leaves.
+    They are as long as the prompt, so D is spread over all devices of the model axes where it divides.
     """
-    mesh, (B, K, R, H) = call.spec.mesh, q.shape
-    assert mesh is not None
-    rows, places = call.spec.rows(B), kv.places(layer, call.spec, B)
+    whole = x.shape[2] % model_devices(placement.mesh) == 0
+    return PartitionSpec(placement.rows(x.shape[0]), None, MODEL if whole else None)
+
+
+def _on_queries(
+    run: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: Layer,
+    meta: AttentionMetadata,
+    group_size: int,
+    *start: jax.Array,
+) -> Any:
+    """Call `run` on each device's queries [B, K, T, G, H] and its part of the layer; q is [B, K, T·G, H].
+
+    `run` returns its output in the queries' shape and, unless it gets a start, the layer's new leaves.
+    """
+    placement, (B, K, R, H) = _placement(meta), q.shape
+    rows, pspecs = placement.rows(B), cache_pspecs(layer, meta.spec, B)
     shape = (B, K, R // group_size, group_size, H)
-    split, axes = _split(shape, mesh)
+    row_split, axes = _row_split(shape, placement.mesh)
     leaves, tree = jax.tree.flatten(layer)
 
-    def on_device(q, k, v, leaves, call, *start):
-        return run(q, k, v, jax.tree.unflatten(tree, leaves), call, *start, split=split)
+    def on_device(q, k, v, leaves, meta, *start):
+        return run(q, k, v, jax.tree.unflatten(tree, leaves), meta, *start, row_split=row_split)
 
     queries, heads = PartitionSpec(rows, HEADS, *axes), PartitionSpec(rows, HEADS)
-    ins = (queries, heads, heads, places, PartitionSpec(rows), *(PartitionSpec() for _ in start))
-    mapped = _shard_map(on_device, call, ins, (queries, () if start else places))
-    out, leaves = mapped(q.reshape(shape), k, v, leaves, call, *start)
+    ins = (queries, heads, heads, pspecs, PartitionSpec(rows), *(PartitionSpec() for _ in start))
+    mapped = _shard_map(on_device, placement.mesh, ins, (queries, () if start else pspecs))
+    out, leaves = mapped(q.reshape(shape), k, v, leaves, meta, *start)
     return out.reshape(q.shape), leaves
 
 
-def _split(shape: tuple[int, ...], mesh: Mesh) -> tuple[Split, tuple[Axes, Axes]]:
-    """How devices that share KV heads divide queries [B, K, T, G, H], and the axes of T and G."""
+def _row_split(shape: tuple[int, ...], mesh: Mesh) -> tuple[RowSplit, tuple[Axes, Axes]]:
+    """Return how devices that share KV heads divide queries [B, K, T, G, H], and the mesh axes of T and G."""
     _, _, T, G, _ = shape
     parts = mesh.shape[ROWS]
     if G % parts == 0:
@@ -157,5 +193,10 @@ def _packed(q: jax.Array) -> jax.Array:
     return q.reshape(*q.shape[:2], -1, q.shape[4])
 
 
-def _shard_map(run, call: Call, ins: Any, outs: Any) -> Any:
-    return jax.shard_map(run, mesh=call.spec.mesh, in_specs=ins, out_specs=outs, check_vma=False)
+def _placement(meta: AttentionMetadata) -> MeshPlacement:
+    assert meta.spec.placement is not None
+    return meta.spec.placement
+
+
+def _shard_map(run: Any, mesh: Mesh, ins: Any, outs: Any) -> Any:
+    return jax.shard_map(run, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)

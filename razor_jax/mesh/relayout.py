@@ -1,4 +1,4 @@
-"""A cache from one mesh to another, by way of how it lies on a single device: slots in logical order, one mean."""
+"""Move a cache from one mesh to another by way of its form on a single device: slots in logical order, one mean."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from .. import cache as kv
 from ..cache import Group, KVCache
-from ..sharding import nontrivial
-from ..spec import Layout, lay_out
+from .cache import with_cache_sharding
+from .placement import Layout, MeshPlacement
 from .slots import Shard
 
 
 def logical(cache: KVCache) -> KVCache:
-    """The cache as one device would hold it, slot g in slot g; pure, and under jit without leaving the devices."""
+    """Return the cache as one device would store it, slot g in slot g. Pure; under jit data stays on the devices."""
     spec = cache.spec
-    alone = dataclasses.replace(spec, mesh=None, layout=None)
+    alone = dataclasses.replace(spec, placement=None)
     shards = Shard(spec.shards, jnp.arange(spec.shards, dtype=jnp.int32)[:, None])
 
     def group(g: Group) -> Group:
@@ -29,13 +27,12 @@ def logical(cache: KVCache) -> KVCache:
             whole = parts.swapaxes(axis, axis + 1).reshape(x.shape)
             return jax.lax.slice_in_dim(whole, 0, slots, axis=axis)
 
-        g = g.with_slots(straight)
+        g = g.map_slots(straight)
         if g.k_mean is None or g.v_mean is None:
             return g
         n = shards.dropped(cache.length, cache.window, spec.sinks)  # [P, B]
         share = (n / jnp.maximum(n.sum(0), 1)).T[:, None, :, None]
-        means = (jnp.sum(jnp.where(share > 0, x, 0.0) * share, 2, keepdims=True) for x in (g.k_mean, g.v_mean))
-        k_mean, v_mean = means
+        k_mean, v_mean = (jnp.sum(jnp.where(share > 0, x, 0.0) * share, 2, keepdims=True) for x in (g.k_mean, g.v_mean))
         return g.replace(k_mean=k_mean, v_mean=v_mean)
 
     if spec.shards == 1:
@@ -43,31 +40,31 @@ def logical(cache: KVCache) -> KVCache:
     return cache.replace(layers=tuple(tuple(map(group, layer)) for layer in cache.layers), spec=alone)
 
 
-def distributed(cache: KVCache, mesh: Mesh | None, layout: Layout | None = None) -> KVCache:
-    """What `logical` gave, on a mesh; the inverse, but that every device starts from the same means.
+def distributed(cache: KVCache, placement: MeshPlacement | None, layout: Layout | None = None) -> KVCache:
+    """Return what `logical` returned, spread over a mesh; every device starts from the same means.
 
     Raises ValueError where batch or layout do not divide.
     """
-    mesh, spec = nontrivial(mesh), cache.spec
-    if mesh is None:
+    spec = cache.spec
+    placement = None if placement is None else placement.for_cache(spec.heads, spec.razor, layout)
+    if placement is None:
         return cache
-    layout = lay_out(layout, spec, mesh, dense=spec.razor is None)
-    spec = dataclasses.replace(spec, mesh=mesh, layout=layout)
+    spec = dataclasses.replace(spec, placement=placement)
     P = spec.shards
 
     def group(g: Group) -> Group:
         slots = spec.slots(g.windowed, g.scope)
 
-        def deal(x, axis):
+        def spread(x, axis):
             x = jnp.pad(x, [(0, slots - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
             parts = x.reshape(*x.shape[:axis], -1, P, *x.shape[axis + 1 :])
             return parts.swapaxes(axis, axis + 1).reshape(x.shape)
 
-        g = g.with_slots(deal)
+        g = g.map_slots(spread)
         if g.k_mean is None or g.v_mean is None:
             return g
         k_mean, v_mean = (jnp.repeat(x, P, axis=2) for x in (g.k_mean, g.v_mean))
         return g.replace(k_mean=k_mean, v_mean=v_mean)
 
     layers = tuple(tuple(map(group, layer)) for layer in cache.layers)
-    return kv.placed(cache.replace(layers=layers, spec=spec))
+    return with_cache_sharding(cache.replace(layers=layers, spec=spec))

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .. import cache as kv
 from .. import functional, sharding
+from ..mesh import MeshPlacement
+from ..mesh.cache import cache_shardings
 from ..params import Params
 from . import collectives
 from .hardware import Hardware
@@ -141,10 +142,10 @@ def _lower(job: Job, step: Step, mesh: Mesh) -> Any:
 
     weights = job.abstract_weights()
     weights = jax.tree.map(lambda x, at: array(x.shape, x.dtype, at), weights, sharding.weight_shardings(weights, mesh))
-    params = Params(weights, job.config, heads=job.split, mesh=mesh)
+    params = Params(weights, job.config, heads=job.split, placement=MeshPlacement(mesh))
     make = functools.partial(functional.init_cache, params, batch=job.batch, capacity=job.context, razor=job.razor)
     cache = jax.eval_shape(functools.partial(make, layout=job.layout))
-    at = jax.tree.map(lambda x: everywhere, cache) if cache.spec.mesh is None else kv.shardings(cache)
+    at = jax.tree.map(lambda x: everywhere, cache) if cache.spec.placement is None else cache_shardings(cache)
     cache = jax.tree.map(lambda x, at: array(x.shape, x.dtype, at), cache, at)
     lengths = array((job.batch,))
     if step == "decode":

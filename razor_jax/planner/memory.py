@@ -13,17 +13,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from .. import sharding
 from ..config import HeadSplit, RazorConfig
 from ..functional import CHUNK
+from ..mesh import Layout, MeshPlacement
 from ..models.config import ModelConfig
 from ..params import abstract_weights
-from ..spec import CacheSpec, Layout, make_spec
+from ..spec import CacheSpec, make_spec
 from .hardware import Hardware
 
 MOST_ROWS, MOST_TOKENS = 1 << 16, 1 << 27  # where the search for what fits ends
@@ -66,13 +66,11 @@ class Job:
 
     def spec(self, mesh: Mesh) -> CacheSpec:
         """Of the cache on that mesh, as `init_cache` would make it there."""
-        # A mesh of one device counts as none, and then nothing but this says which device it is.
-        inside = mesh.abstract_mesh.update(axis_types=(AxisType.Manual,) * len(mesh.axis_names))
-        c = self.config
-        with jax.sharding.use_abstract_mesh(inside):
-            return make_spec(
-                self.split, c.head_dim, self.context, self.razor, self.dtype, None, c.alibi, mesh, self.layout
-            )
+        c, placement = self.config, MeshPlacement(mesh)
+        # A mesh of one device counts as none, and then only this context says which device it is.
+        with placement.inside():
+            placement = placement.for_cache(self.split, self.razor, self.layout)
+            return make_spec(self.split, c.head_dim, self.context, self.razor, self.dtype, None, c.alibi, placement)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +120,7 @@ def memory(job: Job) -> Memory:
     """
     mesh = stand_in_mesh(job)
     spec = job.spec(mesh)
-    rows = job.batch if spec.rows(job.batch) is None else job.batch // job.data
+    rows = job.batch if MeshPlacement(mesh).rows(job.batch) is None else job.batch // job.data
     return Memory(
         weights=_weight_bytes(job.config, job.weights, job.data, job.model),
         kv=spec.kv_bytes(rows) // job.model,

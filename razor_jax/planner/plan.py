@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import sharding
 from ..config import HeadSplit, RazorConfig
 from ..heads.select import GROUPED_SHARES, PAPER_SHARES, head_count
 from ..models.config import ModelConfig
@@ -167,10 +166,10 @@ def why_not_by_head(split: HeadSplit, devices: int) -> str | None:
     """Why no split like this one goes by head over so many devices; None where `balanced` makes one that does."""
     if split.num_kv_heads % devices:
         return f"they do not divide the {split.num_kv_heads} KV heads of a layer"
-    groups = {n for layer in range(split.num_layers) for n in sharding.head_groups(split, layer)}
+    groups = {len(group.heads) for layer in range(split.num_layers) for group in split.groups(layer)}
     if split.scopes and any(n % devices for n in groups):
         # Scopes follow from an ALiBi model's weights: nobody may round them.
-        return f"they do not divide the heads of every scope, there are groups of {sorted(groups - {0})}"
+        return f"they do not divide the heads of every scope, there are groups of {sorted(groups)}"
     return None
 
 

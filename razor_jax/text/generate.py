@@ -17,9 +17,9 @@ from .. import cache as kv
 from .. import compilation
 from ..cache import CacheSpec, KVCache
 from ..config import RazorConfig, check_int
-from ..functional import check_cache, require_split
+from ..functional import cache_spec, check_cache, require_split
 from ..params import Params
-from ..sharding import DATA, replicate
+from ..placement import placement_of
 from ..tokenizer.assets import Detokenizer, find_stop
 from . import loop, prompts
 from .prompts import Prompts
@@ -111,8 +111,7 @@ def prefill(params: Params, document: Any, *, razor: Policy = "auto", capacity: 
     read = prompts.read(params, document, what="document")
     policy = choose_policy(params, razor)
     spec = make_spec(params, policy, read.longest, capacity)
-    spec.rows(len(read.rows))
-    batch = replicate(prompts.pad(read.rows, prompts.prompt_bucket(read.longest)), spec.mesh)
+    batch = placement_of(spec).to_devices(prompts.pad(read.rows, prompts.prompt_bucket(read.longest)))
     prompts.warn_beyond_trained(params.config, read.longest)
     with compilation.log_compilation("prefill"):
         _, cache = loop.prefill(params, *batch, spec=spec, chunk=_chunk(policy))
@@ -224,7 +223,7 @@ class Session:
             self.state = program(
                 self.params,
                 self.source,
-                *replicate((tokens, lengths, self._stop_ids, self._limits), self.spec.mesh),
+                *placement_of(self.spec).to_devices((tokens, lengths, self._stop_ids, self._limits)),
                 self.sampling,
                 self.seed,
                 spec=self.spec,
@@ -245,7 +244,7 @@ class Session:
         out = loop.decode_block(
             self.params,
             self._live,
-            *replicate((self._stop_ids, self._limits, np.int32(steps)), self.spec.mesh),
+            *placement_of(self.spec).to_devices((self._stop_ids, self._limits, np.int32(steps))),
             self.sampling,
             keep=bool(self.stop),
         )
@@ -287,7 +286,7 @@ class Session:
     @property
     def _limits(self) -> np.ndarray:
         """`limit` of the rows on the device: those that only fill the batch end at once."""
-        return np.pad(self.limit, (0, padding(len(self.limit), self.spec)))
+        return np.pad(self.limit, (0, placement_of(self.spec).padding(len(self.limit))))
 
     @property
     def _counts(self) -> np.ndarray:
@@ -407,28 +406,13 @@ def _capacity(tokens: int, capacity: int | None) -> int:
 
 def make_spec(params: Params, policy: RazorConfig | None, tokens: int, capacity: int | None = None) -> CacheSpec:
     """The spec of a cache with room for `tokens` a row, on the ladder unless `capacity` is given."""
-    return kv.make_spec(
-        params.heads_or_all,
-        params.config.head_dim,
-        _capacity(tokens, capacity),
-        policy,
-        params.dtype,
-        params.implementation,
-        params.config.alibi,
-        params.mesh,
-    )
-
-
-def padding(rows: int, spec: CacheSpec) -> int:
-    """Empty rows that a batch needs to divide over the mesh's `data`; a single row needs none."""
-    data = 1 if spec.mesh is None else spec.mesh.shape[DATA]
-    return -rows % data if rows > 1 else 0
+    return cache_spec(params, policy, _capacity(tokens, capacity))
 
 
 def read_batch(rows: Sequence[Sequence[int]], spec: CacheSpec) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as a batch for the programs: int32 [B, T] in a bucket, lengths [B], with `padding`."""
     longest = max(len(row) for row in rows)
-    return prompts.pad([*rows, *[()] * padding(len(rows), spec)], prompts.prompt_bucket(longest))
+    return prompts.pad([*rows, *[()] * placement_of(spec).padding(len(rows))], prompts.prompt_bucket(longest))
 
 
 __all__ = [

@@ -19,7 +19,7 @@ from .. import cache as kv
 from ..cache import CacheSpec, KVCache
 from ..functional import decode, extend, extend_known
 from ..params import Params
-from ..sharding import constrain
+from ..placement import placement_of
 from .sampling import Sampling, sample
 
 BLOCK = 32  # decode steps a call at most; the host reads tokens and looks for stop strings between calls
@@ -59,7 +59,8 @@ def _begin(
 ) -> LoopState:
     """Read prompts int32 [B, T] into a new cache, or a copy of `source`, and choose each row's first token."""
     B = tokens.shape[0]
-    cache = kv.init(spec, B, lengths) if source is None else kv.broadcast(source, B, spec.capacity)
+    placement = placement_of(spec)
+    cache = placement.init(spec, B, lengths) if source is None else placement.broadcast(source, B, spec.capacity)
     logits, cache = read_prompt(params, cache, tokens, lengths, chunk, fresh=source is None)
     seen = _seen(tokens, lengths, logits.shape[-1]) if sampling.penalised else None
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(B, dtype=jnp.int32))
@@ -78,7 +79,9 @@ def prefill(
     params: Params, tokens: jax.Array, lengths: jax.Array, *, spec: CacheSpec, chunk: int | None
 ) -> tuple[jax.Array, KVCache]:
     """Read prompts int32 [B, T] into a new cache: float32 logits [B, V] after each row, and the cache."""
-    return read_prompt(params, kv.init(spec, tokens.shape[0], lengths), tokens, lengths, chunk, fresh=True)
+    return read_prompt(
+        params, placement_of(spec).init(spec, tokens.shape[0], lengths), tokens, lengths, chunk, fresh=True
+    )
 
 
 def read_prompt(
@@ -124,9 +127,7 @@ def decode_block(
     saved = None
     if keep:
         layers = tuple(
-            tuple(
-                g if g.windowed else g.with_slots(lambda x, axis: lax.slice_in_dim(x, 0, 0, axis=axis)) for g in layer
-            )
+            tuple(g if g.windowed else g.map_slots(lambda x, axis: lax.slice_in_dim(x, 0, 0, axis=axis)) for g in layer)
             for layer in state.cache.layers
         )
         saved = state.replace(cache=state.cache.replace(layers=layers))
@@ -145,14 +146,14 @@ def decode_block(
         return index + 1, state, lax.dynamic_update_slice(out, state.token[:, None], (0, index))
 
     _, state, out = lax.while_loop(going, step, (jnp.int32(0), state, out))
-    return _placed(state), constrain(out, state.cache.spec.mesh), None if saved is None else _placed(saved)
+    return _placed(state), placement_of(state.cache.spec).replicated(out), None if saved is None else _placed(saved)
 
 
 def _placed(state: LoopState) -> LoopState:
     """The state where the host and the next call want it: a constraint in a loop's body does not bind its result."""
-    mesh = state.cache.spec.mesh
-    everywhere = {name: constrain(getattr(state, name), mesh) for name in ("token", "count", "done")}
-    return state.replace(**everywhere, cache=kv.placed(state.cache))
+    placement = placement_of(state.cache.spec)
+    small = {name: placement.replicated(getattr(state, name)) for name in ("token", "count", "done")}
+    return state.replace(**small, cache=placement.pin_cache(state.cache))
 
 
 def rewind(state: LoopState, saved: LoopState) -> LoopState:
@@ -170,7 +171,8 @@ def _choose(state: LoopState, cache: KVCache, logits, stop_ids, limit, sampling:
         seen = seen.at[jnp.arange(token.shape[0], dtype=jnp.int32), token].set(True)
     stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=1)
     done = state.done | stopped | (count >= limit) | cache.overflow
-    token, count, done, seen = (x if x is None else constrain(x, cache.spec.mesh) for x in (token, count, done, seen))
+    replicated = placement_of(cache.spec).replicated
+    token, count, done, seen = (x if x is None else replicated(x) for x in (token, count, done, seen))
     return state.replace(cache=cache, token=token, count=count, done=done, seen=seen)
 
 

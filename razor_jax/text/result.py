@@ -28,7 +28,7 @@ class KVReport:
       implementation: of attention and cache writes.
       devices: of the mesh that the cache lies on; 1 without one.
       device_bytes: of the cache on each of them.
-      layout: on a mesh "slot" or "head" (`spec.py`).
+      layout: on a mesh "slot" or "head" (`mesh.MeshPlacement`).
     """
 
     setting: str
@@ -60,9 +60,9 @@ class KVReport:
             dense_bytes=spec.dense_bytes(cache.batch),
             dropped_tokens=tuple(int(n) for n in dropped),
             implementation=spec.implementation,
-            devices=1 if spec.mesh is None else spec.mesh.size,
+            devices=1 if spec.placement is None else spec.placement.mesh.size,
             device_bytes=kv.device_bytes(cache),
-            layout=spec.layout,
+            layout=None if spec.placement is None else spec.placement.layout,
         )
 
     def row(self, index: int) -> KVReport:

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .. import cache as kv
 from .. import compilation
 from ..cache import CacheSpec
 from ..functional import extend
 from ..params import Params
-from ..sharding import constrain, replicate
+from ..placement import placement_of
 from . import loop, prompts
 from .generate import Policy, choose_policy, make_spec, read_batch
 from .result import KVReport
@@ -75,7 +74,7 @@ def score(
     targets, target_lengths = read_batch(target.rows, spec)
     with compilation.log_compilation("score"):
         logprobs, greedy, cache = _teacher_force(
-            params, *replicate((tokens, lengths, targets, target_lengths), spec.mesh), spec=spec, chunk=chunk
+            params, *placement_of(spec).to_devices((tokens, lengths, targets, target_lengths)), spec=spec, chunk=chunk
         )
         logprobs, greedy = np.asarray(logprobs), np.asarray(greedy)
     report = KVReport.of(cache, params.heads_or_all)
@@ -88,7 +87,8 @@ def score(
 def _teacher_force(params: Params, tokens, lengths, targets, target_lengths, *, spec: CacheSpec, chunk: int):
     """Log-probabilities and greedy agreement [B, C] of targets int32 [B, C] after tokens int32 [B, T]."""
     B, C = targets.shape
-    cache = kv.init(spec, B, lengths)
+    placement = placement_of(spec)
+    cache = placement.init(spec, B, lengths)
     prefill_chunk = spec.razor.prefill_chunk if spec.razor else None
     logits, cache = loop.read_prompt(params, cache, tokens, lengths, prefill_chunk, fresh=True)
 
@@ -115,4 +115,4 @@ def _teacher_force(params: Params, tokens, lengths, targets, target_lengths, *, 
     logprobs, greedy, cache = lax.fori_loop(0, steps, body, (*empty, cache))
     logprobs = jnp.concatenate([first[:, None], logprobs], axis=1)[:, :C]
     greedy = jnp.concatenate([first_greedy[:, None], greedy], axis=1)[:, :C]
-    return constrain(logprobs, spec.mesh), constrain(greedy, spec.mesh), cache
+    return placement.replicated(logprobs), placement.replicated(greedy), cache

@@ -15,7 +15,10 @@ import dataclasses, functools, json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-from razor_jax import HeadSplit, Params, RazorConfig, cache as kv, collectives, functional, sharding
+from razor_jax import HeadSplit, Params, RazorConfig, functional, sharding
+from razor_jax.mesh import MeshPlacement
+from razor_jax.mesh.cache import cache_shardings
+from razor_jax.planner import collectives
 from razor_jax.models.config import ModelConfig
 from razor_jax.params import abstract_weights
 
@@ -31,12 +34,12 @@ for L in layers:
     weights = abstract_weights(config, jnp.bfloat16)
     kept = ((1,), (0, 1), (), tuple(range(K))) if layout == "slot" else (tuple(range(K)), ())
     split = HeadSplit((kept * L)[:L], K)
-    params = Params(place(weights, sharding.weight_shardings(weights, mesh)), config, heads=split, mesh=mesh)
+    params = Params(place(weights, sharding.weight_shardings(weights, mesh)), config, heads=split, placement=MeshPlacement(mesh))
     razor, B = RazorConfig.compact(4096, kv_dtype=kv_dtype), mesh.shape["data"]
     make = functools.partial(functional.init_cache, params, batch=B, capacity=32768, razor=razor)
     cache = jax.eval_shape(make)
-    assert (cache.spec.implementation, cache.spec.layout) == ("pallas_tpu", layout)
-    cache = place(cache, kv.shardings(cache))
+    assert (cache.spec.implementation, cache.spec.placement.layout) == ("pallas_tpu", layout)
+    cache = place(cache, cache_shardings(cache))
     if kind == "decode":
         run, arguments = functional.decode, [params, cache, array((B,))]
     else:

@@ -16,7 +16,8 @@ import functools, json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from razor_jax import HeadSplit, Params, RazorConfig, functional, sharding
-from razor_jax.cache import shardings
+from razor_jax.mesh import MeshPlacement
+from razor_jax.mesh.cache import cache_shardings
 from razor_jax.models.config import ModelConfig
 from razor_jax.params import abstract_weights
 
@@ -28,12 +29,12 @@ for weights in (None, "int8"):
     tree = abstract_weights(config, jnp.bfloat16, weights)
     place = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
     tree = jax.tree.map(place, tree, sharding.weight_shardings(tree, mesh))
-    params = Params(tree, config, HeadSplit(((1,), ()), 8), mesh=mesh)
+    params = Params(tree, config, HeadSplit(((1,), ()), 8), placement=MeshPlacement(mesh))
     make = functools.partial(functional.init_cache, params, batch=1, capacity=16384, razor=RazorConfig.compact(4096))
     with jax.set_mesh(mesh):
         cache = jax.eval_shape(make)
     assert cache.spec.implementation == "pallas_tpu"
-    cache = jax.tree.map(place, cache, shardings(cache)) if count > 1 else cache
+    cache = jax.tree.map(place, cache, cache_shardings(cache)) if count > 1 else cache
     array = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, jax.P()))
     with jax.set_mesh(mesh):
         if kind == "decode":

@@ -21,6 +21,7 @@ from razor_jax import HeadSplit, RazorConfig, functional, planner, sharding
 from razor_jax import cache as kv
 from razor_jax.cli import plan as cli_plan
 from razor_jax.heads import store
+from razor_jax.mesh import MeshPlacement
 from razor_jax.models import linear, read_config, tensor_names, write_config
 from razor_jax.planner import GIB, Job, compiler, find_config, find_hardware, known, plan
 from razor_jax.planner.hardware import topology_names
@@ -126,7 +127,7 @@ def check_live_arrays():
         weights = jax.tree.map(lambda x, here=here: jnp.asarray(x, here.dtype), tiny.params(text=False).weights)
         weights = linear.quantize_tree(weights) if kind == "int8" else weights
         live = jax.tree.map(jax.device_put, weights, sharding.weight_shardings(weights, mesh))
-        params = razor_jax.Params(live, tiny.CONFIG, heads=split, mesh=mesh)
+        params = razor_jax.Params(live, tiny.CONFIG, heads=split, placement=MeshPlacement(mesh))
         cache = functional.init_cache(params, batch=2, capacity=300, razor=razor)
         planned = planner.memory(here)
         assert set(on_each_device(live).values()) == {planned.weights}, here

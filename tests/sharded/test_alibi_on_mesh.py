@@ -33,7 +33,7 @@ def test_alibi_on_a_mesh_equals_one_device(record_property):
     params = one_device(SPLIT, CONFIG)
     want, _ = session(params)
     got, cache = session(on(params, "data=2,model=4"))
-    assert cache.spec.layout == "slot"
+    assert cache.spec.placement.layout == "slot"
     worst = 0.0
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())

@@ -12,8 +12,8 @@ import pytest
 
 from razor_jax import HeadSplit, RazorConfig
 from razor_jax import cache as kv
-from razor_jax.mesh import attention as attention_mesh
-from razor_jax.mesh import relayout
+from razor_jax.mesh import MeshPlacement, relayout
+from razor_jax.placement import placement_of
 
 from ..support.meshes import BALANCED, SPLIT, G, K, mesh_of
 
@@ -30,22 +30,28 @@ def numbers(*shape, seed):
 @functools.partial(jax.jit, donate_argnums=0)
 def step(cache, q, k, v, lengths):
     """Attend, then write, on every layer."""
-    call, after = kv.begin(cache, lengths, k.shape[2])
-    run = functools.partial(attention_mesh.attend_and_write, q, k, v, call=call, slopes=None)
+    meta, after = kv.begin(cache, lengths, k.shape[2])
+    run = functools.partial(placement_of(cache.spec).attend_and_write, q, k, v, meta=meta, slopes=None)
     outs, layers = zip(*(run(layer=layer) for layer in cache.layers), strict=True)
     return outs, after.replace(layers=layers)
 
 
 def session(split, razor, dtype="float32", mesh=None, layout=None):
     """Outputs [calls][layers] of each row's new tokens, and the cache, which held NaN everywhere when it was empty."""
-    spec = kv.make_spec(split, H, CAPACITY, razor, dtype, mesh=mesh, layout=layout)
-    cache = kv.init(spec, B)
+    placement = None if mesh is None else MeshPlacement(mesh).for_cache(split, razor, layout)
+    spec = kv.make_spec(split, H, CAPACITY, razor, dtype, placement=placement)
+    run = placement_of(spec)
+    cache = run.init(spec, B)
     poison = {"int8": 0, "float8_e4m3fn": np.nan}
     layers = jax.tree.map(lambda x: jnp.full_like(x, poison.get(str(x.dtype), np.nan)), cache.layers)
     cache = cache.replace(layers=layers, window=jnp.asarray(WINDOWS, jnp.int32) if razor else cache.window)
-    cache, outs = kv.placed(cache), []
+    cache, outs = run.pin_cache(cache), []
     # Where a balanced split holds the heads that one device holds in order.
-    at = np.argsort(np.concatenate(spec.held([g.k.shape[1] for g in cache.layers[0]])))
+    at = (
+        np.arange(K)
+        if placement is None
+        else np.argsort(np.concatenate(placement.group_positions(spec, cache.layers[0])))
+    )
     for index, (T, lengths) in enumerate(CALLS):
         k, v = numbers(B, K, T, H, seed=2 * index), numbers(B, K, T, H, seed=2 * index + 1)
         q = numbers(B, K, T, G, H, seed=index).reshape(B, K, T * G, H)
@@ -86,7 +92,7 @@ CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 def test_a_mesh_equals_one_device(mesh, split, razor, dtype, layout, record_property):
     want, reference = alone(split, razor, dtype)
     got, cache = session(split, razor, dtype, mesh_of(mesh), layout)
-    assert layout is None or cache.spec.layout == layout
+    assert layout is None or cache.spec.placement.layout == layout
     worst = 0.0
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 if dtype == "float32" else 2e-2)
@@ -119,7 +125,7 @@ def test_there_and_back():
     _, reference = alone(SPLIT, RING)
     here = relayout.logical(reference)
     for mesh in ("model=8", "data=2,model=2"):
-        there = jax.jit(relayout.distributed, static_argnums=1)(here, mesh_of(mesh))
+        there = jax.jit(relayout.distributed, static_argnums=1)(here, MeshPlacement(mesh_of(mesh)))
         assert there.spec.shards == (8 if mesh == "model=8" else 2)
         # By way of the host, as other devices are to have it.
         here = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), jax.jit(relayout.logical)(there))
@@ -127,6 +133,6 @@ def test_there_and_back():
     q, k, v = (numbers(B, K, n, H, seed=90 + n) for n in (G, 1, 1))
     args = q, k, v, np.ones(B, np.int32)
     want, _ = step(jax.tree.map(jnp.copy, reference), *args)
-    got, _ = step(relayout.distributed(here, mesh_of("data=2,model=4")), *args)
+    got, _ = step(relayout.distributed(here, MeshPlacement(mesh_of("data=2,model=4"))), *args)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -20,7 +20,7 @@ DOCUMENTS = [tiny.prompt(n) % 60 for n in (40, 23)]
 def same(one, other):
     """Equal up to what nobody reads: slots past those in use, means of nothing."""
     assert one.spec.capacity == other.spec.capacity
-    one, other = (jax.jit(relayout.logical)(cache) if cache.spec.mesh else cache for cache in (one, other))
+    one, other = (jax.jit(relayout.logical)(cache) if cache.spec.placement else cache for cache in (one, other))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0, atol=1e-6)
@@ -68,7 +68,7 @@ def test_heads_that_lie_otherwise_are_put_in_order(tmp_path):
     here, there = params_on("model=2", BALANCED), params_on(None, BALANCED)
     for name, policy in (("razor", RAZOR), ("dense", None)):
         cache = razor_jax.prefill(here, DOCUMENTS, razor=policy)
-        assert cache.spec.layout == "head"
+        assert cache.spec.placement.layout == "head"
         razor_jax.save_cache(cache, here, tmp_path / name)
         read = razor_jax.load_cache(there, tmp_path / name)
         assert next_tokens(here, cache) == next_tokens(there, read)

@@ -40,7 +40,7 @@ def test_the_kernels_on_a_mesh_equal_one_device(window, steps, monkeypatch, reco
     assert dict(many.mesh.shape) == {"data": 1, "heads": 2, "rows": 2}
     want, _ = session(one, window, steps)
     got, spec = session(many, window, steps)
-    assert (spec.implementation, spec.layout) == ("pallas_tpu", "slot")
+    assert (spec.implementation, spec.placement.layout) == ("pallas_tpu", "slot")
     worst = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(got, want, strict=True))
     record_property("logits of interpreted TPU kernels on a mesh over the largest", worst)
     assert worst <= 5e-6

@@ -68,7 +68,7 @@ def check(params, layout, record_property, split=SPLIT, razor=RAZOR):
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
     record_property(
-        f"logits on a mesh, by {before.spec.layout}, over the largest",
+        f"logits on a mesh, by {before.spec.placement.layout}, over the largest",
         max(float(np.max(np.abs(a - b)) / np.abs(b).max()) for a, b in zip(got, want, strict=True)),
     )
     np.testing.assert_array_equal(cache.overflow, [True, False, False, False])
@@ -82,7 +82,7 @@ def check(params, layout, record_property, split=SPLIT, razor=RAZOR):
 
 def test_uneven_heads_by_slot(record_property):
     cache = check(on(one_device(), "data=2,model=4"), None, record_property)
-    assert cache.spec.layout == "slot"
+    assert cache.spec.placement.layout == "slot"
     assert (np.asarray(cache.dropped) > 2 * np.asarray(cache.window))[[0, 1]].any()
     equal_bytes(cache)
 
@@ -96,13 +96,13 @@ def test_other_meshes(mesh, record_property):
 @pytest.mark.slow
 def test_balanced_heads_by_head_and_by_slot(record_property):
     params = on(one_device(BALANCED), "model=2")
-    assert check(params, None, record_property, BALANCED).spec.layout == "head"
-    assert check(params, "slot", record_property, BALANCED).spec.layout == "slot"
+    assert check(params, None, record_property, BALANCED).spec.placement.layout == "head"
+    assert check(params, "slot", record_property, BALANCED).spec.placement.layout == "slot"
 
 
 def equal_bytes(cache):
     """Every device holds as much as every other, as predicted; of live arrays."""
-    devices = dict.fromkeys(cache.spec.mesh.devices.flat, 0)
+    devices = dict.fromkeys(cache.spec.placement.mesh.devices.flat, 0)
     for x in jax.tree.leaves(cache.layers):
         for shard in x.addressable_shards:
             devices[shard.device] += shard.data.nbytes
@@ -193,7 +193,7 @@ def test_refusals():
 def test_a_mesh_of_one_device_is_none():
     params = on(one_device(), "model=1")
     assert params.mesh is not None
-    assert functional.init_cache(params, batch=3, capacity=20, razor=None).spec.mesh is None
+    assert functional.init_cache(params, batch=3, capacity=20, razor=None).spec.placement is None
 
 
 def test_heads_move_and_weights_stay_where_they_are():

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from razor_jax import HeadSplit, Params, with_heads
+from razor_jax.mesh import MeshPlacement
 from razor_jax.models import ModelConfig
 from razor_jax.params import abstract_weights
 from razor_jax.sharding import make_mesh, parse, weight_shardings
@@ -42,4 +43,4 @@ def on(params: Params, text: str) -> Params:
     mesh = mesh_of(text, params.config.num_kv_heads)
     plain = with_heads(params, None)
     weights = jax.device_put(plain.weights, weight_shardings(plain.weights, mesh))
-    return with_heads(plain.replace(weights=weights, mesh=mesh), params.heads)
+    return with_heads(plain.replace(weights=weights, placement=MeshPlacement(mesh)), params.heads)
