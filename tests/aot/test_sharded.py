@@ -34,7 +34,8 @@ for L in layers:
     weights = abstract_weights(config, jnp.bfloat16)
     kept = ((1,), (0, 1), (), tuple(range(K))) if layout == "slot" else (tuple(range(K)), ())
     split = HeadSplit((kept * L)[:L], K)
-    params = Params(place(weights, sharding.weight_shardings(weights, mesh)), config, heads=split, placement=MeshPlacement(mesh))
+    weights = place(weights, sharding.weight_shardings(weights, mesh))
+    params = Params(weights, config, heads=split, placement=MeshPlacement(mesh))
     razor, B = RazorConfig.compact(4096, kv_dtype=kv_dtype), mesh.shape["data"]
     make = functools.partial(functional.init_cache, params, batch=B, capacity=32768, razor=razor)
     cache = jax.eval_shape(make)
