@@ -72,8 +72,13 @@ def cache_shardings(cache: KVCache) -> KVCache:
 
 
 def with_cache_sharding(cache: KVCache) -> KVCache:
-    """Return the cache, pinned to `cache_shardings`."""
-    return jax.tree.map(lax.with_sharding_constraint, cache, cache_shardings(cache))
+    """Return the cache with each leaf pinned where `cache_pspecs` says."""
+    assert cache.spec.placement is not None, "a cache on one device has no mesh"
+    mesh = cache.spec.placement.mesh
+    leaves, tree = jax.tree.flatten(cache)
+    pspecs = cache_pspecs(cache, cache.spec, cache.batch)
+    pinned = (lax.with_sharding_constraint(x, NamedSharding(mesh, at)) for x, at in zip(leaves, pspecs, strict=True))
+    return jax.tree.unflatten(tree, pinned)
 
 
 def write(layer: tuple[Group, ...], k: jax.Array, v: jax.Array, meta: AttentionMetadata) -> tuple[Group, ...]:
