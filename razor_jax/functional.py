@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float32, Int
 
+from . import attention
 from . import cache as kv
-from .cache import AttentionMetadata, Group, KVCache
+from .cache import AttentionMetadata, CacheSpec, Group, KVCache, make_spec
 from .config import RazorConfig
+from .kernels.ordering import ordered_after
 from .models import alibi, rope
 from .models.transformer import Block, Transformer
 from .params import Params
-from .placement import placement_of
-from .spec import CacheSpec, make_spec
+
+if TYPE_CHECKING:
+    from .mesh.placement import MeshPlacement
 
 Logits = Literal["last", "all", "none"]
 Ids = jax.Array | np.ndarray
@@ -182,7 +186,7 @@ def check_cache(params: Params, cache: KVCache) -> None:
             f"these params force implementation={params.implementation!r}, the cache was made for "
             f"{cache.spec.implementation!r}: make the cache from the same params"
         )
-    have = (spec.heads.num_layers, spec.heads.num_kv_heads, spec.head_dim)
+    have = (len(spec.heads.retrieval), spec.heads.num_kv_heads, spec.head_dim)
     want = (config.num_layers, config.num_kv_heads, config.head_dim)
     if have != want:
         raise ValueError(f"the cache is for (layers, KV heads, head width) {have}, the model has {want}")
@@ -259,3 +263,69 @@ def _layer_in_chunks(params: Params, index: int, x: jax.Array, layer: tuple[Grou
 
     x = lax.fori_loop(0, chunks, attend_chunk, x)
     return placement.write_after(x, k, v, layer, meta)
+
+
+class OneDevice:
+    """The steps of a call on one device. `mesh.MeshPlacement` has the same methods for a mesh."""
+
+    init = staticmethod(kv.init)
+    broadcast = staticmethod(kv.broadcast)
+    attend = staticmethod(attention.attend)
+    attend_and_write = staticmethod(attention.attend_and_write)
+    write_after = staticmethod(attention.write_after)
+
+    @staticmethod
+    def embed(embed: Callable[[jax.Array], jax.Array], tokens: jax.Array, chunk: int) -> jax.Array:
+        """Return the hidden states [B, T, D] of tokens int32 [B, T]."""
+        return embed(tokens)
+
+    @staticmethod
+    def zeros(x: jax.Array, shape: tuple[int, ...], meta: AttentionMetadata) -> jax.Array:
+        """Return zeros [B, K, T, H] for the keys or values of a call.
+
+        They depend on x [B, T, D]: a constant buffer would be allocated for all layers at once.
+        """
+        return jnp.broadcast_to(ordered_after(jnp.zeros((1,), x.dtype), x, meta.length), shape)
+
+    @staticmethod
+    def take(x: jax.Array, start: jax.Array, tokens: int) -> jax.Array:
+        """Return tokens [start, start + tokens) of hidden states x [B, T, D]."""
+        return lax.dynamic_slice_in_dim(x, start, tokens, axis=1)
+
+    @staticmethod
+    def put(x: jax.Array, chunk: jax.Array, start: jax.Array) -> jax.Array:
+        """Return x [B, T, D] with `chunk` [B, t, D] written at token `start`."""
+        return lax.dynamic_update_slice_in_dim(x, chunk, start, axis=1)
+
+    @staticmethod
+    def by_rows(x: jax.Array) -> jax.Array:
+        """Pin an array [B, …] of one call to the devices of its rows."""
+        return x
+
+    @staticmethod
+    def pin_cache(cache: KVCache) -> KVCache:
+        """Pin a cache to its devices."""
+        return cache
+
+    @staticmethod
+    def replicated(x: jax.Array) -> jax.Array:
+        """Pin an array to every device, so that every host can read it."""
+        return x
+
+    @staticmethod
+    def to_devices(tree: Any) -> Any:
+        """Return host arrays, the same on every host, as arrays on every device."""
+        return tree
+
+    @staticmethod
+    def padding(rows: int) -> int:
+        """Return how many empty rows a batch of `rows` needs."""
+        return 0
+
+
+def placement_of(spec: CacheSpec) -> OneDevice | MeshPlacement:
+    """Return where calls on caches of this spec run."""
+    return _ONE_DEVICE if spec.placement is None else spec.placement
+
+
+_ONE_DEVICE = OneDevice()

@@ -19,13 +19,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from .. import cache as kv
-from ..cache import Group, KVCache
+from ..cache import CacheSpec, Group, KVCache, ring_length
 from ..config import RazorConfig
 from ..functional import cache_spec, check_cache
 from ..mesh import relayout
 from ..params import Params, architecture_fingerprint, weights_fingerprint
 from ..sharding import nontrivial, replicate
-from ..spec import CacheSpec, ring_length
 from .files import atomic_directory, read_json, write_json
 
 RECORD = "cache.json"

@@ -17,9 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from .. import cache as kv
-from ..cache import AttentionMetadata, Group, KVCache
+from ..cache import AttentionMetadata, CacheSpec, Group, KVCache
 from ..sharding import HEADS, MODEL, ROWS
-from ..spec import CacheSpec
 from .slots import Shard, most_tokens
 
 

@@ -1,4 +1,4 @@
-"""What a mesh adds to `placement.OneDevice`: how a cache is spread over devices, and each step of a call there.
+"""What a mesh adds to `functional.OneDevice`: how a cache is spread over devices, and each step of a call there.
 
 Each head group of each layer is either *by slot*, the slots of every head spread over all devices of the model axes
 (`slots.py`), or *by head*, whole heads on each device. By slot the devices store equal bytes whatever the split, and
@@ -20,10 +20,9 @@ from jax import lax
 from jax.sharding import AxisType, Mesh
 
 from .. import sharding
-from ..cache import AttentionMetadata, Group, KVCache
+from ..cache import AttentionMetadata, CacheSpec, Group, KVCache
 from ..config import HeadSplit, RazorConfig
 from ..sharding import constrain
-from ..spec import CacheSpec
 from . import attention, cache, head_order
 
 Layout = Literal["slot", "head"]

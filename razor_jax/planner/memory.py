@@ -18,12 +18,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .. import sharding
+from ..cache import CacheSpec, make_spec
 from ..config import HeadSplit, RazorConfig
 from ..functional import CHUNK
 from ..mesh import Layout, MeshPlacement
 from ..models.config import ModelConfig
 from ..params import abstract_weights
-from ..spec import CacheSpec, make_spec
 from .hardware import Hardware
 
 MOST_ROWS, MOST_TOKENS = 1 << 16, 1 << 27  # where the search for what fits ends

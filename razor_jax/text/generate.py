@@ -17,9 +17,8 @@ from .. import cache as kv
 from .. import compilation
 from ..cache import CacheSpec, KVCache
 from ..config import RazorConfig, check_int
-from ..functional import cache_spec, check_cache, require_split
+from ..functional import cache_spec, check_cache, placement_of, require_split
 from ..params import Params
-from ..placement import placement_of
 from ..tokenizer.assets import Detokenizer, find_stop
 from . import loop, prompts
 from .prompts import Prompts

@@ -17,9 +17,8 @@ from jax import lax
 
 from .. import cache as kv
 from ..cache import CacheSpec, KVCache
-from ..functional import decode, extend, extend_known
+from ..functional import decode, extend, extend_known, placement_of
 from ..params import Params
-from ..placement import placement_of
 from .sampling import Sampling, sample
 
 BLOCK = 32  # decode steps a call at most; the host reads tokens and looks for stop strings between calls

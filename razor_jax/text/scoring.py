@@ -13,9 +13,8 @@ from jax import lax
 
 from .. import compilation
 from ..cache import CacheSpec
-from ..functional import extend
+from ..functional import extend, placement_of
 from ..params import Params
-from ..placement import placement_of
 from . import loop, prompts
 from .generate import Policy, choose_policy, make_spec, read_batch
 from .result import KVReport

@@ -12,8 +12,8 @@ import pytest
 
 from razor_jax import HeadSplit, RazorConfig
 from razor_jax import cache as kv
+from razor_jax.functional import placement_of
 from razor_jax.mesh import MeshPlacement, relayout
-from razor_jax.placement import placement_of
 
 from ..support.meshes import BALANCED, SPLIT, G, K, mesh_of
 

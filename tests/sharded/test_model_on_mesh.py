@@ -184,9 +184,9 @@ def test_refusals():
         make(params, batch=2, layout="head")
     with pytest.raises(ValueError, match=r"layout='tail': 'slot', 'head', or None"):
         make(params, batch=2, layout="tail")
-    with pytest.raises(ValueError, match=r"cache lies on one device, the params on a mesh data=2,model=4"):
+    with pytest.raises(ValueError, match=r"cache is on one device, the params on a mesh data=2,model=4"):
         functional.decode(params, make(here, batch=2), np.zeros(2, np.int32))
-    with pytest.raises(ValueError, match=r"cache lies on a mesh data=2,model=4, the params on one device"):
+    with pytest.raises(ValueError, match=r"cache is on a mesh data=2,model=4, the params on one device"):
         razor_jax.generate(here, np.arange(3), cache=make(params, batch=2), max_new_tokens=2)
 
 
