@@ -22,8 +22,7 @@ from razor_jax import cache as kv
 from razor_jax.config import kv_type
 from razor_jax.kernels import cache_write
 from razor_jax.kernels.attention import attend, attend_causal, compensation
-from razor_jax.kernels.cache_write import GroupArrays
-from razor_jax.kernels.quantize import dequantize
+from razor_jax.kernels.cache_write import GroupArrays, dequantize
 from razor_jax.models.config import ModelConfig
 
 # --- Inputs

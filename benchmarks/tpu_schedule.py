@@ -146,7 +146,7 @@ class Refused(Exception):
 def razor(case: Case, array, chip: Chip) -> Call:
     import jax.numpy as jnp
 
-    from razor_jax.kernels.attention import tpu
+    from razor_jax.kernels.attention import Part, tpu
 
     q, k = array((1, case.K, case.rows, case.H), "bfloat16"), array((1, case.K, case.S, case.H), case.dtype)
     if reason := tpu.unsupported(q, k, k):
@@ -160,14 +160,14 @@ def razor(case: Case, array, chip: Chip) -> Call:
     if case.kind == "causal":
 
         def causal(q, k, v, lengths, state):
-            return tpu.attend_causal(q, k, v, lengths, start=jnp.int32(0), group_size=case.G, state=state, **fixed)
+            part = Part(q, k, v, lengths, state)
+            return tpu.attend_causal(part, start=jnp.int32(0), group_size=case.G, **fixed)
 
         return Call(causal, (q, k, k, lengths, state), "razor_attend")
     scales = (array((1, case.K, 1, case.S), "float32"),) * 2 if case.dtype == "int8" else ()
 
     def attend(q, k, v, lengths, state, *scales):
-        named = dict(zip(("k_scale", "v_scale"), scales, strict=False))
-        return tpu.attend(q, k, v, lengths, state=state, **named, **fixed)
+        return tpu.attend(Part(q, k, v, lengths, state, *scales), **fixed)
 
     return Call(attend, (q, k, k, lengths, state, *scales), "razor_attend")
 

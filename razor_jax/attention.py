@@ -20,7 +20,7 @@ from jaxtyping import Float
 from . import cache as kv
 from .cache import AttentionMetadata, Group
 from .kernels import attention as kernel
-from .kernels.ordering import ordered_after
+from .kernels.cache_write import ordered_after
 
 # A call of at most this many tokens joins attention's initial state, built by XLA; a longer one is a kernel's pass.
 FEW_TOKENS = 16

@@ -26,11 +26,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from .config import HeadGroup, HeadSplit, RazorConfig, kv_type
-from .kernels import cache_write
+from .kernels import INT8, cache_write
 from .kernels.backend import Implementation
-from .kernels.cache_write import GroupArrays
+from .kernels.cache_write import GroupArrays, quantize
 from .kernels.choice import choose_for_model
-from .kernels.quantize import INT8, quantize
 
 if TYPE_CHECKING:
     from .mesh.placement import MeshPlacement

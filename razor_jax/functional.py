@@ -15,7 +15,7 @@ from . import attention
 from . import cache as kv
 from .cache import AttentionMetadata, CacheSpec, Group, KVCache, make_spec
 from .config import RazorConfig
-from .kernels.ordering import ordered_after
+from .kernels.cache_write import ordered_after
 from .models import alibi, rope
 from .models.transformer import Block, Transformer
 from .params import Params

@@ -1,4 +1,4 @@
-"""The public attention calls: shapes checked, then the backend that `kernels/backend.py` chooses."""
+"""The public attention calls: check shapes, then run the backend that `kernels/backend.py` chooses."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float, Float32, Int
 
+from .. import INT8
 from ..backend import Implementation, choose, platform
-from ..quantize import INT8
 from .alibi import Alibi
 from .part import Part
 from .state import State
@@ -38,42 +38,23 @@ def attend(
     return_state: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[jax.Array, "B K R H"] | State:
-    """Every query row sees slots [0, lengths[b]): decode, and a chunk against the cache.
+    """Attend to slots [0, lengths[b]): decode, and a chunk against the cache. Arrays are those of `Part`.
 
     Args:
-      q: [B, K, R, H] query rows, G·T of them packed t-major.
-      k, v: [B, K, S, H]; slots from lengths[b] on are never read into a result.
-      lengths: int32 [B], valid slots.
       scale: factor on the logits.
-      state: what was seen before, None for nothing.
-      k_scale, v_scale: float32 [B, K, 1, S] of an int8 cache, which has both; no other type has any.
-      block_table: int32 [B, pages]; k, v are then pools [P, K, page, H] (scales [P, K, 1, page]), and slot s of row
-        b is slot s % page of page block_table[b, s // page]. Entries past the last valid page are never followed.
-      alibi: slopes and positions, None for no bias; every part of one softmax gets its own.
-      return_state: give (acc, m, l) instead of acc / l.
+      return_state: return (acc, m, l) instead of acc / l.
       implementation: the backend by name, None to choose by device and shapes.
 
     Returns:
       [B, K, R, H] in q's type, or the state.
 
     Raises:
-      ValueError: shapes or types that disagree, pages that are no whole tiles of the backend, or a forced backend
+      ValueError: shapes or types that disagree, pages that are not whole tiles of the backend, or a forced backend
         that cannot run.
     """
-    _check_part(Part(q, k, v, lengths, state, k_scale, v_scale, block_table, alibi))
-    return _backend(implementation, q, k, v, alibi is not None).attend(
-        q,
-        k,
-        v,
-        lengths,
-        scale=scale,
-        state=state,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        block_table=block_table,
-        return_state=return_state,
-        **({} if alibi is None else {"alibi": alibi}),  # which only XLA has
-    )
+    part = Part(q, k, v, lengths, state, k_scale, v_scale, block_table, alibi)
+    _check_part(part)
+    return _backend(implementation, q, k, v, alibi is not None).attend(part, scale=scale, return_state=return_state)
 
 
 def attend_groups(
@@ -83,8 +64,10 @@ def attend_groups(
     return_state: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[jax.Array, "B K R H"] | State:
-    """`attend` over the head groups of a layer, concatenated on K in the order of `parts`; one launch where the
-    backend has one. Raises as `attend` does."""
+    """Run `attend` on each head group of a layer and concatenate on K, in one launch where the backend has one.
+
+    Raises as `attend`.
+    """
     together = len(parts) > 1 and platform() == "gpu" and implementation in (None, "pallas_gpu")
     if together and all(unsupported("pallas_gpu", p.q, p.k, p.v, p.alibi is not None) is None for p in parts):
         for part in parts:
@@ -109,11 +92,11 @@ def attend_causal(
     return_state: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[jax.Array, "B K R H"] | State:
-    """Query token t, at index start + t of a chunk, sees the chunk's tokens up to its own.
+    """Attend causally: query token t, at index start + t of a chunk, sees the chunk's tokens up to its own.
 
     Args:
       q: [B, K, G·Tq, H], rows packed t-major.
-      k, v: [B, K, T, H], the whole chunk, in a type that q's can meet without rounding.
+      k, v: [B, K, T, H], the whole chunk, in a type that q's can be multiplied with without rounding.
       lengths: int32 [B], valid tokens of the chunk.
       start: index in the chunk of q's first token, an int or int32 scalar.
       group_size: G.
@@ -126,25 +109,18 @@ def attend_causal(
     Raises:
       ValueError: as in `attend`.
     """
-    _check(q, k, v, lengths, state, paged=False)
+    part = Part(q, k, v, lengths, state)
+    _check(part, paged=False)
     if q.shape[2] % group_size:
-        raise ValueError(f"q has {q.shape[2]} rows a KV head, no multiple of group_size={group_size}")
+        raise ValueError(f"q has {q.shape[2]} rows per KV head, not a multiple of group_size={group_size}")
+    options = {} if slopes is None else {"slopes": slopes}  # XLA only
     return _backend(implementation, q, k, v, slopes is not None).attend_causal(
-        q,
-        k,
-        v,
-        lengths,
-        start=start,
-        group_size=group_size,
-        scale=scale,
-        state=state,
-        return_state=return_state,
-        **({} if slopes is None else {"slopes": slopes}),
+        part, start=start, group_size=group_size, scale=scale, return_state=return_state, **options
     )
 
 
 def unsupported(implementation: Implementation, q: Any, k: Any, v: Any, alibi: bool = False) -> str | None:
-    """Why a Pallas implementation cannot take such arrays, of which shapes and types are enough, or None: it can."""
+    """Return why the backend cannot run on these arrays, or None if it can. Only shapes and dtypes are read."""
     if alibi:
         return "ALiBi runs on XLA"
     return _module(implementation).unsupported(q, k, v)
@@ -157,13 +133,15 @@ def _module(implementation: Implementation) -> ModuleType:
 def _backend(
     implementation: Implementation | None, q: jax.Array, k: jax.Array, v: jax.Array, alibi: bool
 ) -> ModuleType:
+    if implementation == "xla":
+        return _module("xla")
     return _module(choose(implementation, lambda name: unsupported(name, q, k, v, alibi)))
 
 
 def _check_part(part: Part) -> None:
-    """Shapes and types of an `attend`, before anything is launched."""
-    q, k, v, lengths, state, k_scale, v_scale, table, alibi = part
-    _check(q, k, v, lengths, state, paged=table is not None)
+    """Check shapes and types of an `attend`, before anything is launched."""
+    q, k, v, lengths, _, k_scale, v_scale, table, alibi = part
+    _check(part, paged=table is not None)
     if alibi is not None:
         _check_alibi(alibi, q, k.shape[2] if table is None else k.shape[2] * table.shape[1])
     _check_scales(k, v, k_scale, v_scale)
@@ -183,7 +161,8 @@ def _check_part(part: Part) -> None:
             )
 
 
-def _check(q, k, v, lengths, state: State | None, paged: bool) -> None:
+def _check(part: Part, paged: bool) -> None:
+    q, k, v, lengths, state = part[:5]
     B, K, R, H = q.shape
     if k.shape != v.shape or k.dtype != v.dtype:
         raise ValueError(f"k {k.dtype}{list(k.shape)} and v {v.dtype}{list(v.shape)} must agree")

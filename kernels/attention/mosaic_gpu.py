@@ -29,8 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float
 
+from .part import Part
 from .state import NEG, State, finish
 
 _HEAD_WIDTHS = (64, 128)
@@ -82,52 +83,37 @@ def choose_splits(heads: int, R: int, S: int) -> int:
 
 
 def attend(
-    q: Float[jax.Array, "B K R H"],
-    k: Float[jax.Array, "B K S H"],
-    v: Float[jax.Array, "B K S H"],
-    lengths: Int[jax.Array, " B"],
-    *,
-    scale: float,
-    state: State | None = None,
-    k_scale: Float32[jax.Array, "B K 1 S"] | None = None,
-    v_scale: Float32[jax.Array, "B K 1 S"] | None = None,
-    block_table: Int[jax.Array, "B pages"] | None = None,
-    return_state: bool = False,
-    splits: int | None = None,
-    interpret: Any = None,
+    part: Part, *, scale: float, return_state: bool = False, splits: int | None = None, interpret: Any = None
 ) -> Float[jax.Array, "B K R H"] | State:
-    """`xla.attend` as a kernel: every query row of q [B,K,R,H] sees slots [0, lengths[b]) of k, v [B,K,S,H].
+    """Attend to slots [0, lengths[b]); the contract of `Part`.
 
     Raises NotImplementedError for the scales of an 8-bit cache and for pages.
     """
-    if any(x is not None for x in (k_scale, v_scale, block_table)):
+    if any(x is not None for x in (part.k_scale, part.v_scale, part.block_table)):
         raise NotImplementedError("the Mosaic GPU kernel reads neither 8-bit caches nor pages")
-    start = jnp.zeros((1,), jnp.int32)
-    return _run(_Call(None, scale, return_state, interpret), q, k, v, lengths, start, state, splits)
+    static = _Static(None, scale, return_state, interpret)
+    return _run(static, *part[:4], jnp.zeros((1,), jnp.int32), part.state, splits)
 
 
 def attend_causal(
-    q: Float[jax.Array, "B K R H"],
-    k: Float[jax.Array, "B K S H"],
-    v: Float[jax.Array, "B K S H"],
-    lengths: Int[jax.Array, " B"],
+    part: Part,
     *,
     start: jax.Array | int,
     group_size: int,
     scale: float,
-    state: State | None = None,
     return_state: bool = False,
     splits: int | None = None,
     interpret: Any = None,
 ) -> Float[jax.Array, "B K R H"] | State:
-    """`xla.attend_causal` as a kernel: row t·G + g of q [B,K,G·T,H] sees slots [0, start + t] below lengths[b]."""
+    """Attend causally to the tokens of a chunk; the contract of `Part`."""
     start = jnp.asarray(start, jnp.int32).reshape(1)
-    return _run(_Call(group_size, scale, return_state, interpret), q, k, v, lengths, start, state, splits)
+    static = _Static(group_size, scale, return_state, interpret)
+    return _run(static, *part[:4], start, part.state, splits)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
-    """All that is static about a call; `group_size` None is no causal mask."""
+class _Static:
+    """Static arguments of a call; `group_size` None means no causal mask."""
 
     group_size: int | None
     scale: float
@@ -163,7 +149,7 @@ class _Work(NamedTuple):
     row: Any  # the first of the program's query rows
 
 
-def _run(call: _Call, q, k, v, lengths, start, state: State | None, splits: int | None):
+def _run(call: _Static, q, k, v, lengths, start, state: State | None, splits: int | None):
     """q [B,K,R,H], k, v [B,K,S,H], lengths int32 [B], start int32 [1]: the output or the state, as asked."""
     (B, K, R, H), S = q.shape, k.shape[2]
     splits = splits or choose_splits(B * K, R, S)
@@ -223,7 +209,7 @@ def _shared(tiles: int, H: int, dtype) -> _Shared:
     )
 
 
-def _kernel(call: _Call, R: int, lengths, start, q, k, v, acc, m, l, *scratch):
+def _kernel(call: _Static, R: int, lengths, start, q, k, v, acc, m, l, *scratch):
     shared = _Shared(*scratch)
     tiles = shared.q.shape[0]
     i, split, h, b = (lax.axis_index(name) for name in ("rows", "splits", "heads", "batch"))
@@ -268,7 +254,7 @@ def _kernel(call: _Call, R: int, lengths, start, q, k, v, acc, m, l, *scratch):
             store(0, _add(state, (shared.acc[0], shared.m[0], shared.l[0])))
 
 
-def _reach(call: _Call, block: int, R: int, i, length, start):
+def _reach(call: _Static, block: int, R: int, i, length, start):
     """(full, end) of query block i: slots that all its rows see, and that any of them sees."""
     if call.group_size is None:
         return length, length
@@ -298,7 +284,7 @@ def _load(shared: _Shared, work: _Work, k, v):
     lax.fori_loop(jnp.maximum(work.steps - stages, 0), work.steps, drain, None)
 
 
-def _consume(call: _Call, shared: _Shared, work: _Work, me):
+def _consume(call: _Static, shared: _Shared, work: _Work, me):
     """acc [64, H], m and l [64] of consumer `me`: of its tile, or of its share of the blocks."""
     tiles, _, H = shared.q.shape
     turns = _CONSUMERS // tiles
@@ -315,7 +301,7 @@ def _consume(call: _Call, shared: _Shared, work: _Work, me):
     return lax.fori_loop(clean, steps, functools.partial(step, edge=True), carry)
 
 
-def _fold(call: _Call, shared: _Shared, work: _Work, me, tile, step, edge: bool, carry):
+def _fold(call: _Static, shared: _Shared, work: _Work, me, tile, step, edge: bool, carry):
     """One online-softmax step over a block, with masks at an edge; m counts in powers of two."""
     acc, m, l = carry
     stage = _stage(step, shared.k.shape[0])

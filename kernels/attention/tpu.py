@@ -29,10 +29,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float, Float32, Int, Shaped
+from jaxtyping import Float
 
-from ..quantize import EIGHT_BIT, INT8
+from .. import EIGHT_BIT, INT8
 from ..tpu_memory import keep_in_hbm
+from .part import Part
 from .state import NEG, State
 
 _LANES = 128
@@ -82,51 +83,34 @@ def choose_blocks(R: int, S: int, H: int, itemsize: int, page: int | None = None
 
 
 def attend(
-    q: Float[jax.Array, "B K R H"],
-    k: Shaped[jax.Array, "P K S H"],
-    v: Shaped[jax.Array, "P K S H"],
-    lengths: Int[jax.Array, " B"],
-    *,
-    scale: float,
-    state: State | None = None,
-    k_scale: Float32[jax.Array, "P K 1 S"] | None = None,
-    v_scale: Float32[jax.Array, "P K 1 S"] | None = None,
-    block_table: Int[jax.Array, "B pages"] | None = None,
-    return_state: bool = False,
-    blocks: Blocks | None = None,
-    interpret: Any = False,
+    part: Part, *, scale: float, return_state: bool = False, blocks: Blocks | None = None, interpret: Any = False
 ) -> Float[jax.Array, "B K R H"] | State:
-    """`xla.attend` as a kernel: every query row of q [B,K,R,H] sees slots [0, lengths[b]) of k, v [B,K,S,H].
+    """Attend to slots [0, lengths[b]); the contract of `Part`.
 
-    With a block table a page is a block of the kernel: ValueError where it is no whole number of tiles, or too long.
+    With a block table a page is a block of the kernel: ValueError where it is not whole tiles, or too long.
     """
-    scales = () if k_scale is None or v_scale is None else (k_scale, v_scale)
-    call = _Call(None, scale, return_state, interpret)
-    return _run(call, q, k, v, scales, lengths, jnp.zeros((1,), jnp.int32), block_table, state, blocks)
+    static = _Static(None, scale, return_state, interpret)
+    return _run(static, part, jnp.zeros((1,), jnp.int32), blocks)
 
 
 def attend_causal(
-    q: Float[jax.Array, "B K R H"],
-    k: Float[jax.Array, "B K S H"],
-    v: Float[jax.Array, "B K S H"],
-    lengths: Int[jax.Array, " B"],
+    part: Part,
     *,
     start: jax.Array | int,
     group_size: int,
     scale: float,
-    state: State | None = None,
     return_state: bool = False,
     blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> Float[jax.Array, "B K R H"] | State:
-    """`xla.attend_causal` as a kernel: row t·G + g of q [B,K,G·T,H] sees slots [0, start + t] below lengths[b]."""
-    call = _Call(group_size, scale, return_state, interpret)
-    return _run(call, q, k, v, (), lengths, jnp.asarray(start, jnp.int32).reshape(1), None, state, blocks)
+    """Attend causally to the tokens of a chunk; the contract of `Part`."""
+    static = _Static(group_size, scale, return_state, interpret)
+    return _run(static, part, jnp.asarray(start, jnp.int32).reshape(1), blocks)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
-    """All that is static about a call; `group_size` None is no causal mask."""
+class _Static:
+    """Static arguments of a call; `group_size` None means no causal mask."""
 
     group_size: int | None
     scale: float
@@ -134,10 +118,12 @@ class _Call:
     interpret: Any
 
 
-# jit of its own: `stay` is no word outside of one.
+# Jitted here because memory-space constraints are only valid under jit.
 @functools.partial(jax.jit, static_argnames=("call", "blocks"))
-def _run(call: _Call, q, k, v, scales, lengths, start, table, state: State | None, blocks: Blocks | None):
-    """q [B,K,R,H], k, v [B,K,S,H] or pools with a table, scales () or two [B,K,1,S], lengths int32 [B], start [1]."""
+def _run(call: _Static, part: Part, start: jax.Array, blocks: Blocks | None):
+    """Launch the kernel; `start` int32 [1]."""
+    q, k, v, lengths, state, k_scale, v_scale, table, _ = part
+    scales = () if k_scale is None or v_scale is None else (k_scale, v_scale)
     B, K, R, H = q.shape
     S = k.shape[2] if table is None else k.shape[2] * table.shape[1]
     dtype = q.dtype if k.dtype in EIGHT_BIT else jnp.promote_types(q.dtype, k.dtype)
@@ -238,7 +224,7 @@ def _specs(reach, blocks: Blocks, H: int, across: bool, pages: int | None) -> tu
     )
 
 
-def _reach(call: _Call, block: int, R: int, i, length, start):
+def _reach(call: _Static, block: int, R: int, i, length, start):
     """(full, end) of query block i: slots that all its rows see, and that any of them sees."""
     if call.group_size is None:
         return length, length
@@ -248,7 +234,7 @@ def _reach(call: _Call, block: int, R: int, i, length, start):
     return jnp.minimum(length, full), jnp.minimum(length, end)
 
 
-def _longest(call: _Call, R: int, lengths, start):
+def _longest(call: _Static, R: int, lengths, start):
     """The number of slots that any query of the call sees."""
     longest = jnp.max(lengths)
     return longest if call.group_size is None else jnp.minimum(longest, start + R // call.group_size)
@@ -263,7 +249,7 @@ def _cost(q_shape: tuple[int, ...], S: int, itemsize: int, causal: bool) -> pl.C
 
 
 def _kernel(
-    lengths, start, table, q, k, v, scales, state, out, acc, m, l, *, call: _Call, reach, block: int, across: bool
+    lengths, start, table, q, k, v, scales, state, out, acc, m, l, *, call: _Static, reach, block: int, across: bool
 ):
     """A block of query rows q [r, H] meets one of slots k, v [s, H] ([H, s] across); acc [r, H], m, l [r, 1] stay."""
     i, step = pl.program_id(2), pl.program_id(3)

@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Float, Float32, Int, Shaped
+from jaxtyping import Float
 
-from ..quantize import EIGHT_BIT, FP8, INT8
+from .. import EIGHT_BIT, FP8, INT8
 from .part import Part
 from .state import NEG, State
 
@@ -120,47 +120,26 @@ def choose_blocks(heads: int, R: int, S: int, H: int, dtype: jnp.dtype, page: in
 
 
 def attend(
-    q: Float[jax.Array, "B K R H"],
-    k: Shaped[jax.Array, "P K S H"],
-    v: Shaped[jax.Array, "P K S H"],
-    lengths: Int[jax.Array, " B"],
-    *,
-    scale: float,
-    state: State | None = None,
-    k_scale: Float32[jax.Array, "P K 1 S"] | None = None,
-    v_scale: Float32[jax.Array, "P K 1 S"] | None = None,
-    block_table: Int[jax.Array, "B pages"] | None = None,
-    return_state: bool = False,
-    blocks: Blocks | None = None,
-    interpret: Any = False,
+    part: Part, *, scale: float, return_state: bool = False, blocks: Blocks | None = None, interpret: Any = False
 ) -> Float[jax.Array, "B K R H"] | State:
-    """`xla.attend` as a kernel: every query row of q [B,K,R,H] sees slots [0, lengths[b]) of k, v [B,K,S,H].
-
-    `scale` is positive. With `block_table` [B, pages], k, v [P,K,page,H] are pools of pages.
-    """
-    part = Part(q, k, v, lengths, state, k_scale, v_scale, block_table)
-    (result,) = _run(_Call(None, scale, return_state, interpret), (part,), None, blocks)
+    """Attend to slots [0, lengths[b]); the contract of `Part`. `scale` is positive."""
+    (result,) = _run(_Static(None, scale, return_state, interpret), (part,), None, blocks)
     return result
 
 
 def attend_causal(
-    q: Float[jax.Array, "B K R H"],
-    k: Float[jax.Array, "B K S H"],
-    v: Float[jax.Array, "B K S H"],
-    lengths: Int[jax.Array, " B"],
+    part: Part,
     *,
     start: jax.Array | int,
     group_size: int,
     scale: float,
-    state: State | None = None,
     return_state: bool = False,
     blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> Float[jax.Array, "B K R H"] | State:
-    """`xla.attend_causal` as a kernel: row t·G + g of q [B,K,G·T,H] sees slots [0, start + t] below lengths[b]."""
+    """Attend causally to the tokens of a chunk; the contract of `Part`."""
     start = jnp.asarray(start, jnp.int32).reshape(1)
-    call = _Call(group_size, scale, return_state, interpret)
-    (result,) = _run(call, (Part(q, k, v, lengths, state),), start, blocks)
+    (result,) = _run(_Static(group_size, scale, return_state, interpret), (part,), start, blocks)
     return result
 
 
@@ -171,13 +150,13 @@ def attend_groups(
 
     Each part has its own K and S; B, R, H and the types are those of the layer.
     """
-    results = _run(_Call(None, scale, return_state, interpret), tuple(parts), None, None)
+    results = _run(_Static(None, scale, return_state, interpret), tuple(parts), None, None)
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *results)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
-    """All that is static about a call; `group_size` None is no causal mask."""
+class _Static:
+    """Static arguments of a call; `group_size` None means no causal mask."""
 
     group_size: int | None
     scale: float
@@ -185,7 +164,7 @@ class _Call:
     interpret: Any
 
 
-def _run(call: _Call, parts: tuple[Part, ...], start, blocks: Blocks | None) -> list[jax.Array | State]:
+def _run(call: _Static, parts: tuple[Part, ...], start, blocks: Blocks | None) -> list[jax.Array | State]:
     """Outputs or states of the parts, as asked; `start` int32 [1] of a causal call."""
     B, _, R, H = parts[0].q.shape
     work = B * sum(part.q.shape[1] * _slots(part)[1] for part in parts)
@@ -214,7 +193,7 @@ def _run(call: _Call, parts: tuple[Part, ...], start, blocks: Blocks | None) -> 
     return merged
 
 
-def _shapes(call: _Call, q: jax.Array) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _shapes(call: _Static, q: jax.Array) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What the last kernel of a call gives: the output alone, or acc, m and l."""
     if not call.return_state:
         return (jax.ShapeDtypeStruct(q.shape, q.dtype),)
@@ -226,7 +205,7 @@ def _states(shape: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
     return jax.ShapeDtypeStruct(shape, jnp.float32), line, line
 
 
-def _merge(call: _Call, states, part: Part):
+def _merge(call: _Static, states, part: Part):
     """acc [B,K,splits,R,H], m and l [B,K,splits,R], and the state seen before, as one: what `_shapes` says."""
     B, K, R, _ = part.q.shape
     (result,) = pl.pallas_call(
@@ -255,7 +234,7 @@ def _programs(q_shape: tuple[int, ...], plan: Blocks) -> int:
     return q_shape[1] * plan.splits * pl.cdiv(q_shape[2], plan.rows)
 
 
-def _razor_attend(parts, start, results, *, call: _Call, plans: tuple[Blocks, ...]):
+def _razor_attend(parts, start, results, *, call: _Static, plans: tuple[Blocks, ...]):
     program, b = pl.program_id(0), pl.program_id(1)
     if len(parts) == 1:
         _program(call, plans[0], parts[0], start, results[0], program, b)
@@ -268,7 +247,7 @@ def _razor_attend(parts, start, results, *, call: _Call, plans: tuple[Blocks, ..
         first = end
 
 
-def _program(call: _Call, plan: Blocks, part, start, result, program, b):
+def _program(call: _Static, plan: Blocks, part, start, result, program, b):
     """A block of query rows of one head meets its split of the slots."""
     _, _, R, H = part.q.shape
     row_blocks = pl.cdiv(R, plan.rows)
@@ -334,7 +313,7 @@ def _razor_merge(states, state, result):
         result[1][b, h, r], result[2][b, h, r] = m, l
 
 
-def _reach(call: _Call, block: int, R: int, i, length, start):
+def _reach(call: _Static, block: int, R: int, i, length, start):
     """(full, end) of query block i: slots that all its rows see, and that any of them sees."""
     if call.group_size is None:
         return length, length

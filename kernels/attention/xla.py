@@ -1,8 +1,4 @@
-"""Blockwise attention in plain XLA: the reference of every kernel, and what runs where none does.
-
-The contract, shared with the Pallas kernels: a cache's valid slots are always a prefix, so the only mask
-is a length; everything else that attention must know arrives as the initial state.
-"""
+"""Blockwise attention in plain XLA: the reference for every kernel, and the fallback where none runs."""
 
 from __future__ import annotations
 
@@ -11,10 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from ..quantize import EIGHT_BIT
+from .. import EIGHT_BIT
 from .alibi import Alibi
+from .part import Part
 from .state import NEG, State, empty, finish
 
 # Slots a step. Few query rows (decode) are bound by memory and want long steps; many rows (prefill) keep
@@ -24,37 +21,9 @@ _BLOCK_MANY_ROWS = 256
 _FEW_ROWS = 32
 
 
-def attend(
-    q: Float[jax.Array, "B K R H"],
-    k: jax.Array,
-    v: jax.Array,
-    lengths: Int[jax.Array, " B"],
-    *,
-    scale: float,
-    state: State | None = None,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
-    block_table: Int[jax.Array, "B pages"] | None = None,
-    alibi: Alibi | None = None,
-    return_state: bool = False,
-) -> Float[jax.Array, "B K R H"] | State:
-    """Every query row sees slots [0, lengths[b]): decode, and a chunk against the cache.
-
-    Args:
-      q: [B, K, R, H] query rows, G·T of them packed t-major.
-      k, v: [B, K, S, H]; slots from lengths[b] on are never read into a result.
-      lengths: int32 [B], valid slots.
-      scale: factor on the logits.
-      state: what was seen before, None for nothing.
-      k_scale, v_scale: float32 [B, K, 1, S], of an int8 cache: logits of slot s times k_scale, weights times v_scale.
-      block_table: int32 [B, pages]; k, v are then pools [P, K, page, H] (scales [P, K, 1, page]), and slot s of row
-        b is slot s % page of page block_table[b, s // page]. Entries past the last valid page are never followed.
-      alibi: slopes and positions, None for no bias.
-      return_state: give (acc, m, l) instead of acc / l.
-
-    Returns:
-      [B, K, R, H] in q's type, or the state. Slots past the longest row's block cost nothing.
-    """
+def attend(part: Part, *, scale: float, return_state: bool = False) -> Float[jax.Array, "B K R H"] | State:
+    """Attend to slots [0, lengths[b]); the contract of `Part`."""
+    q, k, v, lengths, state, k_scale, v_scale, block_table, alibi = part
     if block_table is not None:
         pages = functools.partial(_gather_pages, table=block_table, lengths=lengths, page=k.shape[2])
         k, v = pages(k), pages(v)
@@ -69,32 +38,16 @@ def attend(
 
 
 def attend_causal(
-    q: Float[jax.Array, "B K R H"],
-    k: Float[jax.Array, "B K S H"],
-    v: Float[jax.Array, "B K S H"],
-    lengths: Int[jax.Array, " B"],
+    part: Part,
     *,
     start: jax.Array | int,
     group_size: int,
     scale: float,
-    state: State | None = None,
     slopes: jax.Array | None = None,
     return_state: bool = False,
 ) -> Float[jax.Array, "B K R H"] | State:
-    """Query token t, at index start + t of a chunk, sees the chunk's tokens up to its own.
-
-    Args:
-      q: [B, K, G·Tq, H], rows packed t-major.
-      k, v: [B, K, T, H], the whole chunk.
-      lengths: int32 [B], valid tokens of the chunk.
-      start: index in the chunk of q's first token, an int or int32 scalar.
-      group_size: G.
-      slopes: float32 [K, G] of ALiBi, None for no bias.
-      scale, state, return_state: as in `attend`.
-
-    Returns:
-      [B, K, G·Tq, H] in q's type, or the state. Key blocks past the last query cost nothing.
-    """
+    """Attend causally to the tokens of a chunk; the contract of `Part`, and float32 [K, G] slopes of ALiBi."""
+    q, k, v, lengths, state = part[:5]
     R = q.shape[2]
     last = start + R // group_size
     token = start + jnp.arange(R, dtype=jnp.int32) // group_size

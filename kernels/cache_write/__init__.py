@@ -2,5 +2,6 @@
 
 from .arrays import GroupArrays
 from .dispatch import unsupported, write
+from .xla import dequantize, ordered_after, quantize
 
-__all__ = ["GroupArrays", "unsupported", "write"]
+__all__ = ["GroupArrays", "dequantize", "ordered_after", "quantize", "unsupported", "write"]

@@ -57,9 +57,10 @@ def write(
     for name, x in (("lengths", lengths), ("counts", counts), ("window", window)):
         if x is not None and x.shape != held.k.shape[:1]:
             raise ValueError(f"{name} {list(x.shape)} must be [B] with the cache's B = {held.k.shape[0]}")
-    chosen = choose(implementation, lambda name: unsupported(name, held))
+    if implementation != "xla":
+        implementation = choose(implementation, lambda name: unsupported(name, held))
     # On a GPU a donated scatter is in place, so there is nothing that a kernel could save.
-    return (tpu if chosen == "pallas_tpu" else xla).write(held, new, lengths, counts, window, sinks)
+    return (tpu if implementation == "pallas_tpu" else xla).write(held, new, lengths, counts, window, sinks)
 
 
 def unsupported(implementation: Implementation, held: Any) -> str | None:

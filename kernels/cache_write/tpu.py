@@ -25,11 +25,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Int
 
-from ..ordering import ordered_after
-from ..quantize import EIGHT_BIT, FP8
+from .. import EIGHT_BIT, FP8
 from ..tpu_memory import keep_in_hbm
 from . import xla
 from .arrays import GroupArrays
+from .xla import ordered_after
 
 _LANES = 128
 _HEAD_WIDTHS = (64, 128)

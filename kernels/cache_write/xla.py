@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Int
+from jax import lax
+from jaxtyping import Float, Float32, Int
 
-from ..ordering import ordered_after
-from ..quantize import dequantize
+from .. import FP8, INT8
 from .arrays import GroupArrays
 
 
@@ -184,3 +184,41 @@ def _scatter(held: GroupArrays, slots: jax.Array, new: GroupArrays) -> GroupArra
 def _masked_sum(x: jax.Array, scale: jax.Array | None, mask: jax.Array) -> jax.Array:
     """Float32 [B,K,1,H] sum of x [B,K,s,H] over mask [B,s]; NaN outside the mask stays outside."""
     return jnp.sum(jnp.where(mask[:, None, :, None], dequantize(x, scale), 0.0), axis=2, keepdims=True)
+
+
+def quantize(
+    x: Float[jax.Array, "B K T H"], dtype: jnp.dtype
+) -> tuple[jax.Array, Float32[jax.Array, "B K 1 T"] | None]:
+    """Return x [B,K,T,H] in the cache type `dtype`, and the scales [B,K,1,T] of int8.
+
+    int8 has one float32 scale per token and head, max|x| / 127, so that scaling touches rows of logits and of weights
+    and never the cache. float8_e4m3fn has an exponent and no scale: values beyond ±448 are clipped.
+    """
+    if dtype == INT8:
+        x = x.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(x), axis=-1)
+        scale = jnp.where(largest > 0, largest, 1.0) / 127.0
+        return jnp.round(x / scale[..., None]).astype(INT8), scale[:, :, None]
+    if dtype == FP8:
+        largest = float(jnp.finfo(FP8).max)
+        x = jnp.clip(x, -largest, largest)
+    return x.astype(dtype), None
+
+
+def dequantize(x: jax.Array, scale: Float32[jax.Array, "B K 1 T"] | None) -> Float32[jax.Array, "B K T H"]:
+    """Return the float32 values of x [B,K,T,H]."""
+    x = x.astype(jnp.float32)
+    return x if scale is None else x * scale[:, :, 0, :, None]
+
+
+def ordered_after(x: jax.Array, earlier: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Return x, ordered after `earlier`. `lengths` (any non-negative runtime values) hide the always-true condition.
+
+    To a compiler, reading a cache and writing it are independent, and if it writes first it keeps a copy to read from.
+    An optimization barrier prevents that on TPU and GPU. XLA on CPU drops barriers, so one element of x is also chosen
+    by a condition that always holds but that the compiler cannot know.
+    """
+    x, earlier = lax.optimization_barrier((x, earlier))
+    corner = (0,) * x.ndim
+    chosen = jnp.where(lengths[0] >= 0, x[corner], earlier[(0,) * earlier.ndim].astype(x.dtype))
+    return x.at[corner].set(chosen)

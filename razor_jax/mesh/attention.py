@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .. import attention
 from ..attention import Slopes
 from ..cache import AttentionMetadata, Group
-from ..kernels.ordering import ordered_after
+from ..kernels.cache_write import ordered_after
 from ..sharding import HEADS, MODEL, ROWS, Axes, model_devices
 from . import by_slot
 from .by_slot import RowSplit

@@ -47,8 +47,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from razor_jax.kernels import attention
 from razor_jax.kernels.attention import tpu as attention_tpu
-from razor_jax.kernels.cache_write import Stored, tpu, xla
-from razor_jax.kernels.ordering import after
+from razor_jax.kernels.cache_write import GroupArrays, tpu, xla
+from razor_jax.kernels.cache_write import ordered_after
 
 topology, full_slots, cases = json.loads(sys.argv[1])
 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -58,7 +58,7 @@ array = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, Par
 def stored(B, K, S, H, dtype, means):
     scales = (array((B, K, 1, S), jnp.float32),) * 2 if dtype == "int8" else (None, None)
     mean = array((B, K, 1, H), jnp.float32) if means else None
-    return Stored(*(array((B, K, S, H), dtype),) * 2, *scales, mean, mean)
+    return GroupArrays(*(array((B, K, S, H), dtype),) * 2, *scales, mean, mean)
 
 def run(held, new, q, lengths, counts, window, sinks):
     out = None
@@ -68,9 +68,9 @@ def run(held, new, q, lengths, counts, window, sinks):
             state = attention.compensation(q, held.k_mean, held.v_mean, xla.dropped(lengths, window, sinks), 0.1)
             valid = jnp.minimum(lengths, sinks + window)
         scales = {} if held.k_scale is None else dict(k_scale=held.k_scale, v_scale=held.v_scale)
-        seen = dict(scale=0.1, state=state, return_state=True, **scales)
-        out = attention_tpu.attend(q, held.k, held.v, valid, **seen)
-        new = new._replace(k=after(new.k, out[0], lengths), v=after(new.v, out[0], lengths))
+        part = attention.Part(q, held.k, held.v, valid, state, **scales)
+        out = attention_tpu.attend(part, scale=0.1, return_state=True)
+        new = new._replace(k=ordered_after(new.k, out[0], lengths), v=ordered_after(new.v, out[0], lengths))
     return tpu.write(held, new, lengths, counts, window, sinks), out
 
 def copies(text, cache):

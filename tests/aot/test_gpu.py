@@ -64,7 +64,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from razor_jax.kernels.attention import triton
-from razor_jax.kernels.cache_write import Stored, xla as cache
+from razor_jax.kernels.cache_write import GroupArrays, xla as cache
 
 chip, target, cases, folder = json.loads(sys.argv[1])
 topology = topologies.get_topology_desc(platform="cuda", topology_name=chip, target_config=target, topology="1x1x1")
@@ -78,12 +78,11 @@ def part(B, K, R, S, H, q, kv, carries):
     return triton.Part(rows, slots, slots, array((B,), jnp.int32), state, scale, scale)
 
 def attend(part, carries, start):
-    return triton.attend(*part[:4], scale=0.1, state=part.state, k_scale=part.k_scale, v_scale=part.v_scale,
-        block_table=part.block_table, return_state=carries)
+    return triton.attend(part, scale=0.1, return_state=carries)
 
 def attend_causal(part, carries, start):
-    return triton.attend_causal(*part[:4], scale=0.1, state=part.state, start=start, group_size=4,
-        return_state=carries)
+    part = part._replace(k_scale=None, v_scale=None)
+    return triton.attend_causal(part, scale=0.1, start=start, group_size=4, return_state=carries)
 
 def groups(parts, carries, start):
     return triton.attend_groups(parts, scale=0.1, return_state=carries)
@@ -92,7 +91,7 @@ def step(held, part, new, window):
     # One decode step of a full group and of a ring: attend, then write in place.
     outs, after = [], []
     for x, of_window in zip(held, (None, window)):
-        out = triton.attend(part.q, x.k, x.v, part.lengths, scale=0.1, k_scale=x.k_scale, v_scale=x.v_scale)
+        out = triton.attend(part._replace(k=x.k, v=x.v, k_scale=x.k_scale, v_scale=x.v_scale), scale=0.1)
         outs.append(out)
         after.append(cache.write(x, new, part.lengths, jnp.ones_like(part.lengths), of_window, 4))
     return outs, after
@@ -115,8 +114,11 @@ with jax.set_mesh(mesh):
             mean = array((B, K, 1, H), jnp.float32)
             one = part(B, K, R, 1, H, q, kv, False)
             ring = part(B, K, R, 4100, H, q, kv, False)
-            held = [Stored(x.k, x.v, x.k_scale, x.v_scale, *means) for x, means in ((shape, ()), (ring, (mean, mean)))]
-            new = Stored(one.k, one.v, one.k_scale, one.v_scale)
+            held = [
+                GroupArrays(x.k, x.v, x.k_scale, x.v_scale, *means)
+                for x, means in ((shape, ()), (ring, (mean, mean)))
+            ]
+            new = GroupArrays(one.k, one.v, one.k_scale, one.v_scale)
             alone = shape._replace(k=None, v=None, k_scale=None, v_scale=None)
             arguments = (held, alone, new, array((B,), jnp.int32))
         options = {"xla_dump_to": f"{folder}/{index}"}

@@ -60,7 +60,7 @@ import functools, json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from razor_jax.kernels.attention import mosaic_gpu
+from razor_jax.kernels.attention import Part, mosaic_gpu
 
 target, cases = json.loads(sys.argv[1])
 topology = topologies.get_topology_desc(
@@ -76,7 +76,7 @@ with jax.set_mesh(mesh):
         line = array((B, K, R), jnp.float32)
         def run(q, k, v, lengths, state, start):
             causal = dict(start=start, group_size=4) if kind == "attend_causal" else {}
-            return getattr(mosaic_gpu, kind)(q, k, v, lengths, scale=H**-0.5, state=state, **causal)
+            return getattr(mosaic_gpu, kind)(Part(q, k, v, lengths, state), scale=H**-0.5, **causal)
         traced = jax.jit(run).trace(q, kv, kv, lengths, (array(q.shape, jnp.float32), line, line), array((), jnp.int32))
         compiled = traced.lower(lowering_platforms=("cuda",)).compile()
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)

@@ -14,7 +14,7 @@ from razor_jax import HeadSplit, RazorConfig
 from razor_jax import cache as kv
 from razor_jax.attention import attend_and_write
 from razor_jax.kernels import attention
-from razor_jax.kernels.quantize import dequantize, quantize
+from razor_jax.kernels.cache_write import dequantize, quantize
 
 from ..support import oracle
 
@@ -228,7 +228,7 @@ def test_wrong_inputs_name_the_argument():
             q, k, k, lengths, implementation="pallas_tpu"
         ),
         "implementation='cuda': one of xla, pallas_tpu": lambda: call(q, k, k, lengths, implementation="cuda"),
-        "4 rows a KV head, no multiple of group_size=3": lambda: attention.attend_causal(
+        "4 rows per KV head, not a multiple of group_size=3": lambda: attention.attend_causal(
             q, k, k, lengths, start=0, group_size=3, scale=1.0
         ),
     }.items():

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from razor_jax.kernels.attention import mosaic_gpu
+from razor_jax.kernels.attention import Part, mosaic_gpu
 
 WHOLE = hasattr(plgpu, "InterpretGPUParams")  # JAX 0.12's interpreter
 LIMIT = 8e-3
@@ -45,8 +45,8 @@ RUN = """
 import functools, json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from razor_jax.kernels.attention import compensation, mosaic_gpu
-from tests import oracle
+from razor_jax.kernels.attention import Part, compensation, mosaic_gpu
+from tests.support import oracle
 
 if hasattr(plgpu, "InterpretGPUParams"):
     Params = plgpu.InterpretGPUParams
@@ -69,7 +69,7 @@ def error(B, K, R, H, S, lengths, group_size, start, splits, state, dtype):
     attend = mosaic_gpu.attend if group_size is None else mosaic_gpu.attend_causal
     def run(q, k, v, lengths, means):
         before = compensation(q, *means, n, H**-0.5) if state else None
-        return attend(q, k, v, lengths, state=before, **fixed)
+        return attend(Part(q, k, v, lengths, before), **fixed)
     # XLA's maximum on CPU may lose NaN: large keys show what a mask of logits must keep out.
     unread_keys = np.where(np.arange(S)[:, None] % 2, np.nan, 1e4)
     poisoned = (jnp.asarray(np.where(held, x, y), dtype) for x, y in ((k, unread_keys), (v, np.nan)))
@@ -152,7 +152,7 @@ def test_scales_and_pages_are_refused():
     scales, table = jnp.ones((1, 1, 1, 64)), jnp.zeros((1, 1), jnp.int32)
     for extra in ({"k_scale": scales}, {"v_scale": scales}, {"block_table": table}):
         with pytest.raises(NotImplementedError, match="neither 8-bit caches nor pages"):
-            mosaic_gpu.attend(x, x, x, lengths, scale=1.0, **extra)
+            mosaic_gpu.attend(Part(x, x, x, lengths, **extra), scale=1.0)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,11 @@ from razor_jax.kernels import attention as kernel
 from razor_jax.kernels.attention import dispatch, tpu, xla
 
 from ..support import oracle
-from ..support.kernel_inputs import NAN, literal, poison, random
+from ..support.kernel_inputs import NAN, by_arguments, literal, poison, random
+
+backend = by_arguments(tpu.attend)
+backend_causal = by_arguments(tpu.attend_causal)
+xla_attend = by_arguments(xla.attend)
 
 BLOCK, S, H = 16, 40, 128  # the block does not divide S
 BLOCKS = tpu.Blocks(8, BLOCK)
@@ -26,9 +30,9 @@ COPIES = np.array([37, 0, 1, 1_000_000, 0, 37], np.int32)
 SCALE = H**-0.5
 LIMIT = {"float32": 2e-6, "bfloat16": 8e-3}
 
-attend = jax.jit(functools.partial(tpu.attend, scale=SCALE, interpret=True), static_argnames=("return_state", "blocks"))
+attend = jax.jit(functools.partial(backend, scale=SCALE, interpret=True), static_argnames=("return_state", "blocks"))
 attend_causal = jax.jit(
-    functools.partial(tpu.attend_causal, scale=SCALE, interpret=True),
+    functools.partial(backend_causal, scale=SCALE, interpret=True),
     static_argnames=("group_size", "return_state", "blocks"),
 )
 compensation = jax.jit(kernel.compensation, static_argnames="scale")
@@ -132,7 +136,7 @@ def test_cache_and_chunk_compose_through_the_state():
     check(causal(q, *chunk, state=state), want, "float32")
     state = causal(q, *chunk, return_state=True)
     check(attend(q, *cache, state=state, blocks=BLOCKS), want, "float32")
-    check(jax.jit(functools.partial(xla.attend, scale=SCALE))(q, *cache, state=state), want, "float32")
+    check(jax.jit(functools.partial(xla_attend, scale=SCALE))(q, *cache, state=state), want, "float32")
 
 
 def test_state_of_nothing_is_empty_and_harmless():
@@ -166,7 +170,7 @@ def test_uninitialised_memory_stays_out():
     """The detailed interpreter, whose scratch and padding are NaN and which checks every access."""
     q, k, v = inputs(2, 1, 12, S, "float32")
     lengths = np.array([S, 0], np.int32)
-    run = functools.partial(tpu.attend, scale=SCALE, blocks=BLOCKS, interpret=pltpu.InterpretParams())
+    run = functools.partial(backend, scale=SCALE, blocks=BLOCKS, interpret=pltpu.InterpretParams())
     got = jax.jit(run)(q, poison(k, lengths, "float32"), poison(v, lengths, "float32"), lengths)
     check(got, literal(q, k, v, lengths), "float32")
 
@@ -182,7 +186,7 @@ def test_blocks_past_the_last_seen_slot_are_not_steps(monkeypatch):
     monkeypatch.setattr(tpu, "_fold", counted)
     q, k, v = inputs(2, 1, 4, 20 * BLOCK, "float32")
     lengths = np.array([BLOCK + 1, 3], np.int32)
-    run = jax.jit(functools.partial(tpu.attend, scale=SCALE, blocks=tpu.Blocks(4, BLOCK), interpret=True))
+    run = jax.jit(functools.partial(backend, scale=SCALE, blocks=tpu.Blocks(4, BLOCK), interpret=True))
     jax.block_until_ready(run(q, k, v, lengths))
     jax.effects_barrier()
     assert len(steps) == 3
@@ -207,7 +211,7 @@ def test_dispatch_runs_the_reference_where_there_is_no_tpu():
     q, k, v = inputs(2, 1, 4, 256, "float32")
     lengths = np.array([3, 200], np.int32)
     q, k, v, lengths = (jnp.asarray(x) for x in (q, k, v, lengths))
-    want = xla.attend(q, k, v, lengths, scale=SCALE)
+    want = xla_attend(q, k, v, lengths, scale=SCALE)
     for implementation in (None, "xla"):
         got = dispatch.attend(q, k, v, lengths, scale=SCALE, implementation=implementation)
         np.testing.assert_array_equal(got, want)

@@ -12,11 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from razor_jax.kernels import INT8
 from razor_jax.kernels.attention import tpu, xla
-from razor_jax.kernels.quantize import INT8, dequantize, quantize
+from razor_jax.kernels.cache_write import dequantize, quantize
 
-from ..support.kernel_inputs import NAN, literal, random
+from ..support.kernel_inputs import NAN, by_arguments, literal, random
 from .test_tpu import BLOCK, COPIES, EDGES, SCALE, H, S, compensation, inputs
+
+backend = by_arguments(tpu.attend)
+backend_causal = by_arguments(tpu.attend_causal)
+xla_attend = by_arguments(xla.attend)
 
 EIGHT_BIT = ["int8", "float8_e4m3fn"]
 # float32 queries widen the cache, so they lose nothing; bfloat16 ones round the weights.
@@ -75,7 +80,7 @@ def test_decode_over_8_bits_and_a_compensation_token(G, T, H, q_type, kv_type, r
     q_ = jnp.asarray(q, q_type)
     scale = H**-0.5
     state = compensation(q_, *poisoned, COPIES, scale=scale)
-    run = jax.jit(functools.partial(tpu.attend, scale=scale, interpret=True, blocks=tpu.Blocks(G * T, BLOCK)))
+    run = jax.jit(functools.partial(backend, scale=scale, interpret=True, blocks=tpu.Blocks(G * T, BLOCK)))
     got = run(q_, *cache, EDGES, state=state, **scales)
     assert got.dtype == q_type
     largest = error(got, literal(q, *values, EDGES, means=means, n=COPIES))
@@ -90,7 +95,7 @@ def test_many_rows_in_parts_over_8_bits(kv_type, monkeypatch):
     lengths = np.array([0, BLOCK + 1, S], np.int32)
     q, cache, scales, values = case(4, 5, H, "bfloat16", kv_type, lengths, K=1)
     run = jax.jit(
-        functools.partial(tpu.attend, scale=SCALE, interpret=True, blocks=tpu.Blocks(16, BLOCK)),
+        functools.partial(backend, scale=SCALE, interpret=True, blocks=tpu.Blocks(16, BLOCK)),
         static_argnames="return_state",
     )
     q_ = jnp.asarray(q, "bfloat16")
@@ -106,7 +111,7 @@ def test_many_rows_in_parts_see_the_chunk_up_to_each_token(monkeypatch):
     G, tokens, start = 4, 12, 11
     q, k, v = inputs(len(EDGES), 1, G * tokens, S, "float32")
     k_, v_ = (held(x, EDGES, "float32")[0] for x in (k, v))
-    run = functools.partial(tpu.attend_causal, scale=SCALE, interpret=True, group_size=G, blocks=tpu.Blocks(16, BLOCK))
+    run = functools.partial(backend_causal, scale=SCALE, interpret=True, group_size=G, blocks=tpu.Blocks(16, BLOCK))
     got = jax.jit(run)(q, k_, v_, EDGES, start=np.int32(start))
     want = literal(q, k, v, EDGES, [start + r // G + 1 for r in range(G * tokens)])
     assert error(got, want) <= LIMIT["float32"]
@@ -140,13 +145,13 @@ def test_pages_are_found_by_the_table(kv_type, H, page):
         k, v = (x.astype(jnp.float32) for x in (k, v))  # NumPy's kind of float, for `paged`
     (k, table), (v, _) = (paged(x, lengths, page, pool_pages, seed=3) for x in (k, v))
     scales = {name: paged(x, lengths, page, pool_pages, seed=3, axis=3)[0] for name, x in scales.items()}
-    run = jax.jit(functools.partial(tpu.attend, scale=H**-0.5, interpret=True))
+    run = jax.jit(functools.partial(backend, scale=H**-0.5, interpret=True))
     k, v = (jnp.asarray(x, kv_type) for x in (k, v))
     got = run(jnp.asarray(q, q_type), k, v, lengths, block_table=table, **scales)
     assert error(got, literal(q, *values, lengths)) <= LIMIT[q_type]
     np.testing.assert_array_equal(got[0], 0.0)
     # The reference reads the same pool and table.
-    same = jax.jit(functools.partial(xla.attend, scale=H**-0.5))(
+    same = jax.jit(functools.partial(xla_attend, scale=H**-0.5))(
         jnp.asarray(q, q_type), k, v, lengths, block_table=table, **scales
     )
     assert error(same, literal(q, *values, lengths)) <= LIMIT[q_type]
@@ -185,7 +190,7 @@ def test_a_page_of_no_whole_tiles_or_too_long_is_refused(dtype, H, page, allowed
     scale = jnp.zeros((4, 1, 1, page)) if dtype == INT8 else None
     q, lengths, table = jnp.zeros((1, 1, 4, H), "bfloat16"), jnp.ones(1, jnp.int32), jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(ValueError, match=rf"page={page} .*multiple of {allowed}, up to"):
-        tpu.attend(q, pool, pool, lengths, scale=1.0, k_scale=scale, v_scale=scale, block_table=table)
+        backend(q, pool, pool, lengths, scale=1.0, k_scale=scale, v_scale=scale, block_table=table)
 
 
 def test_types_are_refused_by_name():
@@ -208,15 +213,15 @@ def test_block_choice_over_pages(rows, page, want):
 SHARDED = """
 import functools, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, PartitionSpec as P
-from razor_jax.kernels.attention import tpu
-from razor_jax.kernels.quantize import quantize
+from razor_jax.kernels.attention import Part, tpu
+from razor_jax.kernels.cache_write import quantize
 mesh = Mesh(np.array(jax.devices()), ("x",))
 x = np.random.default_rng(0).standard_normal((3, 2, 2, 32, 128)).astype(np.float32)
 (k, k_scale), (v, v_scale) = (quantize(jnp.asarray(a), jnp.dtype("int8")) for a in x[1:])
 arrays = jnp.asarray(x[0, :, :, :4], "bfloat16"), k, v, k_scale, v_scale, jnp.array([5, 32], jnp.int32)
 def run(q, k, v, k_scale, v_scale, lengths):
-    run = functools.partial(tpu.attend, scale=0.1, interpret=True, return_state=True, blocks=tpu.Blocks(4, 16))
-    return run(q, k, v, lengths, k_scale=k_scale, v_scale=v_scale)
+    part = Part(q, k, v, lengths, None, k_scale, v_scale)
+    return tpu.attend(part, scale=0.1, interpret=True, return_state=True, blocks=tpu.Blocks(4, 16))
 alone = jax.jit(run)(*arrays)
 for heads in (P(None, "x"), P("x")):
     lengths = P("x") if heads == P("x") else P()

@@ -14,10 +14,14 @@ import pytest
 
 from razor_jax.kernels import attention as kernel
 from razor_jax.kernels.attention import triton, xla
-from razor_jax.kernels.quantize import dequantize, quantize
+from razor_jax.kernels.cache_write import dequantize, quantize
 
 from ..support import oracle
-from ..support.kernel_inputs import NAN, literal, poison, random
+from ..support.kernel_inputs import NAN, by_arguments, literal, poison, random
+
+backend = by_arguments(triton.attend)
+backend_causal = by_arguments(triton.attend_causal)
+xla_attend = by_arguments(xla.attend)
 
 pytestmark = pytest.mark.skipif(triton.plt is None, reason="this JAX has no Pallas-Triton")
 
@@ -29,12 +33,12 @@ COPIES = np.array([37, 0, 1, 1_000_000, 0, 37], np.int32)
 SCALE = H**-0.5
 LIMIT = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 8e-3}
 
-attend = jax.jit(functools.partial(triton.attend, interpret=True), static_argnames=("scale", "return_state", "blocks"))
+attend = jax.jit(functools.partial(backend, interpret=True), static_argnames=("scale", "return_state", "blocks"))
 attend_causal = jax.jit(
-    functools.partial(triton.attend_causal, interpret=True),
+    functools.partial(backend_causal, interpret=True),
     static_argnames=("scale", "group_size", "return_state", "blocks"),
 )
-reference = jax.jit(xla.attend, static_argnames=("scale", "return_state"))
+reference = jax.jit(xla_attend, static_argnames=("scale", "return_state"))
 compensation = jax.jit(kernel.compensation, static_argnames="scale")
 
 
@@ -307,7 +311,7 @@ def test_blocks_past_the_last_seen_slot_are_not_steps(blocks, monkeypatch):
     monkeypatch.setattr(triton, "_fold", counted)
     q, k, v = inputs(2, 1, 4, 20 * BLOCK, "float32")
     lengths = np.array([5 * BLOCK + 1, 3], np.int32)
-    run = jax.jit(functools.partial(triton.attend, scale=SCALE, blocks=blocks, interpret=True))
+    run = jax.jit(functools.partial(backend, scale=SCALE, blocks=blocks, interpret=True))
     jax.block_until_ready(run(q, k, v, lengths))
     jax.effects_barrier()
     assert len(steps) == 7

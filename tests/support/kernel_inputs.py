@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
+from razor_jax.kernels.attention import Part
+
 from . import oracle
 
 NAN = np.float32(np.nan)
@@ -32,3 +34,12 @@ def literal(q, k, v, lengths, causal=None, means=None, n=None):
             keys, values, weights = [*keys, means[0][b, h, 0]], [*values, means[1][b, h, 0]], [*weights, float(n[b])]
         out[b, h, r] = oracle.softmax_attention(q[b, h, r], keys, values, weights)
     return out
+
+
+def by_arguments(attend):
+    """Return a backend's `attend` that takes the fields of `Part` as arguments."""
+
+    def call(q, k, v, lengths, *, state=None, k_scale=None, v_scale=None, block_table=None, alibi=None, **options):
+        return attend(Part(q, k, v, lengths, state, k_scale, v_scale, block_table, alibi), **options)
+
+    return call
