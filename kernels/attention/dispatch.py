@@ -68,7 +68,7 @@ def attend_groups(
 
     Raises as `attend`.
     """
-    together = len(parts) > 1 and platform() == "gpu" and implementation in (None, "pallas_gpu")
+    together = len(parts) > 1 and implementation in (None, "pallas_gpu") and platform() == "gpu"
     if together and all(unsupported("pallas_gpu", p.q, p.k, p.v, p.alibi is not None) is None for p in parts):
         for part in parts:
             _check_part(part)

@@ -163,7 +163,7 @@ def test_entries_past_the_last_valid_page_are_never_followed():
     lengths = np.array([0, 1, page, page + 1, 4 * page])
     table = np.arange(len(lengths) * pages) + 100
     blocks = tpu.Blocks(4, page)
-    call = tpu._Call(None, 1.0, False, True)
+    call = tpu._Static(None, 1.0, False, True)
     reach = functools.partial(tpu._reach, call, blocks.rows, 4)
     _, slots, scales, _ = tpu._specs(reach, blocks, 128, False, pages)
     for b, length in enumerate(lengths):
