@@ -8,10 +8,11 @@ from .functional import decode, extend, init_cache
 from .heads import HeadScores, find_heads
 from .params import Params, with_heads
 from .text.chat import Chat
-from .text.generate import Piece, generate, prefill, stream
+from .text.generate import generate, prefill, stream
 from .text.result import KVReport, Result
 from .text.sampling import Greedy, MinP, Sampling, Temperature, TopK, TopP
 from .text.scoring import Score, score
+from .text.session import Piece
 from .tokenizer.assets import Assets
 
 __version__ = "0.1.0"

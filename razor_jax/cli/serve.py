@@ -120,7 +120,12 @@ def serve(
             _converse(params, {**options, "max_new_tokens": max_new_tokens, "seed": seed})
             return
         # Draws depend on the row that a prompt takes in its batch.
-        run = {"files": files, **kept, **decisive, **({} if sampling == razor_jax.Greedy() else {"batch": rows})}
+        run = {
+            "files": files,
+            **kept,
+            **decisive,
+            **({} if sampling == razor_jax.Greedy().numbers() else {"batch": rows}),
+        }
         _answer_file(params, prompts, output, rows, max_new_tokens, run, seed, options)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:

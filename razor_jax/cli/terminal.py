@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..text.generate import Piece
 from ..text.result import Result
+from ..text.session import Piece
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells write it
 

@@ -25,9 +25,10 @@ from rich.table import Table as RichTable
 from .. import cache as kv
 from ..params import Params
 from ..text import prompts
-from ..text.generate import generate, make_spec, prefill
+from ..text.generate import generate, prefill
+from ..text.policy import spec_for
 from ..text.result import KVReport
-from .forced import read
+from ..text.teacher_forcing import force_jit
 from .haystack import Haystack
 from .journal import Journal, key_of
 from .protocol import Progress, Setting, Stopwatch
@@ -105,7 +106,7 @@ def judge(
     """Prefill the prompts of `todo`, then read what follows token by token."""
     params, T = setting.params, max(len(p.following) for p in passages) - 1
     longest = max(len(p.prompt) + len(p.following) for p in passages)
-    capacity = make_spec(params, setting.razor, longest).capacity
+    capacity = spec_for(params, setting.razor, longest).capacity
     for first in range(0, len(todo), batch):
         part = todo[first : first + batch]
         rows = [passages[part[i % len(part)]] for i in range(batch)]
@@ -114,7 +115,7 @@ def judge(
             spec, before, window = cache.spec, np.asarray(cache.length), np.asarray(cache.window)
             tokens, lengths = prompts.pad([row.following[:-1] for row in rows], T)
             following, _ = prompts.pad([row.following[1:] for row in rows], T)
-            found, cache = read(params, cache, tokens, following, lengths)
+            found, cache = force_jit(params, cache, tokens, following, lengths)
             found, report = jax.device_get(found), KVReport.of(cache, params.heads_or_all)
         if np.asarray(cache.overflow).any():
             raise RuntimeError(f"a passage of {longest} tokens overflowed a cache for {spec.capacity}")

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..params import Params
-from ..text.generate import Session, choose_policy, prefill
+from ..text.generate import prefill
+from ..text.policy import choose_policy
 from ..text.result import KVReport
+from ..text.session import Session
 from ..tokenizer.assets import Assets
 from .protocol import Cut, Example, Form, Options, Setting, Stopwatch, batches, cut
 from .table import Answered
@@ -61,7 +63,9 @@ class Conversation:
             # A conversation that is over repeats its last question: batch and programs stay the same.
             asked = [list(questions[min(turn, len(questions) - 1)]) for _, questions in rows]
             spoken = [before + after(before, question) for before, question in zip(last, asked, strict=True)]
-            session = Session(params, spoken, options.max_new_tokens, stop=options.stop, cache=cache, owns_cache=True)
+            session = Session(
+                params, spoken, max_new_tokens=options.max_new_tokens, stop=options.stop, cache=cache, owns_cache=True
+            )
             for _ in session.run():
                 pass
             results, cache = session.results(), session.cache

@@ -31,7 +31,8 @@ from tqdm import tqdm
 from ..checkpoint.hub import load
 from ..config import RazorConfig, check_int
 from ..params import Params
-from ..text.generate import Policy, choose_policy, generate, prefill
+from ..text.generate import generate, prefill
+from ..text.policy import Policy, choose_policy
 from ..text.prompts import capacity_bucket
 from ..text.result import KVReport, Result
 from ..text.scoring import score

@@ -20,10 +20,12 @@ from ..cache import KVCache
 from ..needles import facts as tasks
 from ..params import Params
 from ..text import prompts
-from ..text.generate import Session, choose_policy, prefill
+from ..text.generate import prefill
+from ..text.policy import choose_policy
 from ..text.result import KVReport
+from ..text.session import Session
+from ..text.teacher_forcing import force_jit
 from .conversation import turn
-from .forced import read
 from .haystack import Haystack, counter
 from .needle import plant
 from .protocol import Cut, Example, Options, Question, Setting, Stopwatch, batches, cut, rows_of
@@ -152,7 +154,7 @@ class LongReply:
         session = Session(
             self.setting.params,
             [texts[row][0][1][number] for row, number in filled],
-            options.max_new_tokens,
+            max_new_tokens=options.max_new_tokens,
             stop=options.stop,
             cache=rows_of(cache, np.asarray([row for row, _ in filled], np.int32)),
             owns_cache=True,
@@ -165,7 +167,7 @@ class LongReply:
 def _decode(params: Params, cache: KVCache, replies: Sequence[Sequence[int]], size: int) -> KVCache:
     """Write each row's tokens, one a step. Raises FloatingPointError where a logit is not finite."""
     tokens, lengths = prompts.pad(replies, size)
-    found, cache = read(params, cache, tokens, tokens, lengths)
+    found, cache = force_jit(params, cache, tokens, tokens, lengths)
     live = np.arange(size) < lengths[:, None]
     if not np.asarray(jax.device_get(found.finite))[live].all():
         raise FloatingPointError("a logit of the reply is not finite: the cache's state is broken")

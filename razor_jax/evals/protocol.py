@@ -25,8 +25,10 @@ from ..cache import KVCache
 from ..config import HeadSplit, RazorConfig
 from ..params import Params, weights_fingerprint, with_heads
 from ..text import prompts
-from ..text.generate import Session, choose_policy, generate, prefill
+from ..text.generate import generate, prefill
+from ..text.policy import choose_policy
 from ..text.result import KVReport, Result
+from ..text.session import Session
 from ..tokenizer.questions import split
 from . import metrics
 from .examples import Example, Form, Options, Question
@@ -174,7 +176,7 @@ class Setting:
             session = Session(
                 self.params,
                 [question for _, question in filled],
-                options.max_new_tokens,
+                max_new_tokens=options.max_new_tokens,
                 stop=options.stop,
                 cache=copies,
                 owns_cache=True,

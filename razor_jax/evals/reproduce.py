@@ -28,7 +28,8 @@ from ..heads import find_heads, random_heads
 from ..heads.causal import Task
 from ..needles.facts import needle_document
 from ..params import Params, with_heads
-from ..text.generate import make_spec, prefill
+from ..text.generate import prefill
+from ..text.policy import spec_for
 from .claims import CLAIMS, Judgement, at_least, exactly, not_applicable
 from .journal import Journal, key_of
 from .protocol import Example, Question, cut
@@ -260,7 +261,7 @@ def memory(params: Params, preset: Preset, recorded: Recorded, say: Say):
     policy = RazorConfig(kv_dtype="bfloat16")
     saved = {}
     for tokens in (8_000, 16_000, 20_000, 32_768, PAPER_TOKENS):
-        spec = make_spec(chosen, policy, tokens, tokens)
+        spec = spec_for(chosen, policy, tokens, tokens)
         saved[str(tokens)] = 1 - spec.kv_bytes(1) / spec.dense_bytes(1)
     tokens = max(8_192, preset.tokens)
     cache = init_cache(chosen, batch=1, capacity=tokens, razor=policy)
@@ -311,7 +312,7 @@ def _largest_batch(params: Params, policy: RazorConfig, tokens: int) -> int:
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         return 1
-    spec = make_spec(params, policy, tokens, tokens)
+    spec = spec_for(params, policy, tokens, tokens)
     weights = sum(x.nbytes for x in jax.tree.leaves(params.weights))
     rows = int((0.9 * limit - weights) // spec.kv_bytes(1))
     if rows < 1:

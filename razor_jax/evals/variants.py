@@ -26,7 +26,8 @@ from ..models.rope import tables
 from ..models.transformer import Transformer
 from ..params import Params, weights_fingerprint, with_heads
 from ..text import prompts
-from ..text.generate import make_spec, prefill
+from ..text.generate import prefill
+from ..text.policy import spec_for
 from .journal import key_of
 
 CHUNK = 16  # tokens of a question and its answer that are read in one call
@@ -108,14 +109,14 @@ class Reading:
 
     def ratio(self, variant: Variant) -> float:
         """How many times smaller than a dense bfloat16 cache of this capacity."""
-        spec = make_spec(with_heads(self.params, variant.split), variant.razor, self.capacity, self.capacity)
+        spec = spec_for(with_heads(self.params, variant.split), variant.razor, self.capacity, self.capacity)
         return spec.dense_bytes(1) / spec.kv_bytes(1)
 
     def _cache(self, params: Params, variant: Variant, batch: _Batch, read: KVCache) -> KVCache:
         if variant.razor is not None and variant.razor.prefill_chunk is not None:
             # Streaming prefill: what the heads see while they read depends on the split.
             return prefill(params, batch.documents, razor=variant.razor, capacity=self.capacity)
-        spec = make_spec(params, variant.razor, self.capacity, self.capacity)
+        spec = spec_for(params, variant.razor, self.capacity, self.capacity)
         return compressed(read, spec, variant.split)
 
 

@@ -10,9 +10,10 @@ import numpy as np
 from .. import cache as kv
 from ..cache import KVCache
 from ..params import Params
-from .generate import Piece, Policy, Session, pieces
+from .policy import Policy
 from .result import Result
-from .sampling import Sampling
+from .sampling import Rule, Sampling
+from .session import Piece, Session, pieces
 
 log = logging.getLogger("razor_jax")
 
@@ -64,7 +65,7 @@ class Chat:
         text: str,
         *,
         max_new_tokens: int = 256,
-        sampling: Sampling | None = None,
+        sampling: Sampling | Rule | None = None,
         seed: int = 0,
         stop: str | Sequence[str] = (),
     ) -> Result:
@@ -80,7 +81,7 @@ class Chat:
         text: str,
         *,
         max_new_tokens: int = 256,
-        sampling: Sampling | None = None,
+        sampling: Sampling | Rule | None = None,
         seed: int = 0,
         stop: str | Sequence[str] = (),
     ) -> Iterator[Piece]:
@@ -116,7 +117,7 @@ class Chat:
                 source = session.source
                 self._cache = None if source is None or kv.deleted(source) else source
             else:
-                cache, row = session.settle(), session.rows[0]
+                cache, row = session.settled_cache(), session.rows[0]
                 self._cache = cache
                 self._tokens += [*new, *row.tokens]
                 self.messages = [*messages, {"role": "assistant", "content": row.text}]

@@ -1,12 +1,13 @@
-"""How the next token is chosen from logits [B, V].
+"""Choice of the next token from logits [B, V].
 
 The filters are those of transformers' logits processors, in its order: repetition penalty, temperature,
-top-k, top-p, min-p. Only whether anything is drawn at all is static; every number is traced, so that one
-compilation serves all settings.
+top-k, top-p, min-p. Whether anything is drawn is static; every number is traced, so one compilation serves all
+settings.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import flax.struct
@@ -19,7 +20,7 @@ ALL_TOKENS = np.int32(np.iinfo(np.int32).max)  # a top_k that filters nothing, w
 
 
 class Sampling(flax.struct.PyTreeNode):
-    """Sampling rule: traced numbers and two static switches. Build it with `Sampling.of` or the names below.
+    """A sampling rule as arrays: traced numbers and two static switches. `Sampling.of` and the named rules make it.
 
     Attributes:
       temperature: logits are divided by it, > 0.
@@ -50,7 +51,7 @@ class Sampling(flax.struct.PyTreeNode):
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
     ) -> Sampling:
-        """Validated sampling rule; None for a filter that is not wanted, temperature 0 for greedy."""
+        """Check the numbers and return the rule; None for no filter, temperature 0 for greedy."""
         _check("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or a positive number")
         if top_k is not None:
             _check("top_k", top_k, top_k >= 1 and int(top_k) == top_k, "an integer of at least 1, or None")
@@ -71,29 +72,88 @@ class Sampling(flax.struct.PyTreeNode):
         )
 
 
-def Greedy(*, repetition_penalty: float = 1.0) -> Sampling:
+class Rule:
+    """Base of the named sampling rules: each checks its numbers when it is made."""
+
+    def __post_init__(self):
+        self.numbers()
+
+    def numbers(self) -> Sampling:
+        """Return the rule as arrays."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy(Rule):
     """The most likely token."""
-    return Sampling.of(temperature=0, repetition_penalty=repetition_penalty)
+
+    _: dataclasses.KW_ONLY
+    repetition_penalty: float = 1.0
+
+    def numbers(self) -> Sampling:
+        return Sampling.of(temperature=0, repetition_penalty=self.repetition_penalty)
 
 
-def Temperature(temperature: float, *, repetition_penalty: float = 1.0) -> Sampling:
+@dataclasses.dataclass(frozen=True)
+class Temperature(Rule):
     """A draw from the whole vocabulary at this temperature."""
-    return Sampling.of(temperature=temperature, repetition_penalty=repetition_penalty)
+
+    temperature: float
+    _: dataclasses.KW_ONLY
+    repetition_penalty: float = 1.0
+
+    def numbers(self) -> Sampling:
+        return Sampling.of(temperature=self.temperature, repetition_penalty=self.repetition_penalty)
 
 
-def TopK(k: int, temperature: float = 1.0, *, repetition_penalty: float = 1.0) -> Sampling:
+@dataclasses.dataclass(frozen=True)
+class TopK(Rule):
     """A draw from the k most likely tokens."""
-    return Sampling.of(temperature=temperature, top_k=k, repetition_penalty=repetition_penalty)
+
+    k: int
+    temperature: float = 1.0
+    _: dataclasses.KW_ONLY
+    repetition_penalty: float = 1.0
+
+    def numbers(self) -> Sampling:
+        return Sampling.of(temperature=self.temperature, top_k=self.k, repetition_penalty=self.repetition_penalty)
 
 
-def TopP(p: float, temperature: float = 1.0, *, repetition_penalty: float = 1.0) -> Sampling:
+@dataclasses.dataclass(frozen=True)
+class TopP(Rule):
     """A draw from the smallest set of most likely tokens with probability p (nucleus sampling)."""
-    return Sampling.of(temperature=temperature, top_p=p, repetition_penalty=repetition_penalty)
+
+    p: float
+    temperature: float = 1.0
+    _: dataclasses.KW_ONLY
+    repetition_penalty: float = 1.0
+
+    def numbers(self) -> Sampling:
+        return Sampling.of(temperature=self.temperature, top_p=self.p, repetition_penalty=self.repetition_penalty)
 
 
-def MinP(p: float, temperature: float = 1.0, *, repetition_penalty: float = 1.0) -> Sampling:
+@dataclasses.dataclass(frozen=True)
+class MinP(Rule):
     """A draw from the tokens at least p times as likely as the most likely one."""
-    return Sampling.of(temperature=temperature, min_p=p, repetition_penalty=repetition_penalty)
+
+    p: float
+    temperature: float = 1.0
+    _: dataclasses.KW_ONLY
+    repetition_penalty: float = 1.0
+
+    def numbers(self) -> Sampling:
+        return Sampling.of(temperature=self.temperature, min_p=self.p, repetition_penalty=self.repetition_penalty)
+
+
+def as_sampling(sampling: Sampling | Rule | None) -> Sampling:
+    """Return a rule as arrays; None is greedy. Raises TypeError for anything else."""
+    if sampling is None:
+        return Greedy().numbers()
+    if isinstance(sampling, Rule):
+        return sampling.numbers()
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling={sampling!r}: give Greedy(), Temperature(…), TopK(…), TopP(…), MinP(…) or None")
+    return sampling
 
 
 def sample(
@@ -102,7 +162,7 @@ def sample(
     keys: Key[Array, " B"] | UInt32[Array, "B 2"],
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
-    """Next token [B] int32 of each row of float32 logits [B, V].
+    """Return the next token int32 [B] of each row of float32 logits [B, V].
 
     Each row is drawn with its own key, so it does not depend on its batch-mates. `seen` marks the tokens
     of the row's prompt and output; only a penalised rule reads it. A greedy rule ignores `keys`.
@@ -116,7 +176,7 @@ def sample(
 def process_logits(
     sampling: Sampling, logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None = None
 ) -> Float[Array, "B V"]:
-    """Logits [B, V] from which `sample` draws: penalised, tempered, -inf where a filter removed the token."""
+    """Return the logits [B, V] that `sample` draws from: penalised, tempered, -inf where a filter removed a token."""
     if sampling.penalised:
         if seen is None:
             raise ValueError("a repetition penalty needs `seen` [B, V], the tokens of prompt and output so far")
@@ -126,7 +186,7 @@ def process_logits(
         return logits
     logits = logits / _column(sampling.temperature)
     filtered = jnp.any(sampling.top_k < logits.shape[-1]) | jnp.any(sampling.top_p < 1)
-    # the sort of V numbers a row is by far the dearest step: skip it when it would filter nothing
+    # Sorting V numbers per row is by far the most expensive step: skip it when it would filter nothing.
     logits = jax.lax.cond(filtered, _keep_top, lambda _, scores: scores, sampling, logits)
     probabilities = jax.nn.softmax(logits, axis=-1)
     least = _column(sampling.min_p) * probabilities.max(axis=-1, keepdims=True)
@@ -134,10 +194,10 @@ def process_logits(
 
 
 def _keep_top(sampling: Sampling, scores: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """Scores [B, V] with -inf for what top-k, then top-p remove.
+    """Return scores [B, V] with -inf where top-k, then top-p, remove a token.
 
-    Both keep a suffix of the ascending order, so its first token tells the whole kept set and nothing is
-    scattered back. Equal scores stand in vocabulary order, as in transformers.
+    Both keep a suffix of the ascending order, so its first token defines the kept set and nothing is scattered
+    back. Equal scores keep their vocabulary order, as in transformers.
     """
     batch, vocab = scores.shape
     ids = jax.lax.broadcasted_iota(jnp.int32, (batch, vocab), 1)
@@ -155,7 +215,7 @@ def _keep_top(sampling: Sampling, scores: Float[Array, "B V"]) -> Float[Array, "
 
 
 def _column(value: np.ndarray | jax.Array) -> jax.Array:
-    """A scalar or [B] as [1, 1] or [B, 1]."""
+    """Return a scalar or [B] as [1, 1] or [B, 1]."""
     return jnp.reshape(value, (-1, 1))
 
 

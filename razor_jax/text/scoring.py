@@ -9,28 +9,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from .. import compilation
 from ..cache import CacheSpec
-from ..functional import extend, placement_of
+from ..functional import placement_of
 from ..params import Params
 from . import loop, prompts
-from .generate import Policy, choose_policy, make_spec, read_batch
+from .policy import Policy, choose_policy, prefill_chunk, read_batch, spec_for
 from .result import KVReport
+from .teacher_forcing import force, judge
 
 CHUNK = 16  # continuation tokens a call, unless exact
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How probable a continuation is after a prompt.
+    """The probability of a continuation after a prompt.
 
     Attributes:
-      logprobs: float32 [C], natural log, one a token of the continuation.
+      logprobs: float32 [C], natural log, one per token of the continuation.
       greedy: bool [C], whether greedy decoding would have chosen the token.
-      chunk: continuation tokens that attended to one state of the cache; 1 is what decoding does.
-      kv: the cache that it was read from.
+      chunk: continuation tokens per call; 1 reads them as decoding does.
+      kv: the cache that was read.
     """
 
     logprobs: np.ndarray
@@ -47,10 +47,10 @@ class Score:
 def score(
     params: Params, prompt: Any, continuation: Any, *, exact: bool = False, razor: Policy = "auto"
 ) -> Score | list[Score]:
-    """Teacher-force a continuation on the cache of a prompt.
+    """Teacher-force a continuation on the compressed cache of a prompt.
 
-    The continuation is read token by token (`exact`), or 16 tokens a call: then a token also sees, unrounded
-    and undropped, the up to 15 before it in its call. In one call with the prompt every head would see
+    The continuation is read token by token (`exact`), or 16 tokens per call: a token then also sees the up to 15
+    tokens before it in its call, unrounded and undropped. In one call with the prompt every head would see
     everything, and the score would be that of dense attention whatever the split.
 
     Args:
@@ -68,11 +68,11 @@ def score(
     total = max(len(a) + len(b) for a, b in zip(context.rows, target.rows, strict=True))
     prompts.warn_beyond_trained(params.config, total)
     chunk = 1 if exact else CHUNK
-    spec = make_spec(params, policy, total)
+    spec = spec_for(params, policy, total)
     tokens, lengths = read_batch(context.rows, spec)
     targets, target_lengths = read_batch(target.rows, spec)
     with compilation.log_compilation("score"):
-        logprobs, greedy, cache = _teacher_force(
+        logprobs, greedy, cache = _score(
             params, *placement_of(spec).to_devices((tokens, lengths, targets, target_lengths)), spec=spec, chunk=chunk
         )
         logprobs, greedy = np.asarray(logprobs), np.asarray(greedy)
@@ -83,35 +83,15 @@ def score(
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "chunk"))
-def _teacher_force(params: Params, tokens, lengths, targets, target_lengths, *, spec: CacheSpec, chunk: int):
-    """Log-probabilities and greedy agreement [B, C] of targets int32 [B, C] after tokens int32 [B, T]."""
-    B, C = targets.shape
+def _score(params: Params, tokens, lengths, targets, target_lengths, *, spec: CacheSpec, chunk: int):
+    """Return log-probabilities and greedy agreement [B, C] of targets int32 [B, C] after tokens int32 [B, T]."""
     placement = placement_of(spec)
-    cache = placement.init(spec, B, lengths)
-    prefill_chunk = spec.razor.prefill_chunk if spec.razor else None
-    logits, cache = loop.read_prompt(params, cache, tokens, lengths, prefill_chunk, fresh=True)
-
-    def judge(logits, target):
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
-        return logprob, jnp.argmax(logits, axis=-1) == target
-
-    first, first_greedy = judge(logits, targets[:, 0])
-    # Row c of what follows judges target c + 1 from the logits after target c; the last is not read.
-    following = jnp.pad(targets[:, 1:], ((0, 0), (0, 1 + -C % chunk)))
-    fed = jnp.pad(targets, ((0, 0), (0, -C % chunk)))
-
-    def body(index, carry):
-        logprobs, greedy, cache = carry
-        at = index * chunk
-        new = jnp.clip(target_lengths - 1 - at, 0, chunk)
-        logits, cache = extend(params, cache, lax.dynamic_slice_in_dim(fed, at, chunk, 1), new, logits="all")
-        judged = judge(logits, lax.dynamic_slice_in_dim(following, at, chunk, 1))
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=at, axis=1)
-        return put(logprobs, judged[0]), put(greedy, judged[1]), cache
-
-    steps = (jnp.max(target_lengths) - 1 + chunk - 1) // chunk
-    empty = (jnp.zeros(fed.shape, jnp.float32), jnp.zeros(fed.shape, bool))
-    logprobs, greedy, cache = lax.fori_loop(0, steps, body, (*empty, cache))
-    logprobs = jnp.concatenate([first[:, None], logprobs], axis=1)[:, :C]
-    greedy = jnp.concatenate([first_greedy[:, None], greedy], axis=1)[:, :C]
+    cache = placement.init(spec, targets.shape[0], lengths)
+    logits, cache = loop.read_prompt(params, cache, tokens, lengths, prefill_chunk(spec.razor), fresh=True)
+    first = judge(logits, targets[:, 0])
+    # The last target is only judged: the logits after it are not needed.
+    following = jnp.pad(targets[:, 1:], ((0, 0), (0, 1)))
+    rest, cache = force(params, cache, targets, following, target_lengths - 1, chunk=chunk)
+    logprobs = jnp.concatenate([first.logprobs[:, None], rest.logprobs[:, :-1]], axis=1)
+    greedy = jnp.concatenate([first.best[:, None], rest.best[:, :-1]], axis=1) == targets
     return placement.replicated(logprobs), placement.replicated(greedy), cache

@@ -11,7 +11,7 @@ import pytest
 import razor_jax
 from razor_jax import HeadSplit, RazorConfig, with_heads
 from razor_jax.checkpoint import cache as store
-from razor_jax.text.generate import Session
+from razor_jax.text.session import Session
 from tests.support import tiny
 
 COMPACT = RazorConfig.compact(window=16, sinks=2)
@@ -60,7 +60,7 @@ def test_a_cache_in_the_middle_of_a_document_goes_on(tmp_path):
 
 def test_an_answer_goes_on_by_its_pending_token(tmp_path):
     params = tiny.params()
-    session = Session(params, tiny.prompt(50), 6, COMPACT)
+    session = Session(params, tiny.prompt(50), max_new_tokens=6, razor=COMPACT)
     list(session.run())
     last = session.results()[0].tokens[-1]
     razor_jax.save_cache(session.cache, params, tmp_path / "saved", pending=[[last]])

@@ -211,7 +211,7 @@ def test_a_conversation_hands_its_cache_on():
         chat._cache = razor_jax.prefill(setting.params, document, razor=POLICY, capacity=512)
         first = razor_jax.generate(setting.params, asked[0], cache=chat._cache, max_new_tokens=NEW)
         assert found[0] == first.text
-        session = protocol.Session(setting.params, asked[0], NEW, cache=chat._cache)
+        session = protocol.Session(setting.params, asked[0], max_new_tokens=NEW, cache=chat._cache)
         for _ in session.run():
             pass
         chat._cache, chat._tokens = session.cache, [*document, *asked[0], *first.tokens]

@@ -14,8 +14,8 @@ from razor_jax import HeadSplit, RazorConfig, with_heads
 from razor_jax.evals import agreement, long_generation
 from razor_jax.evals.agreement import Passage
 from razor_jax.evals.examples import Example, Question
-from razor_jax.evals.forced import read
 from razor_jax.evals.protocol import Setting, cut, dense, run
+from razor_jax.text.teacher_forcing import force_jit
 from tests.support import tiny
 
 POLICY = RazorConfig.compact(16, sinks=2)
@@ -38,7 +38,7 @@ def test_forced_reading_is_score(chunk):
     tokens = np.asarray([passage.following[:-1]], np.int32)
     following = np.asarray([passage.following[1:]], np.int32)
     lengths = np.asarray([tokens.shape[1]], np.int32)
-    found, cache = read(setting.params, cache, tokens, following, lengths, chunk=chunk)
+    found, cache = force_jit(setting.params, cache, tokens, following, lengths, chunk=chunk)
     if chunk == 1:
         want = razor_jax.score(
             setting.params, np.asarray(passage.prompt), np.asarray(passage.following), exact=True, razor=POLICY

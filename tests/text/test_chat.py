@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 import razor_jax
 from razor_jax import Chat, RazorConfig
 from razor_jax.text import loop
-from razor_jax.text.generate import Session
+from razor_jax.text.session import Session
 from tests.support import tiny
 
 WINDOW = RazorConfig.compact(window=24)

@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 import razor_jax
 from razor_jax import Greedy, RazorConfig, Temperature, TopP, compilation
 from razor_jax.heads import store
-from razor_jax.text.generate import Session
+from razor_jax.text.session import Session
 from tests.support import tiny
 
 WINDOW = RazorConfig.compact(window=24)
@@ -200,11 +200,11 @@ class TestText:
     def test_cache_after_a_stop_string_is_that_of_a_run_that_never_overshot(self):
         stop = self.stop_string()
         prompt = "The quick brown fox jumps over the lazy dog. " * 3
-        session = Session(tiny.params(), prompt, NEW, WINDOW, stop=stop)
+        session = Session(tiny.params(), prompt, max_new_tokens=NEW, razor=WINDOW, stop=stop)
         for _ in session.run():
             pass
         count = len(session.rows[0].tokens)
-        exact = Session(tiny.params(), prompt, count, WINDOW, capacity=session.spec.capacity)
+        exact = Session(tiny.params(), prompt, max_new_tokens=count, razor=WINDOW, capacity=session.spec.capacity)
         for _ in exact.run():
             pass
         assert exact.rows[0].tokens == session.rows[0].tokens

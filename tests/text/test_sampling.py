@@ -12,7 +12,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from razor_jax.text import sampling
-from razor_jax.text.sampling import Greedy, MinP, Sampling, Temperature, TopK, TopP
+from razor_jax.text.sampling import Greedy, MinP, Sampling, Temperature, TopK, TopP, as_sampling
 
 sample = jax.jit(sampling.sample)
 process_logits = jax.jit(sampling.process_logits)
@@ -98,7 +98,7 @@ def test_greedy_is_argmax_after_the_penalty():
     actual = sample(Greedy(repetition_penalty=2.0), jnp.asarray(logits), _keys(10), jnp.asarray(seen))
     assert actual.dtype == jnp.int32
     np.testing.assert_array_equal(actual, expected)
-    np.testing.assert_array_equal(sample(Greedy(), jnp.asarray(logits), _keys(10)), logits.argmax(-1))
+    np.testing.assert_array_equal(sample(Greedy().numbers(), jnp.asarray(logits), _keys(10)), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("setting", [{}, {"temperature": 1.8}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}], ids=str)
@@ -142,13 +142,14 @@ def test_numbers_are_traced():
         MinP(0.3),
         Sampling.of(),
     ):
-        draw(rule, logits, keys)
+        draw(as_sampling(rule), logits, keys)
     assert len(traces) == 1
 
 
 def test_settings_may_differ_by_row():
     logits, keys = jnp.asarray(rows(100)), _keys(10)
     rules = [TopK(1), TopK(30, 0.5), TopP(0.2), MinP(0.5), Temperature(9.0)] * 2
+    rules = [rule.numbers() for rule in rules]
     batched = jax.tree.map(lambda *values: np.stack(values), *rules)
     alone = [np.asarray(process_logits(rule, logits[i : i + 1])[0]) for i, rule in enumerate(rules)]
     np.testing.assert_array_equal(process_logits(batched, logits), np.stack(alone))
@@ -157,7 +158,7 @@ def test_settings_may_differ_by_row():
 
 def test_temperature_zero_is_greedy():
     assert Sampling.of(temperature=0).greedy
-    assert jax.tree.structure(Sampling.of(temperature=0.0)) == jax.tree.structure(Greedy())
+    assert jax.tree.structure(Sampling.of(temperature=0.0)) == jax.tree.structure(Greedy().numbers())
 
 
 @pytest.mark.usefixtures("unchecked")

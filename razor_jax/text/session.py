@@ -1,0 +1,295 @@
+"""One batch from prompt to last token."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from .. import cache as kv
+from .. import compilation
+from ..cache import CacheSpec, KVCache
+from ..config import check_int
+from ..functional import check_cache, placement_of
+from ..params import Params
+from ..tokenizer.assets import Detokenizer, find_stop
+from . import loop, prompts
+from .policy import Policy, choose_policy, prefill_chunk, read_batch, room_for, spec_for
+from .prompts import Prompts
+from .result import FinishReason, KVReport, Result, Timings
+from .sampling import Rule, Sampling, as_sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one step of `stream` adds; the last piece has the `result`."""
+
+    text: str
+    tokens: tuple[int, ...]
+    result: Result | None = None
+
+
+class Session:
+    """One batch from prompt to last token: the loop's state on the device, the rows' text on the host.
+
+    Arguments are those of `generate`; `owns_cache` lets the session write into `cache` instead of a copy.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        prompt: Any,
+        *,
+        max_new_tokens: int = 256,
+        razor: Policy = "auto",
+        sampling: Sampling | Rule | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        cache: KVCache | None = None,
+        capacity: int | None = None,
+        owns_cache: bool = False,
+    ):
+        compilation.track_compilation()
+        max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
+        self.params = params
+        self.prompts: Prompts = prompts.read(params, prompt, continues=cache is not None)
+        self.sampling = as_sampling(sampling)
+        self.seed = np.uint32(check_int("seed", seed, 0, 2**32 - 1))
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(self.stop):
+            raise ValueError(f"stop={stop!r}: a stop string has at least one character")
+        if self.stop and (params.assets is None or params.assets.tokenizer_json is None):
+            raise ValueError(f"stop={stop!r}: these params carry no tokenizer, so there is no text to stop at")
+        self.source, self._owns_source = cache, owns_cache
+        self.spec = self._spec_or_error(razor, max_new_tokens, capacity)
+        self.limit = np.full(len(self.prompts.rows), max_new_tokens, np.int32)
+        eos = params.assets.eos_ids if params.assets else ()
+        self._stop_ids = np.asarray(eos or (-1,), np.int32)
+        self.rows = [_Row(params, self.stop, frozenset(eos)) for _ in self.prompts.rows]
+        self.state: loop.LoopState | None = None
+        # The tokens of the newest block, how many each row had before it, and the state to rewind to.
+        self._unread: jax.Array | None = None
+        self._before = [0] * len(self.rows)
+        self._saved: loop.LoopState | None = None
+        self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
+
+    def _spec_or_error(self, razor: Policy, max_new_tokens: int, capacity: int | None) -> CacheSpec:
+        """Return the cache's spec, with room for everything; raise before anything is computed."""
+        if self.source is None:
+            # The last token is chosen but never written.
+            total = self.prompts.longest + max_new_tokens - 1
+            prompts.warn_beyond_trained(self.params.config, total)
+            return spec_for(self.params, choose_policy(self.params, razor), total, capacity)
+        source = self.source
+        if not isinstance(razor, str) and razor != source.spec.razor:
+            raise ValueError(
+                f"razor={razor} differs from the policy that the cache was made with ({source.spec.razor}); "
+                "leave razor out, or prefill again"
+            )
+        check_cache(self.params, source)
+        if source.batch not in (1, len(self.prompts.rows)):
+            raise ValueError(
+                f"the cache holds {source.batch} rows, there are {len(self.prompts.rows)} prompts: "
+                "give as many prompts, or a cache of one row"
+            )
+        seen = np.broadcast_to(np.asarray(source.length), (len(self.prompts.rows),))
+        total = int(max(n + len(row) for n, row in zip(seen, self.prompts.rows, strict=True))) + max_new_tokens - 1
+        prompts.warn_beyond_trained(self.params.config, total)
+        fits = capacity is None and total <= source.spec.capacity
+        room = source.spec.capacity if fits else room_for(total, capacity)
+        return dataclasses.replace(source.spec, capacity=max(room, source.spec.capacity))
+
+    @property
+    def cache(self) -> KVCache:
+        """Prompt and output without each row's last token, which the next turn prepends."""
+        assert self.state is not None, "the session has not run"
+        return self.state.cache
+
+    def run(self, first_steps: int = loop.BLOCK) -> Iterator[None]:
+        """Generate to the end and pause after each block; blocks start at `first_steps` tokens and double."""
+        self._begin()
+        yield
+        steps = first_steps
+        while not all(row.finished for row in self.rows):
+            self._decode(steps)
+            steps = min(2 * steps, loop.BLOCK)
+            yield
+
+    def _begin(self) -> None:
+        tokens, lengths = read_batch(self.prompts.rows, self.spec)
+        # A cache that has to grow cannot be written in place.
+        in_place = self._owns_source and self.source is not None and self.source.spec == self.spec
+        program = loop.resume if in_place else loop.begin
+        with self._timed("prefill"):
+            self.state = program(
+                self.params,
+                self.source,
+                *placement_of(self.spec).to_devices((tokens, lengths, self._stop_ids, self._limits)),
+                self.sampling,
+                self.seed,
+                spec=self.spec,
+                chunk=prefill_chunk(self.spec.razor),
+            )
+            self.source = None
+            self._collect()
+        self._replay(loop.BLOCK)
+
+    def _decode(self, steps: int) -> None:
+        with self._timed("decode"):
+            self._block(steps)
+            self._collect()
+            self._replay(steps)
+
+    def _block(self, steps: int) -> None:
+        before = [len(row.tokens) for row in self.rows]
+        out = loop.decode_block(
+            self.params,
+            self._live,
+            *placement_of(self.spec).to_devices((self._stop_ids, self._limits, np.int32(steps))),
+            self.sampling,
+            keep=bool(self.stop),
+        )
+        (self.state, self._unread, self._saved), self._before = out, before
+
+    def _collect(self) -> None:
+        """Append the newest tokens to each row."""
+        new = np.asarray(self._live.token)[:, None] if self._unread is None else np.asarray(self._unread)
+        counts = self._counts
+        new = new[: len(counts)]
+        for row, tokens, count, before in zip(self.rows, new, counts, self._before, strict=True):
+            row.push(tokens[len(row.tokens) - before : count - before].tolist(), int(self.limit.max()))
+
+    def _replay(self, steps: int) -> None:
+        """Rewind to the start of the block and replay up to a stop string, which is only seen after its block ran.
+
+        Draws are keyed by token count, so the other rows repeat themselves.
+        """
+        taken = [len(row.tokens) for row in self.rows]
+        for index, row in enumerate(self.rows):
+            if row.stopped_at is not None:
+                self.limit[index] = row.stopped_at
+        if np.any(self._counts > taken):
+            assert self._saved is not None, "only a stop string ends a row on the host alone"
+            self.state = loop.rewind(self._live, self._saved)
+        if np.any(self._counts < taken):
+            self._block(steps)
+        self._saved = None  # a copy of the windowed groups, not needed any more
+
+    def settled_cache(self) -> KVCache | None:
+        """Return the cache after an interruption between any two steps, without the rows' last tokens.
+
+        None if it is lost: donated to a step whose result never arrived.
+        """
+        if self.state is None or kv.deleted(self.state.cache):
+            return None
+        self._collect()
+        self._replay(loop.BLOCK)
+        return self.state.cache
+
+    @property
+    def _limits(self) -> np.ndarray:
+        """`limit` of the rows on the device; rows that only fill the batch end at once."""
+        return np.pad(self.limit, (0, placement_of(self.spec).padding(len(self.limit))))
+
+    @property
+    def _counts(self) -> np.ndarray:
+        """Tokens chosen so far by each row that has a prompt."""
+        return np.asarray(self._live.count)[: len(self.rows)]
+
+    @property
+    def _live(self) -> loop.LoopState:
+        assert self.state is not None
+        return self.state
+
+    def _timed(self, phase: Literal["prefill", "decode"]) -> _Clock:
+        return _Clock(self, phase)
+
+    def results(self) -> list[Result]:
+        """Return each row's result, of the tokens so far if the run was cut short."""
+        if np.asarray(self.cache.overflow).any():
+            raise RuntimeError(
+                f"a row needed more than the cache's capacity of {self.spec.capacity} tokens; its output is incomplete"
+            )
+        report = KVReport.of(self.cache, self.params.heads_or_all)
+        timings = Timings(
+            prompt_tokens=sum(len(row) for row in self.prompts.rows),
+            generated_tokens=sum(len(row.tokens) - 1 for row in self.rows),
+            prefill_seconds=self._prefill_seconds,
+            decode_seconds=self._decode_seconds,
+            compile_seconds=self._compile_seconds,
+        )
+        results = []
+        for index, row in enumerate(self.rows):
+            results.append(Result(row.text, tuple(row.tokens), row.finish_reason, report.row(index), timings))
+        return results
+
+
+class _Row:
+    """One row on the host: its tokens, their text, and how much of the text is safe to show."""
+
+    def __init__(self, params: Params, stops: Sequence[str], eos: frozenset[int]):
+        self._stops, self._eos = stops, eos
+        has_text = params.assets is not None and params.assets.tokenizer_json is not None
+        self._detokenizer = Detokenizer(params.assets) if has_text and params.assets else None
+        self.tokens: list[int] = []
+        self.text = ""
+        self.safe = 0  # characters that no stop string can take back
+        self.stopped_at: int | None = None  # tokens, the one that completed a stop string included
+        self.finished = False
+        self.finish_reason: FinishReason = "length"
+
+    def push(self, tokens: Sequence[int], limit: int) -> None:
+        for token in tokens:
+            if self.finished:
+                return
+            self.tokens.append(token)
+            ended = token in self._eos or len(self.tokens) >= limit
+            if self._detokenizer is not None:
+                self.text += self._detokenizer.push([token]) + (self._detokenizer.flush() if ended else "")
+                at, self.safe = find_stop(self.text, self._stops, self.safe)
+                if at is not None:
+                    self.text, self.stopped_at = self.text[:at], len(self.tokens)
+                elif ended:
+                    self.safe = len(self.text)
+            if token in self._eos or self.stopped_at is not None:
+                self.finish_reason = "stop"
+            self.finished = ended or self.stopped_at is not None
+
+
+class _Clock:
+    """Adds the time inside to a phase of a session, without compilation."""
+
+    def __init__(self, session: Session, phase: Literal["prefill", "decode"]):
+        self._session, self._phase = session, phase
+        self._announced = compilation.log_compilation(phase)
+
+    def __enter__(self) -> None:
+        self._compiled = compilation.totals()[1]
+        self._started = time.perf_counter()
+        self._announced.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._announced.__exit__(*error)
+        compiled = compilation.totals()[1] - self._compiled
+        wall = max(0.0, time.perf_counter() - self._started - compiled)
+        session = self._session
+        session._compile_seconds += compiled
+        if self._phase == "prefill":
+            session._prefill_seconds += wall
+        else:
+            session._decode_seconds += wall
+
+
+def pieces(session: Session) -> Iterator[Piece]:
+    """Run a session of one row; yield a piece per block."""
+    shown = told = 0
+    row = session.rows[0]
+    for _ in session.run(first_steps=4):
+        text, tokens = row.text[shown : row.safe], tuple(row.tokens[told:])
+        shown, told = max(shown, row.safe), len(row.tokens)
+        result = session.results()[0] if row.finished else None
+        yield Piece(text, tokens, result)

@@ -1,0 +1,76 @@
+"""Given tokens read into a cache, and how likely the model found each."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Bool, Float32, Int, Int32
+
+from ..cache import KVCache
+from ..functional import decode, extend
+from ..params import Params
+
+
+class TeacherForced(NamedTuple):
+    """What the model predicts after each token.
+
+    Attributes:
+      logprobs: log-probability of the given next token.
+      best: the likeliest next token.
+      finite: whether all logits are finite.
+    """
+
+    logprobs: Float32[jax.Array, "*n"]
+    best: Int32[jax.Array, "*n"]
+    finite: Bool[jax.Array, "*n"]
+
+
+def judge(logits: Float32[jax.Array, "*n V"], following: Int[jax.Array, "*n"]) -> TeacherForced:
+    """Compare logits with the tokens that follow."""
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), following[..., None], axis=-1)[..., 0]
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return TeacherForced(logprobs, best, jnp.isfinite(logits).all(-1))
+
+
+def force(
+    params: Params,
+    cache: KVCache,
+    tokens: Int[jax.Array, "B T"],
+    following: Int[jax.Array, "B T"],
+    lengths: Int[jax.Array, " B"],
+    *,
+    chunk: int = 1,
+) -> tuple[TeacherForced, KVCache]:
+    """Write int32 tokens [B, T], `chunk` per call, and judge `following` [B, T], the next token of each.
+
+    With `chunk` 1 every token is read as decoding reads it; with more, the tokens of a call also see each other
+    unrounded and undropped. Rows end at `lengths` [B]; results past them are meaningless.
+    """
+    T = tokens.shape[1]
+    pad = ((0, 0), (0, -T % chunk))
+    tokens, following = (jnp.pad(jnp.asarray(x, jnp.int32), pad) for x in (tokens, following))
+
+    def body(index, carry):
+        found, cache = carry
+        at = index * chunk
+        part, target = (lax.dynamic_slice_in_dim(x, at, chunk, 1) for x in (tokens, following))
+        if chunk == 1:
+            one, cache = decode(params, cache, part[:, 0], at < lengths)
+            logits = one[:, None]
+        else:
+            logits, cache = extend(params, cache, part, jnp.clip(lengths - at, 0, chunk), logits="all")
+            assert logits is not None
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=at, axis=1)
+        return jax.tree.map(put, found, judge(logits, target)), cache
+
+    empty = TeacherForced(jnp.zeros(tokens.shape), jnp.zeros(tokens.shape, jnp.int32), jnp.zeros(tokens.shape, bool))
+    found, cache = lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, body, (empty, cache))
+    return jax.tree.map(lambda x: x[:, :T], found), cache
+
+
+# The cache is donated.
+force_jit = jax.jit(force, static_argnames=("chunk",), donate_argnames=("cache",))
