@@ -1,5 +1,5 @@
 """The `razor-jax` program."""
 
-from .main import main
+from .app import main
 
 __all__ = ["main"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
+from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
@@ -19,7 +20,8 @@ from ..text.generate import prefill, stream
 from ..text.result import KVReport
 from ..tokenizer.questions import Split, split
 from . import terminal
-from .terminal import note
+from .options import CompressedOptions, JsonOption, ModelName, ModelOptions, grouped
+from .terminal import note, print_json
 
 ANSWER_TOKENS = 32
 
@@ -81,6 +83,26 @@ class Report:
         """For JSON."""
         settings = [{**dataclasses.asdict(each), "kv": each.kv.to_dict()} for each in self.settings]
         return {**dataclasses.asdict(self), "settings": settings}
+
+
+@grouped
+def demo(
+    model: ModelName = "razor-mini",
+    tokens: Annotated[int, typer.Option(min=256, help="Length of the document.")] = 2000,
+    facts: Annotated[int, typer.Option(min=1, max=32, help="Facts hidden in it.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of document and facts.")] = 0,
+    *,
+    policy: CompressedOptions,
+    as_json: JsonOption = False,
+) -> None:
+    """Hide facts in a long document, compress it, then ask: dense, Razor and all-windowed side by side."""
+    params = ModelOptions(model).load()
+    compressed = policy.compressed(params)
+    report = run(params, compressed, tokens=tokens, facts=facts, seed=seed, show=not as_json)
+    if as_json:
+        print_json({"model": model, **report.to_dict()})
+    else:
+        Console().print(report.table())
 
 
 def run(params: Params, policy: RazorConfig, *, tokens: int, facts: int, seed: int, show: bool) -> Report:

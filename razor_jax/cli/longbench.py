@@ -1,4 +1,4 @@
-"""`razor-jax longbench`: LongBench's tasks from its published files, dense and Razor on the same prompts."""
+"""`razor-jax eval longbench`: LongBench's tasks from its published files, dense and Razor on the same prompts."""
 
 from __future__ import annotations
 
@@ -11,63 +11,47 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from razor_jax.cli import evals as cli_evals
-from razor_jax.cli.options import (
-    ChunkOption,
-    HeadsOption,
-    JsonOption,
-    KvDtypeOption,
-    ModelOption,
-    SinksOption,
-    WindowOption,
-)
+from razor_jax.cli import evals
+from razor_jax.cli.options import CompressedOptions, ModelOptions, grouped
 from razor_jax.evals import longbench as bench
 from razor_jax.evals.table import Table
 
 
+@grouped
 def longbench(
     data: Annotated[
         list[Path], typer.Argument(help="LongBench's .jsonl files, v2's data.json, or folders of such files.")
     ],
-    model: ModelOption = "razor-mini",
     max_length: Annotated[
         int | None,
-        typer.Option(min=16, help="Longest prompt; its middle is cut out. What the model's positions allow."),
+        typer.Option(min=16, help="Longest prompt; its middle is cut out. The model's positions by default."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many records of each dataset.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Records per dataset, the first ones.")] = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="By the chat template; where there is one, as published.")
     ] = None,
-    ask: cli_evals.Ask = "after",
-    window: WindowOption = None,
-    sinks: SinksOption = None,
-    prefill_chunk: ChunkOption = None,
-    kv_dtype: KvDtypeOption = None,
-    no_compensation: cli_evals.NoCompensation = False,
-    all_windowed: cli_evals.AllWindowed = False,
-    batch: cli_evals.Batch = 8,
-    dtype: cli_evals.Dtype = None,
-    heads: HeadsOption = "auto",
-    out: cli_evals.Out = None,
-    as_json: JsonOption = False,
+    ask: evals.Ask = "after",
+    *,
+    model: ModelOptions,
+    policy: CompressedOptions,
+    rows: evals.RowOptions,
+    run: evals.RunOptions,
 ) -> None:
     """LongBench v1, LongBench-E and v2 from the published files, with the published prompts and metrics."""
     records = {name: found[:limit] for name, found in bench.read(data).items()}
-    policy = {"window": window, "sinks": sinks, "prefill_chunk": prefill_chunk, "kv_dtype": kv_dtype}
-    extras = {"no_compensation": no_compensation, "all_windowed": all_windowed}
-    job = cli_evals.prepare(model, dtype, heads, policy, extras, out, as_json)
-    params, rows = job.params, job.rows
+    job = evals.prepare(model, policy, rows, run)
+    params, settings = job.params, job.rows
     prepared = {name: bench.examples(params, name, found, max_length) for name, found in records.items()}
     results = []
-    for inside in cli_evals.columns(ask):
+    for inside in evals.columns(ask):
         where = "asked inside the prefill" if inside else "asked after compression"
         tables = {}
         for name, made in prepared.items():
-            how = bench.options(params, name, chat) | {"question_inside_prefill": inside, "batch": batch}
-            tables[name] = job.table(f"{name}, {where}", rows, made, **how)
-            found = {row.name: bench.scores(tables[name], row.name) for row in rows}
+            how = bench.options(params, name, chat) | {"question_inside_prefill": inside, "batch": run.batch}
+            tables[name] = job.table(f"{name}, {where}", settings, made, **how)
+            found = {row.name: bench.scores(tables[name], row.name) for row in settings}
             results.append({"dataset": name, "scores": found, **tables[name].to_dict()})
-        if not as_json:
+        if not run.as_json:
             Console().print(_summary(tables, where))
     job.finish("longbench", {"max_length": max_length, "limit": limit, "tables": results})
 

@@ -1,89 +1,188 @@
-"""Options that commands share, and what they make of them."""
+"""Groups of options that commands share.
+
+A command that takes a parameter of a group gets each field of the group as an option: `@grouped` expands the group in
+the signature that typer reads, and builds it again when the command is called.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+import razor_jax
 from razor_jax import Params, RazorConfig, Sampling
 
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="razor-mini, razor-mini-qwen3, a checkpoint folder, or a Hugging Face id.")
+from . import terminal
+
+Model = functools.partial(typer.Option, rich_help_panel="Model")
+Policy = functools.partial(typer.Option, rich_help_panel="Cache policy")
+Draws = functools.partial(typer.Option, rich_help_panel="Sampling")
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")]
+ModelName = Annotated[
+    str, Model("--model", "-m", help="razor-mini, razor-mini-qwen3, a checkpoint folder, or a Hugging Face id.")
 ]
-DtypeOption = Annotated[
+Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Type of the weights; the checkpoint's own by default."),
+    Model(help="Type of the weights; the checkpoint's type by default."),
 ]
-HeadsOption = Annotated[
-    str, typer.Option(help="A razor.json; auto: the one beside the model, else found once and remembered.")
-]
-DenseOption = Annotated[bool, typer.Option("--dense", help="No compression: every head keeps every token.")]
-WindowOption = Annotated[
-    int | None, typer.Option(min=1, help="Newest tokens that a windowed head keeps; fixes the window.")
-]
-SinksOption = Annotated[int | None, typer.Option(min=0, help="First tokens that a windowed head keeps.")]
-ChunkOption = Annotated[
-    int | None, typer.Option(min=1, help="Streaming prefill by so many tokens: less memory, not exact.")
-]
-KvDtypeOption = Annotated[
-    Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None,
-    typer.Option(help="Type of the compressed cache; the weights' own by default."),
-]
-ImplementationOption = Annotated[
-    Literal["xla", "pallas_tpu", "pallas_gpu", "mosaic_gpu"] | None,
-    typer.Option(help="Attention and cache writes; the device's kernels by default, XLA where it has none."),
-]
-MeshOption = Annotated[
-    str | None,
-    typer.Option(help="Devices to spread the model over, such as data=2,model=4: the product is all there are."),
-]
-WeightsOption = Annotated[
-    Literal["int8"] | None, typer.Option(help="int8: kernels in half of bfloat16's bytes; --dtype's type by default.")
-]
-NewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-TemperatureOption = Annotated[
-    float | None, typer.Option(help="0: the most likely token, the default unless a filter is given.")
-]
-TopKOption = Annotated[int | None, typer.Option(help="Draw from the k most likely tokens.")]
-TopPOption = Annotated[float | None, typer.Option(help="Draw from the most likely tokens of this probability.")]
-MinPOption = Annotated[
-    float | None, typer.Option(help="Draw from tokens at least so likely, as a share of the likeliest.")
-]
-PenaltyOption = Annotated[float, typer.Option(help="Above 1: tokens seen before become less likely.")]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")]
-StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends an answer; repeatable.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 
 
-def policy_of(
-    params: Params,
-    *,
-    dense: bool = False,
-    window: int | None = None,
-    sinks: int | None = None,
-    prefill_chunk: int | None = None,
-    kv_dtype: str | None = None,
-) -> RazorConfig | None:
-    """The checkpoint's recommendation or the paper's setting, with what the options change."""
-    given = {"window": window, "sinks": sinks, "prefill_chunk": prefill_chunk, "kv_dtype": kv_dtype}
-    changes = {name: value for name, value in given.items() if value is not None}
-    if not dense:
-        return dataclasses.replace(params.razor or RazorConfig(), **changes)
-    if changes:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in changes)
-        raise typer.BadParameter(f"--dense compresses nothing: leave out {names}")
-    return None
+def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Expand parameters that are dataclasses of options into options of the command."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters, groups = [], {}
+    for parameter in inspect.signature(command).parameters.values():
+        annotation = hints[parameter.name]
+        if not dataclasses.is_dataclass(annotation):
+            parameters.append(parameter.replace(annotation=annotation, kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        fields = get_type_hints(annotation, include_extras=True)
+        groups[parameter.name] = (annotation, [field.name for field in dataclasses.fields(annotation)])
+        for field in dataclasses.fields(annotation):
+            default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+            parameters.append(
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=fields[field.name]
+                )
+            )
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        for name, (group, fields) in groups.items():
+            given[name] = group(**{field: given.pop(field) for field in fields})
+        return command(**given)
+
+    # Required parameters first, as a signature demands.
+    parameters.sort(key=lambda p: p.default is not inspect.Parameter.empty)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del run.__wrapped__  # type: ignore[attr-defined]
+    return run
 
 
-def sampling_of(
-    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None, penalty: float
-) -> Sampling:
-    """Greedy unless a temperature or a filter is given."""
-    if temperature is None:
-        temperature = 0.0 if top_k is None and top_p is None and min_p is None else 1.0
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """The model, and the devices and kernels that it runs on."""
+
+    model: ModelName = "razor-mini"
+    heads: Annotated[
+        str, Model(help="A razor.json; auto: the one beside the model, otherwise found once and remembered.")
+    ] = "auto"
+    dtype: Dtype = None
+    weights: Annotated[
+        Literal["int8"] | None, Model(help="int8: kernels in half of bfloat16's bytes; --dtype's type by default.")
+    ] = None
+    implementation: Annotated[
+        Literal["xla", "pallas_tpu", "pallas_gpu", "mosaic_gpu"] | None,
+        Model(help="Attention and cache writes; the device's kernels by default, XLA where it has none."),
+    ] = None
+    mesh: Annotated[
+        str | None, Model(help="Devices to spread the model over, such as data=2,model=4: the product is all of them.")
+    ] = None
+
+    def load(self, *, dense: bool = False) -> Params:
+        """Load the model; without heads if `dense`."""
+        with terminal.working(f"loading {self.model}") as progress:
+            return razor_jax.load(
+                self.model,
+                dtype=self.dtype,
+                heads=None if dense else self.heads,
+                implementation=self.implementation,
+                mesh=self.mesh,
+                weights=self.weights,
+                progress=progress,
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedOptions:
+    """What windowed heads keep."""
+
+    window: Annotated[int | None, Policy(min=1, help="Newest tokens that a windowed head keeps; fixes the window.")] = (
+        None
+    )
+    sinks: Annotated[int | None, Policy(min=0, help="First tokens that a windowed head keeps.")] = None
+    prefill_chunk: Annotated[
+        int | None, Policy(min=1, help="Tokens per call of a streaming prefill: less memory, not exact.")
+    ] = None
+    kv_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None,
+        Policy(help="Type of the compressed cache; the weights' type by default."),
+    ] = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields of `RazorConfig` that were given."""
+        given = {name: getattr(self, name) for name in ("window", "sinks", "prefill_chunk", "kv_dtype")}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def compressed(self, params: Params) -> RazorConfig:
+        """Return the checkpoint's recommendation or the paper's setting, with what the options change."""
+        return dataclasses.replace(params.razor or RazorConfig(), **self.changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyOptions(CompressedOptions):
+    """What windowed heads keep, or dense attention."""
+
+    dense: Annotated[bool, Policy("--dense", help="No compression: every head keeps every token.")] = False
+
+    def policy(self, params: Params) -> RazorConfig | None:
+        """Return the policy, None for dense attention. Raises BadParameter where options contradict each other."""
+        if not self.dense:
+            return self.compressed(params)
+        if self.changes:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in self.changes)
+            raise typer.BadParameter(f"--dense compresses nothing: leave out {names}")
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen."""
+
+    temperature: Annotated[
+        float | None, Draws(help="0: the most likely token, the default unless a filter is given.")
+    ] = None
+    top_k: Annotated[int | None, Draws(help="Draw from the k most likely tokens.")] = None
+    top_p: Annotated[float | None, Draws(help="Draw from the most likely tokens of this probability.")] = None
+    min_p: Annotated[
+        float | None, Draws(help="Draw from tokens at least this likely, as a share of the likeliest.")
+    ] = None
+    repetition_penalty: Annotated[float, Draws(help="Above 1: tokens seen before become less likely.")] = 1.0
+    seed: Annotated[int, Draws(min=0, max=2**32 - 1, help="Seed of the draws.")] = 0
+    stop: Annotated[list[str] | None, Draws(help="Text that ends an answer; repeatable.")] = None
+
+    def sampling(self) -> Sampling:
+        """Return the rule; greedy unless a temperature or a filter is given. Raises BadParameter."""
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 0.0 if self.top_k is None and self.top_p is None and self.min_p is None else 1.0
+        try:
+            return Sampling.of(
+                temperature=temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                repetition_penalty=self.repetition_penalty,
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+
+
+NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a UTF-8 file, "-" for stdin."""
+    data = typer.get_binary_stream("stdin").read() if str(file) == "-" else file.read_bytes()
     try:
-        return Sampling.of(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text (byte {error.start}): convert it first") from error

@@ -14,7 +14,7 @@ from rich.table import Table
 import razor_jax
 from razor_jax.checkpoint.hub import find
 from razor_jax.cli import terminal
-from razor_jax.cli.options import DtypeOption, ModelOption
+from razor_jax.cli.options import Dtype, ModelName
 from razor_jax.cli.terminal import note
 from razor_jax.evals import reproduce as steps
 from razor_jax.evals.journal import Journal
@@ -22,14 +22,14 @@ from razor_jax.evals.provenance import provenance, write_json
 
 
 def reproduce(
-    model: ModelOption = "razor-mini",
+    model: ModelName = "razor-mini",
     preset: Annotated[
         Literal["quick", "full"],
         typer.Option(help="quick: a minute of razor-mini. full: an 8B, an hour of a GPU or TPU."),
     ] = "quick",
     tokens: Annotated[int | None, typer.Option(min=256, help="Tokens of a document, instead of the preset's.")] = None,
     documents: Annotated[int | None, typer.Option(min=1, help="Documents, instead of the preset's.")] = None,
-    dtype: DtypeOption = None,
+    dtype: Dtype = None,
     output: Annotated[
         Path, typer.Option(help="JSON; records beside it, from which a run that was stopped goes on.")
     ] = Path("reproduce.json"),

@@ -1,8 +1,10 @@
-"""What the command line shows beside its answers: progress, log lines and errors, all on stderr."""
+"""Output of the command line: progress, log lines and errors on stderr, JSON on stdout."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,8 +25,28 @@ _UNITS = {"read": "bytes", "probed": "layers"}
 console = Console(stderr=True, highlight=False)
 
 
+# Commands that moved, and where to.
+MOVED = {
+    "needle": "eval needle",
+    "ruler": "eval ruler",
+    "longbench": "eval longbench",
+    "agreement": "eval agreement",
+    "conversation": "eval conversation",
+    "long-generation": "eval long-generation",
+}
+
+
 class Commands(typer.core.TyperGroup):
     """Commands whose failures are one line on stderr and exit code 1; a traceback only with --debug."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0] if args else ""
+        if name in MOVED and ctx.parent is None:
+            ctx.fail(f"'{name}' is now 'razor-jax {MOVED[name]}'.")
+        near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
+        if near and near[0] != name:
+            ctx.fail(f"No such command '{name}'. Did you mean '{near[0]}'?")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -43,13 +65,18 @@ class Commands(typer.core.TyperGroup):
 
 
 def fail(message: str) -> None:
-    """The line on stderr that says what went wrong."""
+    """Print on stderr what went wrong."""
     console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
 
 
 def note(message: str) -> None:
-    """A line on stderr beside the answers."""
+    """Print a line on stderr."""
     console.print(f"[dim]{escape(message)}[/]", soft_wrap=True)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print one JSON document on stdout."""
+    typer.echo(json.dumps(content, indent=1))
 
 
 class _Notes(logging.Handler):
@@ -66,30 +93,29 @@ def listen(quiet: bool) -> None:
 
 @contextlib.contextmanager
 def working(message: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A spinner with the time passed while something long is under way; nothing where no one looks.
+    """Show a spinner; silent when stderr is not a terminal.
 
-    Yields a function to call with (stage, done, to do), where the work can tell.
+    Yields a function to call with (stage, done, total).
     """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(escape(message), total=None)
 
-        def told(stage: str, done: int, total: int) -> None:
+        def advance(stage: str, done: int, total: int) -> None:
             words = escape(f"{message}: {stage} {done:,} of {total:,} {_UNITS[stage]}")
             progress.update(task, completed=done, total=total, description=words)
 
-        yield told
+        yield advance
 
 
 def answer(pieces: Iterator[Piece], show: bool = True) -> Result:
-    """Run one answer to its end, printing it to stdout as it comes."""
+    """Run one answer to its end and print it to stdout as it comes."""
     text, result = "", None
     with contextlib.ExitStack() as waiting:
         waiting.enter_context(working("reading"))
         for index, piece in enumerate(pieces):
             text, result = text + piece.text, piece.result
-            # the first piece is the prefill's: the second also waits for the decode loop's compilation,
-            # whose note would stand in the middle of the answer
+            # The second piece waits for the decode loop to compile, whose note would interrupt the answer.
             if show and text and (index or result):
                 waiting.close()
                 typer.echo(text, nl=False)

@@ -46,9 +46,9 @@ class KVReport:
 
     @classmethod
     def of(cls, cache: KVCache, split: HeadSplit) -> KVReport:
-        """Read off a live cache."""
+        """Return the report of a live cache."""
         spec = cache.spec
-        # In NumPy: a session's compilations are counted, and this is not worth one.
+        # In NumPy: this is not worth a compilation.
         dropped = kv.dropped(spec, np.asarray(cache.length), np.asarray(cache.window))
         return cls(
             setting=spec.describe(),
@@ -66,12 +66,12 @@ class KVReport:
         )
 
     def row(self, index: int) -> KVReport:
-        """The same cache as one of its rows sees it: only the dropped tokens are the row's own."""
+        """Return the report for one row: the same cache, with the dropped tokens of that row."""
         return dataclasses.replace(self, dropped_tokens=(self.dropped_tokens[index],))
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than the dense bfloat16 cache."""
+        """Bytes of the dense bfloat16 cache over the allocated bytes."""
         return self.dense_bytes / self.allocated_bytes
 
     @property
@@ -93,13 +93,13 @@ class KVReport:
         return f"{size}: {saved} ({self.setting}; {where})"
 
     def to_dict(self) -> dict:
-        """All fields with the derived ones, for JSON."""
+        """Return all fields with the derived ones, for JSON."""
         return dataclasses.asdict(self) | {"ratio": self.ratio, "engaged": self.engaged}
 
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """Wall seconds of a call; compilation is counted apart. Token counts are those of the whole batch."""
+    """Wall seconds of a call, compilation separate. Token counts are of the whole batch."""
 
     prompt_tokens: int
     generated_tokens: int
@@ -113,11 +113,11 @@ class Timings:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Tokens after each row's first, which the prefill gives."""
+        """Rate of the tokens after each row's first, which the prefill chooses."""
         return self.generated_tokens / max(self.decode_seconds, 1e-9)
 
     def to_dict(self) -> dict:
-        """All fields with the rates, for JSON."""
+        """Return all fields with the rates, for JSON."""
         return dataclasses.asdict(self) | {
             "prefill_tokens_per_second": self.prefill_tokens_per_second,
             "decode_tokens_per_second": self.decode_tokens_per_second,
@@ -141,6 +141,16 @@ class Result:
     finish_reason: FinishReason
     kv: KVReport
     timings: Timings
+
+    def to_dict(self) -> dict:
+        """Return all fields, for JSON."""
+        return {
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "finish_reason": self.finish_reason,
+            "kv": self.kv.to_dict(),
+            "timings": self.timings.to_dict(),
+        }
 
 
 def _mib(count: int) -> str:

@@ -143,8 +143,8 @@ def test_progress_ends_at_the_total(folder):
 
 def test_reading_needs_no_torch(folder):
     code = (
-        "import sys; from razor_jax import checkpoint; "
-        f"checkpoint.read({str(folder)!r}); assert not {{'torch', 'transformers'}} & sys.modules.keys()"
+        "import sys; from razor_jax.checkpoint import folder; "
+        f"folder.read({str(folder)!r}); assert not {{'torch', 'transformers'}} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

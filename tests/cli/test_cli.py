@@ -6,57 +6,15 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import pytest
-from typer.testing import CliRunner
 
 import razor_jax
-from razor_jax import Assets, HeadSplit, Params, RazorConfig, Sampling
-from razor_jax.cli import main as cli
+from razor_jax import Assets, RazorConfig, Sampling
+from razor_jax.cli import chat as chat_command
 from razor_jax.cli import terminal
 from razor_jax.heads import store
-from razor_jax.models.config import ModelConfig
-from razor_jax.params import abstract_weights
 from razor_jax.tokenizer.questions import split
-from recipes import vocabulary
-
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=400,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=1024,
-    tie_embeddings=True,
-)
-SPLIT = HeadSplit(((0,), ()), 2)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A folder with random weights, a byte-level tokenizer with a chat template, and a razor.json."""
-    made, folder = tmp_path_factory.mktemp("made"), tmp_path_factory.mktemp("models") / "tiny"
-    vocabulary.save(vocabulary.train(["the fox", "a dog"], size=300), made, 1024)
-    shapes, tree = jax.tree.flatten(abstract_weights(CONFIG))
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    leaves = [jax.random.normal(key, shape.shape) * 0.1 for key, shape in zip(keys, shapes, strict=True)]
-    params = Params.from_flax(jax.tree.unflatten(tree, leaves), CONFIG, tokenizer=Assets.read(made))
-    razor_jax.save(params, folder)
-    store.write(folder / store.NAME, SPLIT, RazorConfig.compact(window=24))
-    return str(folder)
-
-
-@pytest.fixture
-def run():
-    runner = CliRunner()
-
-    def invoke(*arguments, stdin=None):
-        return runner.invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
-
-    return invoke
+from tests.support.program import SPLIT
 
 
 def test_generate_prints_the_answer_and_accounts_for_it(run, model):
@@ -184,7 +142,7 @@ def test_chat_remembers_forgets_and_leaves(run, model):
     chat = razor_jax.Chat(razor_jax.load(model), system="the dog")
     first, second = (chat.send(text, max_new_tokens=4).text for text in ("a fox", "the dog"))
     assert done.stdout == f"{first}\n{second}\n{first}\n"
-    assert "/what is no command" in done.stderr
+    assert "/what is not a command" in done.stderr
     assert "forgotten" in done.stderr
     assert run("chat", "-m", model, stdin="").exit_code == 0
 
@@ -196,7 +154,7 @@ def test_ctrl_c_ends_a_turn_then_the_program(run, model, monkeypatch):
                 yield piece
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "Chat", Interrupted)
+    monkeypatch.setattr(chat_command, "Chat", Interrupted)
     done = run("chat", "-m", model, stdin="a fox\n")
     assert done.exit_code == 0, done.output
     assert "interrupted" in done.stderr
@@ -204,7 +162,7 @@ def test_ctrl_c_ends_a_turn_then_the_program(run, model, monkeypatch):
     def leave():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_line", leave)
+    monkeypatch.setattr(chat_command, "_line", leave)
     assert run("chat", "-m", model).exit_code == terminal.INTERRUPTED
 
 
@@ -229,13 +187,13 @@ def test_chat_needs_a_template(run, model, tmp_path):
 
 def test_heads_as_table_json_and_file(run, model, tmp_path):
     path = tmp_path / "found.json"
-    done = run("heads", "-m", model, "--share", 0.5, "--save", path, "--json")
+    done = run("heads", "find", "-m", model, "--share", 0.5, "--save", path, "--json")
     assert done.exit_code == 0, done.output
     content = json.loads(done.stdout)
     found = store.read(path).split
     assert [list(heads) for heads in found.retrieval] == content["split"]["retrieval"]
     assert sum(found.counts) == 2
-    table = run("heads", "-m", model, "--share", 0.5).stdout
+    table = run("heads", "find", "-m", model, "--share", 0.5).stdout
     assert "2 of 4 KV heads" in table
     assert table.count("●") == 2 * 2 + 1
     assert razor_jax.load(model, heads=path).heads == found
@@ -266,14 +224,31 @@ def test_demo_compares_three_caches(run, model):
         (("generate", "-p", "x", "--sinks", -4), "--sinks"),
         (("generate", "-p", "x", "--max-new-tokens", 0), "--max-new-tokens"),
         (("generate", "-p", "x", "--dense", "--window", 9), "leave out --window"),
-        (("heads", "--share", 0.2, "--echo", 0.1), "give --share, or"),
+        (("chat", "--dense", "--kv-dtype", "int8"), "leave out --kv-dtype"),
         (("chat", "--system", "x", "--system-file", "y"), "not both"),
-        (("nothing",), "No such command"),
         (("generate", "--nothing"), "No such option"),
     ],
 )
 def test_wrong_usage_is_2(run, model, arguments, message):
-    done = run(arguments[0], "-m", model, *arguments[1:]) if arguments != ("nothing",) else run(*arguments)
+    done = run(arguments[0], "-m", model, *arguments[1:])
+    assert done.exit_code == 2, done.output
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing",), "No such command 'nothing'"),
+        (("generat", "-p", "x"), "Did you mean 'generate'?"),
+        (("needle", "--lengths", "512"), "'needle' is now 'razor-jax eval needle'"),
+        (("longbench", "x.jsonl"), "'longbench' is now 'razor-jax eval longbench'"),
+        (("eval", "needles"), "Did you mean 'needle'?"),
+        (("heads", "search"), "No such command 'search'"),
+    ],
+)
+def test_a_command_that_is_not_there_is_2(run, arguments, message):
+    done = run(*arguments)
     assert done.exit_code == 2, done.output
     assert message in " ".join(done.stderr.replace("│", " ").split())
     assert done.stdout == ""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 import razor_jax
-from razor_jax.cli import heads as cli_heads
+from razor_jax.cli import heads
 from razor_jax.heads import causal, interchange, needle, random_heads, store
 from tests.support import tiny
 
@@ -23,11 +22,8 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture
 def run(model):
-    app = typer.Typer()
-    app.command()(cli_heads.heads)
-
-    def call(*args: object, code: int = 0):
-        done = CliRunner().invoke(app, ["--model", model, *map(str, args)])
+    def call(command: str, *args: object, code: int = 0):
+        done = CliRunner().invoke(heads.app, [command, "--model", model, *map(str, args)])
         assert done.exit_code == code, done.output
         return done
 
@@ -39,10 +35,12 @@ def split_of(done) -> list:
 
 
 def test_share_layers_and_devices(run, tmp_path):
-    done = run("--scorer", "random", "--share", 0.5, "--keep-layer", 1, "--save", tmp_path / "razor.json", "--json")
+    done = run(
+        "find", "--scorer", "random", "--share", 0.5, "--keep-layer", 1, "--save", tmp_path / "razor.json", "--json"
+    )
     assert split_of(done) == [[], [0, 1]]
     assert store.read(tmp_path / "razor.json").split.counts == (0, 2)
-    assert split_of(run("--scorer", "random", "--share", 0.25, "--balanced-over", 2, "--json")) in (
+    assert split_of(run("find", "--scorer", "random", "--share", 0.25, "--balanced-over", 2, "--json")) in (
         [[0, 1], []],
         [[], [0, 1]],
     )
@@ -51,27 +49,27 @@ def test_share_layers_and_devices(run, tmp_path):
 def test_bytes_say_what_they_hold(run):
     dense = 4 * 1024 * 2 * 16 * 4  # KV heads × tokens × (key, value) × H × float32
     options = ("--scorer", "random", "--capacity", 1024, "--window", 100)
-    done = run(*options, "--bytes", dense // 2)
+    done = run("find", *options, "--bytes", dense // 2)
     assert "● 1 of 4 KV heads keep every token: bytes" in done.stdout
     assert f"of {dense // 2:,} (1,024 tokens, float32, sinks 4, window 100" in done.stdout
-    with_all = run(*options, "--bytes", dense, "--json")
+    with_all = run("find", *options, "--bytes", dense, "--json")
     assert split_of(with_all) == [[0, 1], [0, 1]]
 
 
 def test_duo_there_and_back(run, tmp_path):
-    run("--scorer", "random", "--share", 0.5, "--window", 64, "--save-duo", tmp_path / "duo")
+    run("find", "--scorer", "random", "--share", 0.5, "--window", 64, "--save-duo", tmp_path / "duo")
     want = interchange.read_duo(tmp_path / "duo").split()
     assert sum(want.counts) == 2
-    assert split_of(run("--import", tmp_path / "duo", "--share", 0.5, "--json")) == [list(h) for h in want.retrieval]
+    assert split_of(run("import", tmp_path / "duo", "--share", 0.5, "--json")) == [list(h) for h in want.retrieval]
 
 
 def test_vendor_file(run, tmp_path):
     file = tmp_path / "heads.json"
     file.write_text(json.dumps({"prefix_matching": {"0": [3]}, "copying": {"1": [0]}}))
-    done = run("--import", file, "--numbered", "query", "--json")
+    done = run("import", file, "--numbered", "query", "--json")
     assert split_of(done) == [[1], [0]]
     assert json.loads(done.stdout)["scores"] is None
-    assert "1 prefix_matching + 1 copying KV heads" in run("--import", file, "--numbered", "query").stdout
+    assert "1 prefix_matching + 1 copying KV heads" in run("import", file, "--numbered", "query").stdout
 
 
 @pytest.mark.parametrize(("scorer", "module"), [("needle", needle), ("causal", causal)])
@@ -81,7 +79,7 @@ def test_other_searches_take_the_seeds(run, monkeypatch, scorer, module):
 
     monkeypatch.setattr(module, f"{scorer}_heads", made)
     want = random_heads(tiny.params(), seeds=(0, 1, 2)).select(share=0.5)
-    assert split_of(run("--scorer", scorer, "--seeds", 3, "--share", 0.5, "--json")) == [
+    assert split_of(run("find", "--scorer", scorer, "--seeds", 3, "--share", 0.5, "--json")) == [
         list(h) for h in want.retrieval
     ]
 
@@ -89,12 +87,15 @@ def test_other_searches_take_the_seeds(run, monkeypatch, scorer, module):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--share", 0.2, "--echo", 0.1), "not both"),
-        (("--bytes", 1000), "--bytes goes with --capacity"),
-        (("--bytes", 1000, "--capacity", 10, "--share", 0.5), "--bytes goes with --capacity"),
-        (("--import", "heads.json"), "--numbered query or kv goes with"),
-        (("--numbered", "kv"), "--numbered query or kv goes with"),
-        (("--import", "heads.json", "--numbered", "kv", "--share", 0.5), "a choice, not a ranking"),
+        (("find", "--share", 0.2, "--echo", 0.1), "not both"),
+        (("find", "--bytes", 1000), "--bytes goes with --capacity"),
+        (("find", "--bytes", 1000, "--capacity", 10, "--share", 0.5), "--bytes goes with --capacity"),
+        (("find", "--window", 10), "--window goes with --bytes or --save-duo"),
+        (("find", "--scorer", "needle", "--preset", "vendor"), "--preset vendor is for the probe"),
+        (("report", "x", "--scorer", "random", "--preset", "vendor"), "--preset vendor is for the probe"),
+        (("import", "heads.json"), "--numbered query or kv goes with"),
+        (("import", "folder", "--numbered", "kv"), "--numbered query or kv goes with"),
+        (("import", "heads.json", "--numbered", "kv", "--share", 0.5), "a choice, not a ranking"),
     ],
 )
 def test_wrong_use(run, options, words):
@@ -106,7 +107,7 @@ def test_wrong_use(run, options, words):
 @pytest.mark.slow
 def test_report_writes_text_figures_and_pictures(run, tmp_path):
     pytest.importorskip("matplotlib", reason="pictures need the extra 'plots': pip install -e '.[plots]'")
-    run("--report", tmp_path / "report", "--json")
+    run("report", tmp_path / "report")
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert names >= {"heads.md", "heads.json", "echo.png", "induction.png", "causal.png", "split.png", "accuracy.png"}
     text = (tmp_path / "report" / "heads.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`razor-jax needle`, `ruler` and `eval …` on a tiny random model: tables, JSON, pictures, records, wrong usage."""
+"""`razor-jax eval …` on a tiny random model: tables, JSON, pictures, records, wrong usage."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from razor_jax.evals import plots
 from razor_jax.evals.examples import Example, Options, Question
 from razor_jax.evals.table import Answered, Row, Table
 from razor_jax.text.result import KVReport
-from tests.cli.test_cli import model, run  # noqa: F401  (fixtures)
 
 pytest.importorskip("matplotlib", reason="pictures need the extra 'plots': pip install -e '.[plots]'")
 
 
-def test_needle_writes_table_json_pictures_and_goes_on(run, model, tmp_path):  # noqa: F811
+def test_needle_writes_table_json_pictures_and_goes_on(run, model, tmp_path):
     # the tiny tokenizer spends a token on almost every letter
-    arguments = ("needle", "-m", model, "--lengths", "500", "--depths", "0,100", "--documents", 1, "--batch", 2)
+    arguments = ("eval", "needle", "-m", model, "--lengths", "500", "--depths", "0,100", "--documents", 1, "--batch", 2)
     done = run(*arguments, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "Razor" in done.stdout
@@ -44,12 +43,12 @@ def test_needle_writes_table_json_pictures_and_goes_on(run, model, tmp_path):  #
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("needle", "--lengths", "many"), "'many' is not a list of whole numbers"),
-        (("needle", "--depths", "deep"), "'deep' is not a list of numbers"),
-        (("ruler", "--tasks", "niah"), "'niah': use niah_single_1"),
+        (("eval", "needle", "--lengths", "many"), "'many' is not a list of whole numbers"),
+        (("eval", "needle", "--depths", "deep"), "'deep' is not a list of numbers"),
+        (("eval", "ruler", "--tasks", "niah"), "'niah': use niah_single_1"),
     ],
 )
-def test_wrong_usage_is_2(run, arguments, message):  # noqa: F811
+def test_wrong_usage_is_2(run, arguments, message):
     done = run(*arguments)
     assert done.exit_code == 2
     assert message in " ".join(done.stderr.replace("│", " ").split())
@@ -58,12 +57,12 @@ def test_wrong_usage_is_2(run, arguments, message):  # noqa: F811
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("needle", "--lengths", "64"), "1 facts and a question do not fit in 64 tokens"),
-        (("ruler", "--tasks", "qa_1"), "qa_1 asks from SQuAD 2.0"),
-        (("needle", "--depths", "150"), "depths=(1.5,): give shares"),
+        (("eval", "needle", "--lengths", "64"), "1 facts and a question do not fit in 64 tokens"),
+        (("eval", "ruler", "--tasks", "qa_1"), "qa_1 asks from SQuAD 2.0"),
+        (("eval", "needle", "--depths", "150"), "depths=(1.5,): give shares"),
     ],
 )
-def test_failure_is_one_line_and_1(run, model, arguments, message):  # noqa: F811
+def test_failure_is_one_line_and_1(run, model, arguments, message):
     done = run(*arguments, "-m", model)
     assert done.exit_code == 1
     assert message in done.stderr
@@ -93,9 +92,9 @@ def test_a_heat_map_counts_each_cell_by_itself(tmp_path):
         plots.grid(_table(np.ones(1), [(512, None)]), table.rows[0])
 
 
-def test_pictures_need_matplotlib(run, model, tmp_path, monkeypatch):  # noqa: F811
+def test_pictures_need_matplotlib(run, model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    done = run("needle", "-m", model, "--out", tmp_path / "out")
+    done = run("eval", "needle", "-m", model, "--out", tmp_path / "out")
     assert done.exit_code == 1
     assert "pip install 'razor-jax[plots]'" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import razor_jax
 from razor_jax import KVReport, RazorConfig
-from razor_jax.cli import main as cli
+from razor_jax.cli import app as cli
 from razor_jax.evals import longbench, longbench_metrics, metrics
 from razor_jax.evals.protocol import cut, run
 from razor_jax.evals.settings import settings
@@ -253,7 +253,7 @@ def test_command_line(tmp_path):
     store.write(tmp_path / "model" / store.NAME, tiny.SPLIT, RazorConfig.compact(window=64))
     file = write(tmp_path / "hotpotqa.jsonl", v1("hotpotqa"), v1("hotpotqa"))
     options = ["-m", str(tmp_path / "model"), "--max-length", "600", "--limit", "1", "--batch", "1", "--json"]
-    done = CliRunner().invoke(cli.app, ["longbench", str(file), *options, "--out", str(tmp_path / "out")])
+    done = CliRunner().invoke(cli.app, ["eval", "longbench", str(file), *options, "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     [table] = found["tables"]

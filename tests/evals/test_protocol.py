@@ -87,7 +87,7 @@ def test_bytes_are_the_caches_own():
     capacity = table["Razor"].kv.capacity
     assert longest + NEW <= capacity < longest + NEW + 64
     cache = razor_jax.init_cache(params, batch=1, capacity=capacity, razor=POLICY)
-    size = sum(leaf.nbytes for layer in cache.layers for group in layer for leaf in group.stored if leaf is not None)
+    size = sum(leaf.nbytes for layer in cache.layers for group in layer for leaf in group.arrays if leaf is not None)
     assert table["Razor"].bytes >= size  # and the float32 means beside keys and values
     assert table["Razor"].bytes - size < 0.2 * size
     assert table["dense"].ratio == 1.0

@@ -261,7 +261,7 @@ def test_peak_memory_of_an_8b_layer_at_10_001_tokens():
 SHARDED = """
 import numpy as np, jax
 from razor_jax.heads import find_heads
-from tests.tiny import params
+from tests.support.tiny import params
 assert jax.device_count() == 8
 one = find_heads(params(), seeds=range(8), block=20)
 many = find_heads(params(), seeds=range(8), block=20, devices=jax.devices())

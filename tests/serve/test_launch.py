@@ -12,7 +12,7 @@ import jax
 import pytest
 import yaml
 
-from razor_jax.cli import main as cli
+from razor_jax.cli import app as cli
 from razor_jax.launch import __main__ as launch
 from razor_jax.launch import worker
 
@@ -58,7 +58,7 @@ def test_tell_without_a_launcher_does_nothing():
 
 SCRIPT = """
 import os, sys, time
-from razor_jax.worker import tell
+from razor_jax.launch.worker import tell
 tell(finished="q7")
 print(os.getpid(), *sys.argv[1:], flush=True)
 if sys.argv[1] == "wait":

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import razor_jax
 from razor_jax import RazorConfig
-from razor_jax.cli import main as cli
+from razor_jax.cli import app as cli
 from razor_jax.heads import store
 from razor_jax.launch import worker
 from razor_jax.serve import agreement, batch, interactive

@@ -95,7 +95,7 @@ def test_processed_logits_are_those_of_transformers(setting, vocab):
 def test_greedy_is_argmax_after_the_penalty():
     logits, (ids, seen) = rows(64), seen_tokens(64)
     expected = transformers_scores({"repetition_penalty": 2.0}, ids, logits.copy()).argmax(-1)
-    actual = sample(Greedy(repetition_penalty=2.0), jnp.asarray(logits), _keys(10), jnp.asarray(seen))
+    actual = sample(Greedy(repetition_penalty=2.0).numbers(), jnp.asarray(logits), _keys(10), jnp.asarray(seen))
     assert actual.dtype == jnp.int32
     np.testing.assert_array_equal(actual, expected)
     np.testing.assert_array_equal(sample(Greedy().numbers(), jnp.asarray(logits), _keys(10)), logits.argmax(-1))
@@ -184,7 +184,7 @@ def test_settings_are_checked(setting, message):
 
 def test_a_penalty_needs_the_tokens_seen():
     with pytest.raises(ValueError, match="needs `seen`"):
-        process_logits(Greedy(repetition_penalty=1.2), jnp.zeros((1, 4)))
+        process_logits(Greedy(repetition_penalty=1.2).numbers(), jnp.zeros((1, 4)))
 
 
 def _keys(batch):

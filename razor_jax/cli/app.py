@@ -1,0 +1,52 @@
+"""The `razor-jax` program: commands, each in its own file.
+
+Answers go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Annotated
+
+import typer
+
+import razor_jax
+
+from . import bench, chat, demo, evals, generate, heads, plan, reproduce, serve, terminal
+
+app = typer.Typer(cls=terminal.Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Answers and warnings only.")] = False,
+    version: Annotated[bool | None, typer.Option("--version", is_eager=True, callback=lambda v: _version(v))] = None,
+) -> None:
+    """Long-context inference with a KV cache that is really smaller (RazorAttention, in JAX)."""
+    terminal.listen(quiet)
+
+
+app.command()(demo.demo)
+app.command()(generate.generate)
+app.command()(chat.chat)
+app.add_typer(heads.app, name="heads")
+app.command()(plan.plan)
+app.command()(serve.serve)
+app.command()(bench.bench)
+app.add_typer(evals.app, name="eval")
+app.command()(reproduce.reproduce)
+
+
+def main() -> None:
+    """Run the `razor-jax` program."""
+    warnings.showwarning = lambda message, *place: terminal.note(f"warning: {message}")
+    logging.getLogger("razor_jax").propagate = False  # libraries set up the root logger: no line twice
+    app()
+
+
+def _version(wanted: bool | None) -> None:
+    if wanted:
+        typer.echo(razor_jax.__version__)
+        raise typer.Exit
