@@ -92,13 +92,15 @@ class Cache:
         total = 0
         for layer in range(len(self.spec.heads.counts)):
             for heads, windowed, _ in self.spec.groups(layer):
-                total += heads * (int(self.valid(windowed).sum(dtype=np.int64)) * token + windowed * means)
+                total += len(heads) * (int(self.valid(windowed).sum(dtype=np.int64)) * token + windowed * means)
         return total
 
     def layers(self, count: int) -> tuple[tuple[GroupArrays, ...], ...]:
         """The first `count` layers, filled with noise."""
         return tuple(
-            tuple(self.group(heads, windowed, 8 * layer + windowed) for heads, windowed, _ in self.spec.groups(layer))
+            tuple(
+                self.group(len(heads), windowed, 8 * layer + windowed) for heads, windowed, _ in self.spec.groups(layer)
+            )
             for layer in range(count)
         )
 
@@ -252,7 +254,7 @@ def check_decode(implementation: str, dtype: str) -> float:
     lengths = np.asarray([5, 700, 2048], np.int32)
     cache = Cache.of(model, 5, RazorConfig.compact(509), lengths, dtype)
     mixed = next(layer for layer, kept in enumerate(cache.spec.heads.counts) if 0 < kept < 4)
-    groups = [cache.group(heads, windowed, int(windowed)) for heads, windowed, _ in cache.spec.groups(mixed)]
+    groups = [cache.group(len(heads), windowed, int(windowed)) for heads, windowed, _ in cache.spec.groups(mixed)]
 
     def poison(group: GroupArrays) -> GroupArrays:
         windowed = group.k_mean is not None

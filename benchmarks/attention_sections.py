@@ -313,8 +313,8 @@ def streaming_section(bench: Bench) -> Iterator[Case]:
         q, k, v = (noise(i, shape, jnp.dtype("bfloat16")) for i, shape in enumerate(shapes))
         held = []
         for heads, windowed, _ in spec.groups(layer):
-            slots = [jnp.zeros((1, heads, spec.slots(windowed), H), jnp.bfloat16) for _ in range(2)]
-            means = [jnp.zeros((1, heads, 1, H)) if windowed else None for _ in range(2)]
+            slots = [jnp.zeros((1, len(heads), spec.slots(windowed), H), jnp.bfloat16) for _ in range(2)]
+            means = [jnp.zeros((1, len(heads), 1, H)) if windowed else None for _ in range(2)]
             held.append(GroupArrays(*slots, None, None, *means))
         options = {"chunk": chunk, "window": window, "sinks": sinks, "implementation": bench.implementation}
         bench.time(row, lambda: programs.stream(q, k, v, tuple(held), **options))

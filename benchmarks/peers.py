@@ -36,7 +36,7 @@ from razor_jax.checkpoint.hub import find
 from razor_jax.evals import needle as needles
 from razor_jax.evals.conversation import Conversation
 from razor_jax.evals.protocol import Example, Setting, System, cut, dense, run
-from razor_jax.evals.provenance import provenance, write_json
+from razor_jax.evals.provenance import provenance, write_results
 from razor_jax.evals.table import Table
 from razor_jax.params import with_heads
 
@@ -233,7 +233,7 @@ def main(
         journal = output / f"{name}.jsonl"
         found = compare(params, model, variant, examples, batch, journal, only, conversation)
         content["lengths"].append({"tokens": tokens, **found})
-        typer.echo(f"wrote {write_json(output / f'{name}.json', content)}")
+        typer.echo(f"wrote {write_results(output / f'{name}.json', content)}")
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def check_split(split: HeadSplit, num_layers: int, num_kv_heads: int) -> None:
     if (split.num_layers, split.num_kv_heads) != (num_layers, num_kv_heads):
         raise ValueError(
             f"the head split is for {split.num_layers} layers × {split.num_kv_heads} KV heads, the model has "
-            f"{num_layers} × {num_kv_heads}; find the heads of this model with `razor-jax heads --model …`"
+            f"{num_layers} × {num_kv_heads}; find the heads of this model with `razor-jax heads find --model …`"
         )
 
 

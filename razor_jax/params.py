@@ -144,7 +144,7 @@ def with_heads(params: Params, split: HeadSplit | None, *, donate: bool = False)
             raise ValueError(
                 f"the head split was made for another architecture (fingerprint {split.architecture[:12]}…, this "
                 f"model's is {architecture_fingerprint(config)[:12]}…); find the heads of this model with "
-                "`razor-jax heads --model …`"
+                "`razor-jax heads find --model …`"
             )
         if split.weights and split.weights != weights_fingerprint(params):
             warnings.warn(

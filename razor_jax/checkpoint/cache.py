@@ -21,11 +21,11 @@ import orbax.checkpoint as ocp
 from .. import cache as kv
 from ..cache import CacheSpec, Group, KVCache, ring_length
 from ..config import RazorConfig
+from ..files import atomic_directory, read_json, write_json
 from ..functional import cache_spec, check_cache
 from ..mesh import relayout
 from ..params import Params, architecture_fingerprint, weights_fingerprint
 from ..sharding import nontrivial, replicate
-from .files import atomic_directory, read_json, write_json
 
 RECORD = "cache.json"
 _FORMAT, _VERSION = "razor_jax cache", 1

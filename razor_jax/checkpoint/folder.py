@@ -15,13 +15,13 @@ from typing import Any, Literal
 import jax
 
 from ..config import HeadSplit, check_split
+from ..files import atomic_directory
 from ..models import ModelConfig
 from ..params import Params, with_heads
 from ..sharding import MeshLike
 from ..tokenizer.assets import Assets
 from . import huggingface as checkpoint_huggingface
 from . import orbax as checkpoint_orbax
-from .files import atomic_directory
 from .loader import Progress, Weights
 
 SHARD_BYTES = 5_000_000_000

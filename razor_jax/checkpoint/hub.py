@@ -229,7 +229,7 @@ def _given(directory: Path, heads: str | os.PathLike[str] | HeadSplit | None) ->
         # A probe is one process' work, and what each remembers may differ.
         raise FileNotFoundError(
             f"no {store.NAME} beside the model in {directory}: find its heads once on one machine, `razor-jax heads "
-            f"--model {directory} --save {directory / store.NAME}`, or pass the path of a {store.NAME} as heads="
+            f"find --model {directory} --save {directory / store.NAME}`, or pass the path of a {store.NAME} as heads="
         )
     return None
 

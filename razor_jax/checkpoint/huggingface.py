@@ -26,11 +26,11 @@ from jax.experimental import multihost_utils
 
 from .. import models
 from ..config import HeadSplit
+from ..files import read_json, write_json
 from ..mesh import MeshPlacement
 from ..models import CheckpointTensor, ModelConfig, tensor_names, write_config
 from ..params import Params, stored_order
 from ..sharding import MeshLike
-from .files import read_json, write_json
 from .loader import Loader, Progress, Weights, float_type
 
 _WEIGHTS = "model.safetensors"

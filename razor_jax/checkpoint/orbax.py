@@ -13,10 +13,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from ..config import HeadSplit
+from ..files import read_json, write_json
 from ..models import ModelConfig, Rope
 from ..params import Params
 from ..sharding import MeshLike
-from .files import read_json, write_json
 from .loader import Loader, Progress, Weights, float_type
 
 RECORD = "razor_model.json"

@@ -21,7 +21,7 @@ from razor_jax.evals import agreement, conversation, long_generation, plots, pro
 from razor_jax.evals import needle as needles
 from razor_jax.evals.haystack import Haystack
 from razor_jax.evals.protocol import Example, Form, Setting, System
-from razor_jax.evals.provenance import provenance, write_json
+from razor_jax.evals.provenance import provenance, write_results
 from razor_jax.evals.settings import settings
 from razor_jax.evals.table import Table
 
@@ -93,7 +93,7 @@ class Job:
         """Write JSON to the folder and, if requested, to stdout."""
         content = {"eval": command, **provenance(self.params, self.model), **content}
         if self.out is not None:
-            note(f"saved {write_json(self.out / f'{command}.json', content)}")
+            note(f"saved {write_results(self.out / f'{command}.json', content)}")
         if self.as_json:
             terminal.print_json(content)
 

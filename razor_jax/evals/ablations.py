@@ -210,7 +210,9 @@ def main(
 
     found = judge(rows, readings, Journal(output.with_suffix(".jsonl")), tell)
     lines = summary(found, readings)
-    write_json(output, {"about": about, "tokens": tokens, "policy": policy, "summary": lines, "rows": found})
+    content = {"about": about, "tokens": tokens, "policy": policy, "summary": lines}
+    write_json(output, content)
+    write_json(output.with_suffix(".questions.json"), {**content, "rows": found})
     Console().print(render(lines, f"{tokens:,} tokens a document, {documents} documents a task; {policy}"))
 
 

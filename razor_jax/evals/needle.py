@@ -1,6 +1,6 @@
 """Needles: facts hidden in real text, asked for after the text was compressed.
 
-    razor-jax needle --lengths 1024,2048 --depths 0,25,50,75,100 --documents 8
+    razor-jax eval needle --lengths 1024,2048 --depths 0,25,50,75,100 --documents 8
 
 Variants, all in the words that razor-mini was trained on, which any other model understands as well:
 

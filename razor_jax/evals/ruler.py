@@ -1,6 +1,6 @@
 """RULER's synthetic tasks (arXiv 2404.06654) at any length, from text on hand.
 
-    razor-jax ruler --model … --lengths 4096,8192 --tasks niah_single_1,vt --documents 100
+    razor-jax eval ruler --model … --lengths 4096,8192 --tasks niah_single_1,vt --documents 100
 
 Wording, task parameters and metric are those of the published benchmark (github.com/NVIDIA/RULER). What differs: the
 essays are any text (RULER's are downloaded), keys are made of our own adjectives and nouns, the words to count come

@@ -27,7 +27,9 @@ def settings(
     """
     L, K = params.config.num_layers, params.config.num_kv_heads
     if params.heads is None:
-        raise ValueError("these params have no head split: load with heads='auto', or find it with `razor-jax heads`")
+        raise ValueError(
+            "these params have no head split: load with heads='auto', or find it with `razor-jax heads find`"
+        )
     rows = [dense(params), Setting("Razor", params, policy)]
     if no_compensation:
         rows.append(Setting("no compensation token", params, dataclasses.replace(policy, compensation=False)))

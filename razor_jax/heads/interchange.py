@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..config import HeadSplit, RazorConfig, check_int
+from ..files import write_text
 from .scores import HeadScores, ProbeMeta
 from .select import Head
 
@@ -92,11 +93,10 @@ def write_duo(folder: str | os.PathLike[str], split: HeadSplit, razor: RazorConf
             f"{razor.describe()}: DuoAttention knows a fixed recent_size only; use RazorConfig.compact(window=…)"
         )
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     lines = ("\t".join("1" if head in kept else "0" for head in range(split.num_kv_heads)) for kept in split.retrieval)
-    (folder / GATES).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(folder / GATES, "\n".join(lines) + "\n")
     config = {"sink_size": razor.sinks, "recent_size": razor.window, "note": split.note}
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
     return folder
 
 

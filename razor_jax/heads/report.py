@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import write_text
 from . import plots
 from .study import Agreement, Causal, Judged, Stability, Study
 
@@ -16,9 +17,9 @@ def write(study: Study, folder: Path, *, model: str, machine: dict[str, str], su
     """Write heads.md, heads.json and the pictures into a folder; returns their paths."""
     pictures = plots.draw(study, folder, suffix)
     text, data = folder / "heads.md", folder / "heads.json"
-    text.write_text(markdown(study, model=model, machine=machine, pictures=pictures), encoding="utf-8")
+    write_text(text, markdown(study, model=model, machine=machine, pictures=pictures))
     content = {"model": model, "machine": machine, **study.to_dict()}
-    data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(data, json.dumps(content, indent=1) + "\n")
     return [text, data, *pictures]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..config import HeadSplit, RazorConfig, check_int
+from ..files import write_text
 from ..params import Params, architecture_fingerprint, weights_fingerprint
 from . import select
 from .select import Head
@@ -268,7 +269,7 @@ class HeadScores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the scores as versioned JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadScores:

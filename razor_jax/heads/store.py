@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 from ..compilation import user_cache
 from ..config import HeadSplit, RazorConfig
+from ..files import write_text
 from ..params import Params, architecture_fingerprint, weights_fingerprint
 
 NAME = "razor.json"
@@ -41,15 +42,7 @@ def write(path: str | os.PathLike[str], split: HeadSplit, recommended: RazorConf
         **({"scopes": [list(layer) for layer in split.scopes]} if split.scopes else {}),
         "recommended": None if recommended is None else dataclasses.asdict(recommended),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, for a rename is atomic within one file system only.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(_render(data), encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+    return write_text(path, _render(data))
 
 
 def read(path: str | os.PathLike[str]) -> HeadFile:
@@ -60,7 +53,9 @@ def read(path: str | os.PathLike[str]) -> HeadFile:
     """
     path = _file(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no head split at {path}; make one with `razor-jax heads --model … --save {path}`")
+        raise FileNotFoundError(
+            f"no head split at {path}; make one with `razor-jax heads find --model … --save {path}`"
+        )
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

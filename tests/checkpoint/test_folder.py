@@ -297,7 +297,7 @@ def test_an_empty_folder(tmp_path):
         checkpoint.read(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is no JSON"), ("[1]", "JSON list, expected an object")])
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[1]", "JSON list, expected an object")])
 def test_a_broken_config(copy, text, message):
     (copy / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):

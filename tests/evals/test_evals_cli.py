@@ -10,6 +10,7 @@ import pytest
 
 from razor_jax.evals import plots
 from razor_jax.evals.examples import Example, Options, Question
+from razor_jax.evals.provenance import summary
 from razor_jax.evals.table import Answered, Row, Table
 from razor_jax.text.result import KVReport
 
@@ -24,9 +25,20 @@ def test_needle_writes_table_json_pictures_and_goes_on(run, model, tmp_path):
     assert "Razor" in done.stdout
     assert "2 questions on 2 documents" in " ".join(done.stdout.split())
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"needle.json", "records.jsonl", "needle-single-dense.png", "needle-single-razor.png"}
+    assert names == {
+        "needle.json",
+        "needle.questions.json",
+        "records.jsonl",
+        "needle-single-dense.png",
+        "needle-single-razor.png",
+    }
     assert (tmp_path / "out" / "needle-single-razor.png").read_bytes().startswith(b"\x89PNG")
-    content = json.loads((tmp_path / "out" / "needle.json").read_text())
+    short = json.loads((tmp_path / "out" / "needle.json").read_text())
+    content = json.loads((tmp_path / "out" / "needle.questions.json").read_text())
+    assert short == summary(content)
+    assert short["tables"][0]["questions"] == 2
+    assert [cell["depth"] for cell in short["tables"][0]["cells"]] == [0, 1]
+    assert "scores" not in short["tables"][0]["settings"][0]
     assert content["model"] == "tiny"
     assert {"weights", "machine", "versions", "command"} <= content.keys()
     (table,) = content["tables"]

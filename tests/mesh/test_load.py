@@ -15,7 +15,7 @@ from razor_jax import HeadSplit, RazorConfig, sharding, with_heads
 from razor_jax.checkpoint import folder as checkpoint
 from razor_jax.checkpoint import hub
 from razor_jax.checkpoint import loader as loading
-from razor_jax.checkpoint.files import atomic_directory
+from razor_jax.files import atomic_directory
 from razor_jax.models import CheckpointTensor, tensor_names
 from razor_jax.params import Params, abstract_weights
 
