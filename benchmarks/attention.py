@@ -89,7 +89,7 @@ class Bench:
         }
 
     def run(self, section: str) -> None:
-        """Every case of a section, then its table."""
+        """Run every case of a section, then print its table."""
         first = len(self.rows)
         cases = SECTIONS[section](self)
         while True:
@@ -132,7 +132,7 @@ class Bench:
             row.note += f"failed: {first_line(problem)}"
 
     def time(self, row: Row, call: Callable[[], Any]) -> Any:
-        """Median seconds of `call` a layer into the row; the first call's result."""
+        """Return median seconds of `call` a layer into the row; the first call's result."""
         started = time.perf_counter()
         first = jax.block_until_ready(call())
         row.compile_seconds = time.perf_counter() - started
@@ -167,7 +167,7 @@ class Bench:
             raise Refused(f"error {error:.1e} at this size, {TOLERANCE:.0e} allowed")
 
     def write(self) -> None:
-        """The file: other sections as an earlier run left them, this run's so far."""
+        """Write the file: sections of an earlier run, and those of this run so far."""
         if self.out is None:
             return
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -182,19 +182,19 @@ class Bench:
 
 
 def first_line(problem: Exception) -> str:
-    """An exception in one line."""
+    """Return an exception in one line."""
     return f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:240]
 
 
 def microseconds(seconds: float | None) -> str:
-    """Seconds as microseconds, or nothing."""
+    """Return the seconds as microseconds, or nothing."""
     if seconds is None:
         return ""
     return f"{seconds * 1e6:,.1f}" if seconds < 1e-3 else f"{seconds * 1e6:,.0f}"
 
 
 def rate(row: Row) -> str:
-    """GB/s, TFLOP/s or tokens/s, whichever the row is about."""
+    """Format GB/s, TFLOP/s or tokens/s, whichever the row is about."""
     if row.seconds is None:
         return ""
     if "tokens_per_second" in row.extra:
@@ -205,7 +205,7 @@ def rate(row: Row) -> str:
 
 
 def table(section: str, rows: list[Row]) -> Table:
-    """One section's rows; bytes and times are of one unit of a row: a layer, a call, a step."""
+    """Return one section's rows; bytes and times are of one unit of a row: a layer, a call, a step."""
     title = f"{section}: {(SECTIONS[section].__doc__ or '').strip()}"
     out = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for name in ("what", "batch × context", "layers", "GiB held", "MB", "predicted µs", "µs", "rate", "error"):

@@ -40,18 +40,18 @@ class Peer(NamedTuple):
 
 
 def lengths_of(batch: int, context: int, ragged: bool) -> np.ndarray:
-    """int32 [B]: all full, or evenly from an eighth to full, the last row the longest."""
+    """Return int32 [B]: all full, or evenly from an eighth to full, the last row the longest."""
     first = context // 8 if ragged else context
     return np.linspace(first, context, batch).astype(np.int32) if batch > 1 else np.full(1, context, np.int32)
 
 
 def layers_that_fit(layer_bytes: int, most: int, memory: int) -> int:
-    """Layers of a dense cache to time, so that a copy of one and the rest of a run still fit."""
+    """Return layers of a dense cache to time, so that a copy of one and the rest of a run still fit."""
     return min(most, max(0, int(0.75 * memory) // layer_bytes - 1))
 
 
 def softmax_oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Literal float64 attention, q [B,K,G,H] over slots [0, lengths[b]) of k, v [B,K,S,H]."""
+    """Compute literal float64 attention, q [B,K,G,H] over slots [0, lengths[b]) of k, v [B,K,S,H]."""
     logits = np.einsum("bkgh,bksh->bkgs", q.astype(np.float64), k.astype(np.float64)) / np.sqrt(q.shape[-1])
     valid = np.arange(k.shape[2]) < lengths[:, None, None, None]
     weights = np.where(valid, np.exp(logits - logits.max(-1, keepdims=True)), 0.0)
@@ -59,13 +59,13 @@ def softmax_oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: np.ndar
 
 
 def error_of(a: Any, b: Any) -> float:
-    """max|a-b| / max|b|, in NumPy; NaN where anything is."""
+    """Return max|a-b| / max|b|, in NumPy; NaN where anything is NaN."""
     a, b = (np.asarray(x, np.float64) for x in (a, b))
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
 def small_case(heads: tuple[int, int, int], ragged: bool, slots: int = 2048) -> tuple[np.ndarray, ...]:
-    """Normal q [2,K,G,H], k, v [2,K,S,H] and lengths for a check."""
+    """Draw normal q [2,K,G,H], k, v [2,K,S,H] and lengths for a check."""
     K, G, H = heads
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, K, *shape, H)).astype(np.float32) for shape in ((G,), (slots,), (slots,)))
@@ -76,7 +76,9 @@ def small_case(heads: tuple[int, int, int], ragged: bool, slots: int = 2048) -> 
 
 
 def _dot_product(implementation: str, packed: bool) -> Callable[..., jax.Array]:
-    """`jax.nn.dot_product_attention`; packed: a group's heads as query tokens of one head, so K and V are read once."""
+    """Run `jax.nn.dot_product_attention`; packed: a group's heads as query tokens of one head, so K and V are read
+    once.
+    """
 
     def call(q, k, v, lengths):
         B, K, G, H = q.shape
@@ -101,7 +103,7 @@ def _pallas_gqa(q, k, v, lengths):
 
 
 def _pallas_mqa(q, k, v, lengths):
-    """The kernel under `gqa`, given the layout that it wants: no transposed copy of the cache."""
+    """Return the kernel under `gqa`, given the layout that it wants: no transposed copy of the cache."""
     from jax.experimental.pallas.ops.gpu import decode_attention
 
     B, K, _, H = q.shape
@@ -110,7 +112,7 @@ def _pallas_mqa(q, k, v, lengths):
 
 
 def jax_peers() -> tuple[Peer, ...]:
-    """Dense attention that a JAX program can call; some of it only on an NVIDIA GPU."""
+    """Return dense attention that a JAX program can call; some of it only on an NVIDIA GPU."""
     return (
         Peer("cuDNN", _dot_product("cudnn", packed=False), slots_first=True),
         Peer("cuDNN, heads packed", _dot_product("cudnn", packed=True), slots_first=True),
@@ -121,7 +123,7 @@ def jax_peers() -> tuple[Peer, ...]:
 
 
 def check_jax(peer: Peer, heads: tuple[int, int, int]) -> float:
-    """The peer's error on ragged lengths."""
+    """Return the peer's error on ragged lengths."""
     q, k, v, lengths = small_case(heads, ragged=True)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
     want = softmax_oracle(*(np.asarray(x, np.float32) for x in (q, k, v)), lengths)
@@ -131,12 +133,12 @@ def check_jax(peer: Peer, heads: tuple[int, int, int]) -> float:
 
 
 def cudnn_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """One-shot causal prefill, q [B,T,N,H], k and v [B,T,K,H]."""
+    """Run one-shot causal prefill, q [B,T,N,H], k and v [B,T,K,H]."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
 def xla_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The same without cuDNN: only for a run at tiny sizes elsewhere."""
+    """Return the same without cuDNN: only for a run at tiny sizes elsewhere."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
 
 
@@ -211,7 +213,7 @@ def _first_line(problem: Exception) -> str:
 
 
 def _torch_peers(tell: Callable[..., None]) -> Iterator[Peer]:
-    """Peers whose packages are there; of the others it is told that they are not."""
+    """Return the peers whose packages are installed, and report the others."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -250,7 +252,7 @@ def _flash_attn() -> Peer:
 
 
 def _flashinfer(page: int = 16) -> Peer:
-    """Paged decode, planned once for a set of lengths as a server does for all layers of a step."""
+    """Run paged decode, planned once for a set of lengths as a server does for all layers of a step."""
     import flashinfer  # pyright: ignore[reportMissingImports]
     import torch
 
@@ -293,7 +295,7 @@ def _check_torch(peer: Peer, heads: tuple[int, int, int], device: str) -> float:
 
 
 def _time_torch(peer: Peer, shape: tuple[int, ...], layers: int, lengths, repeats: int, device: str) -> float:
-    """Median seconds of all layers in sequence, each layer's query waiting for the last one's output."""
+    """Return median seconds of all layers in sequence, each layer's query waiting for the last one's output."""
     import torch
 
     B, K, G, S, H = shape
@@ -339,7 +341,7 @@ def _time_torch(peer: Peer, shape: tuple[int, ...], layers: int, lengths, repeat
 
 
 def _captured(step: Callable[[], Any]) -> Callable[[], None]:
-    """The step as one CUDA graph, as a server replays it: no time between launches."""
+    """Return the step as one CUDA graph, as a server replays it: no time between launches."""
     import torch
 
     graph = torch.cuda.CUDAGraph()

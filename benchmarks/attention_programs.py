@@ -30,7 +30,9 @@ from razor_jax.models.config import ModelConfig
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def noise(seed: jax.Array | int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Reproducible numbers of variance 1 (int8: all bytes) by hashing the index: one write, no memory beside it."""
+    """Make reproducible numbers of variance 1 (int8: all bytes) by hashing the index: one write, no memory beside
+    it.
+    """
     x = jnp.full(shape, jnp.uint32(seed) * jnp.uint32(0x9E3779B9))
     for axis, stride in enumerate(np.cumprod([1, *shape[:0:-1]])[::-1]):
         x += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(int(stride) % 2**32)
@@ -43,7 +45,7 @@ def noise(seed: jax.Array | int, shape: tuple[int, ...], dtype: Any) -> jax.Arra
 
 @functools.cache
 def uneven_split(model: ModelConfig, kept: int, seed: int = 0) -> HeadSplit:
-    """`kept` KV heads drawn over the layers: one layer with all heads, one with none, the rest as they fall."""
+    """Draw `kept` KV heads over the layers: one layer with all heads, one with none, the rest as they fall."""
     L, K = model.num_layers, model.num_kv_heads
     rng = np.random.default_rng([seed, kept])
     full, empty = rng.permutation(L)[:2]
@@ -63,7 +65,9 @@ class Cache:
     def of(
         cls, model: ModelConfig, kept: int | None, razor: RazorConfig | None, lengths: np.ndarray, dtype: str
     ) -> Cache:
-        """`kept` KV heads keep everything, None for dense; the capacity is the longest of `lengths`."""
+        """Make a cache where `kept` KV heads keep everything, None for dense; the capacity is the longest of
+        `lengths`.
+        """
         split = HeadSplit.all(model.num_layers, model.num_kv_heads) if kept is None else uneven_split(model, kept)
         if razor is not None:
             razor = dataclasses.replace(razor, kv_dtype=dtype)
@@ -76,7 +80,7 @@ class Cache:
         return self.lengths if razor is None else np.asarray([kv.ring_length(razor, int(n)) for n in self.lengths])
 
     def valid(self, windowed: bool) -> np.ndarray:
-        """int32 [B], slots that hold a token."""
+        """Return int32 [B], slots that hold a token."""
         return np.minimum(self.lengths, self.spec.sinks + self.window) if windowed else self.lengths
 
     @property
@@ -96,7 +100,7 @@ class Cache:
         return total
 
     def layers(self, count: int) -> tuple[tuple[GroupArrays, ...], ...]:
-        """The first `count` layers, filled with noise."""
+        """Return the first `count` layers, filled with noise."""
         return tuple(
             tuple(
                 self.group(len(heads), windowed, 8 * layer + windowed) for heads, windowed, _ in self.spec.groups(layer)
@@ -105,7 +109,7 @@ class Cache:
         )
 
     def group(self, heads: int, windowed: bool, seed: int) -> GroupArrays:
-        """One head group filled with noise."""
+        """Return one head group filled with noise."""
         batch, H, dtype = len(self.lengths), self.spec.head_dim, jnp.dtype(self.spec.dtype)
         slots = self.spec.slots(windowed)
         k, v = (noise(seed + 2 * i, (batch, heads, slots, H), dtype) for i in (0, 1))
@@ -130,7 +134,7 @@ class Cache:
 
 @functools.partial(jax.jit, static_argnames=("implementation", "return_state"))
 def attend_group(rows, group: GroupArrays, extra, implementation: str, return_state: bool = False):
-    """rows [B,K,R,H] over one head group: its compensation token if it has one, then its slots."""
+    """Attend with rows [B,K,R,H] to one head group: its compensation token if it has one, then its slots."""
     full, windowed, dropped = extra
     scale = 1 / math.sqrt(rows.shape[-1])
     state = None
@@ -177,7 +181,9 @@ class Theirs:
 
 @functools.partial(jax.jit, static_argnames=("attend_layer", "probe"))
 def chain(q, layers, extra, *, attend_layer: Callable[..., jax.Array], probe: int):
-    """All layers in sequence, each on q + the last one's output; with what layer `probe` was asked and answered."""
+    """Return all layers in sequence, each on q + the last one's output; with what layer `probe` was asked and
+    answered.
+    """
     rows, probed = q, None
     for index, layer in enumerate(layers):
         # Some peers answer in float32.
@@ -189,7 +195,7 @@ def chain(q, layers, extra, *, attend_layer: Callable[..., jax.Array], probe: in
 
 @functools.partial(jax.jit, static_argnames=("chunk", "window", "sinks", "implementation"))
 def stream(q, k, v, held: tuple[GroupArrays, ...], *, chunk: int, window: int, sinks: int, implementation: str):
-    """Streaming prefill of one layer: for each chunk, attend to the cache and to the chunk, then write.
+    """Run streaming prefill of one layer: for each chunk, attend to the cache and to the chunk, then write.
 
     q [B,K,G·T,H], k, v [B,K,T,H], the layer's empty groups: the outputs [B,K,G·T,H] and the groups.
     """
@@ -235,7 +241,7 @@ def stream(q, k, v, held: tuple[GroupArrays, ...], *, chunk: int, window: int, s
 
 @functools.partial(jax.jit, static_argnames=("group_size", "implementation"))
 def exact(q, k, v, lengths, *, group_size: int, implementation: str):
-    """Causal attention of a whole prompt, q [B,K,G·T,H] and k, v [B,K,T,H]."""
+    """Compute causal attention of a whole prompt, q [B,K,G·T,H] and k, v [B,K,T,H]."""
     scale = 1 / math.sqrt(q.shape[-1])
     return attend_causal(q, k, v, lengths, start=0, group_size=group_size, scale=scale, implementation=implementation)
 
@@ -244,12 +250,14 @@ def exact(q, k, v, lengths, *, group_size: int, implementation: str):
 
 
 def float32(x: Any) -> Any:
-    """Every bfloat16 array of a tree as float32, which changes no value."""
+    """Return every bfloat16 array of a tree as float32, which changes no value."""
     return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, x)
 
 
 def check_decode(implementation: str, dtype: str) -> float:
-    """Error of one layer of both groups against XLA in float32: ragged rows, NaN in all that must not be read."""
+    """Return the error of one layer of both groups against XLA in float32: ragged rows, NaN in all that must not be
+    read.
+    """
     model = ModelConfig("llama", 64, 4096, 64, 3, 16, 4, 128, 4096)
     lengths = np.asarray([5, 700, 2048], np.int32)
     cache = Cache.of(model, 5, RazorConfig.compact(509), lengths, dtype)
@@ -283,7 +291,7 @@ def check_decode(implementation: str, dtype: str) -> float:
 
 
 def check_causal(implementation: str) -> float:
-    """Error of a causal call against XLA in float32, two rows of 640 and 200 tokens."""
+    """Return the error of a causal call against XLA in float32, two rows of 640 and 200 tokens."""
     T, lengths = 640, jnp.asarray([640, 200], jnp.int32)
     q, k, v = (noise(i, (2, 4, n, 128), jnp.dtype("bfloat16")) for i, n in enumerate((4 * T, T, T)))
     unread = (jnp.arange(T) >= lengths[:, None])[:, None, :, None]
@@ -296,7 +304,7 @@ def check_causal(implementation: str) -> float:
 
 
 def check_stream(implementation: str) -> float:
-    """Error of a streaming prefill of four chunks against XLA in float32, outputs and means."""
+    """Return the error of a streaming prefill of four chunks against XLA in float32, outputs and means."""
     T, chunk, window = 1024, 256, 300
     q, k, v = (noise(i, (1, 4, n, 128), jnp.dtype("bfloat16")) for i, n in enumerate((4 * T, T, T)))
     options = {"chunk": chunk, "window": window, "sinks": 4}
@@ -316,7 +324,7 @@ def check_stream(implementation: str) -> float:
 
 
 def check_head(rows, out, group: GroupArrays, valid: int, n: int) -> float:
-    """Error of the last row's last head of a group at the timed size, against a float64 softmax on the host.
+    """Return the error of the last row's last head of a group at the timed size, against a float64 softmax on the host.
 
     rows, out [B,K,G,H], this group's heads only; `valid` slots and `n` dropped tokens of that row.
     """

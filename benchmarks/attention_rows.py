@@ -102,7 +102,7 @@ class Row:
     note: str = ""
 
     def goal(self, name: str, goal: float, value: float) -> None:
-        """State a goal that is met from `goal` on."""
+        """Name a goal that is met from `goal` on."""
         self.goals.append({"name": name, "goal": goal, "value": value, "met": bool(value >= goal)})
 
     @property

@@ -34,7 +34,7 @@ L2_BYTES = 64 * 2**20  # at least that of an H200
 
 
 def copy_section(bench: Bench) -> Iterator[Case]:
-    """The ceilings: a large copy two ways, a large read, a large matrix product."""
+    """Yield the ceilings: a large copy two ways, a large read, a large matrix product."""
     size, n = bench.sizes.copy_bytes, bench.sizes.matrix
 
     def big() -> jax.Array:
@@ -70,7 +70,7 @@ def copy_section(bench: Bench) -> Iterator[Case]:
 
 
 def decode_section(bench: Bench) -> Iterator[Case]:
-    """One token a row over every layer's cache."""
+    """Yield one token a row over every layer's cache."""
     sizes, model = bench.sizes, bench.sizes.model
     for row in bench.torch:
         yield Case(_torch_row(bench, row), None)
@@ -92,7 +92,7 @@ def decode_section(bench: Bench) -> Iterator[Case]:
 
 
 def int8_section(bench: Bench) -> Iterator[Case]:
-    """8-bit caches against bfloat16 of the same heads and window."""
+    """Yield 8-bit caches against bfloat16 of the same heads and window."""
     sizes, (kept, (window, razor)) = bench.sizes, (bench.sizes.kept[0], bench.sizes.policies[0])
     for context, batch in sizes.shapes:
         lengths = peers.lengths_of(batch, context, False)
@@ -112,7 +112,7 @@ def int8_section(bench: Bench) -> Iterator[Case]:
 
 
 def _torch_row(bench: Bench, found: dict[str, Any]) -> Row:
-    """A row that the torch process measured."""
+    """Return a row that the torch process measured."""
     model = bench.sizes.model
     row = Row("decode", found["name"], note=found.get("note", ""), error=found.get("error"))
     if "batch" in found:
@@ -126,7 +126,7 @@ def _torch_row(bench: Bench, found: dict[str, Any]) -> Row:
 
 
 def _remember(bench: Bench, row: Row) -> None:
-    """The best dense peer of a batch, context and kind of lengths."""
+    """Keep the best dense peer of a batch, context and kind of lengths."""
     assert row.batch is not None
     assert row.context is not None
     where = (row.batch, row.context, row.ragged)
@@ -135,7 +135,7 @@ def _remember(bench: Bench, row: Row) -> None:
 
 
 def _dense_case(bench: Bench, lengths: np.ndarray, ragged: bool, peer: peers.Peer) -> Case:
-    """A JAX peer over as many dense layers as fit."""
+    """Return a JAX peer over as many dense layers as fit."""
     model = bench.sizes.model
     cache = Cache.of(model, None, None, lengths, "bfloat16")
     batch, context = len(lengths), int(lengths.max())
@@ -167,7 +167,9 @@ def _dense_case(bench: Bench, lengths: np.ndarray, ragged: bool, peer: peers.Pee
 def _ours_case(
     bench: Bench, section: str, cache: Cache, implementation: str, kept: int | None = None, window: str | None = None
 ) -> Case:
-    """Our kernel over a cache: dense (as many layers as fit), or Razor (all of them, each has its own shapes)."""
+    """Make the case of our kernel over a cache: dense (as many layers as fit), or Razor (all layers, each has its
+    shapes).
+    """
     model, batch, context = bench.sizes.model, len(cache.lengths), int(cache.lengths.max())
     layers = model.num_layers
     if kept is None:
@@ -208,13 +210,13 @@ def _ours_case(
 
 
 def _note_small(bench: Bench, row: Row) -> None:
-    """Say so where a step's caches are not well beyond what the chip keeps from the step before."""
+    """Report where a step's caches are not well beyond what the chip keeps from the step before."""
     if row.bytes * row.layers < 8 * L2_BYTES and not bench.sizes.smoke:
         row.note = "less than 8 × L2 in all, so partly served from it; "
 
 
 def _token_bytes(model: ModelConfig) -> int:
-    """Bytes of a token in a dense bfloat16 layer."""
+    """Return the bytes of a token in a dense bfloat16 layer."""
     return 2 * model.num_kv_heads * model.head_dim * 2
 
 
@@ -239,7 +241,7 @@ def _decode_goals(bench: Bench, row: Row, dense_bytes: int) -> None:
 
 
 def _causal_case(bench: Bench, section: str, tokens: int) -> Case:
-    """cuDNN's causal attention of a whole prompt in one layer."""
+    """Make the case of cuDNN's causal attention of a whole prompt in one layer."""
     model, name = bench.sizes.model, "XLA causal" if bench.on_cpu and not bench.plan else "cuDNN causal"
     K, G, H = model.num_kv_heads, model.group_size, model.head_dim
     row = Row(section, name, batch=1, context=tokens, flops=_causal_flops(model, tokens))
@@ -257,12 +259,12 @@ def _causal_case(bench: Bench, section: str, tokens: int) -> Case:
 
 
 def _causal_flops(model: ModelConfig, tokens: int) -> int:
-    """Multiplications and additions of causal attention in one layer."""
+    """Count multiplications and additions of causal attention in one layer."""
     return 4 * model.num_heads * model.head_dim * tokens * (tokens + 1) // 2
 
 
 def prefill_section(bench: Bench) -> Iterator[Case]:
-    """A whole prompt of one layer in one call."""
+    """Yield a whole prompt of one layer in one call."""
     model = bench.sizes.model
     K, G, H = model.num_kv_heads, model.group_size, model.head_dim
     for tokens in bench.sizes.exact:
@@ -292,7 +294,7 @@ def prefill_section(bench: Bench) -> Iterator[Case]:
 
 
 def streaming_section(bench: Bench) -> Iterator[Case]:
-    """A long prompt by chunks: each kind of layer by itself, then the sum over the model's layers."""
+    """Yield a long prompt by chunks: each kind of layer by itself, then the sum over the model's layers."""
     sizes, model = bench.sizes, bench.sizes.model
     tokens, razor, kept = sizes.stream, sizes.stream_policy, sizes.kept[0]
     assert razor.prefill_chunk is not None
@@ -341,7 +343,7 @@ def streaming_section(bench: Bench) -> Iterator[Case]:
 
 
 def step_section(bench: Bench) -> Iterator[Case]:
-    """A whole decode step with random weights: tokens a second, memory, the largest batch."""
+    """Yield a whole decode step with random weights: tokens a second, memory, the largest batch."""
     sizes, model = bench.sizes, bench.sizes.model
     split = programs.uneven_split(model, sizes.kept[0])
     weights = abstract_weights(model, jnp.bfloat16)
@@ -406,7 +408,7 @@ def step_section(bench: Bench) -> Iterator[Case]:
 
 
 def _random_weights(weights: Any) -> Any:
-    """Weights of these shapes, small enough that the residual stream stays in range; norms 1."""
+    """Return weights of these shapes, small enough that the residual stream stays in range; norms 1."""
 
     def fill(index: int, a: jax.ShapeDtypeStruct) -> jax.Array:
         if len(a.shape) == 1:
@@ -418,7 +420,7 @@ def _random_weights(weights: Any) -> Any:
 
 
 def _noisy_cache(params: Params, batch: int, capacity: int, razor: RazorConfig | None, prompt: int) -> kv.KVCache:
-    """The library's cache of `batch` prompts, filled with noise, nothing allocated twice."""
+    """Return the library's cache of `batch` prompts, filled with noise, nothing allocated twice."""
     lengths = np.full(batch, prompt, np.int32)
     names: list[str] = []
     trees = []

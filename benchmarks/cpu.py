@@ -44,7 +44,7 @@ WINDOW = 1024
 
 
 def make_checkpoint(folder: Path) -> None:
-    """Random weights on disk, which both sides read."""
+    """Write random weights to disk, which both sides read."""
     import torch
     import transformers
 
@@ -54,7 +54,7 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def run_transformers(folder: Path, context: int, new_tokens: int) -> dict:
-    """One timed prompt and `new_tokens` greedy steps after a short warm-up."""
+    """Return one timed prompt and `new_tokens` greedy steps after a short warm-up."""
     import numpy as np
     import torch
     import transformers
@@ -80,7 +80,7 @@ def run_transformers(folder: Path, context: int, new_tokens: int) -> dict:
 
 
 def run_razor(folder: Path, context: int, new_tokens: int, *, dense: bool) -> dict:
-    """The same through `razor_jax.generate`; the second of two runs is timed."""
+    """Return the same through `razor_jax.generate`; the second of two runs is timed."""
     import razor_jax
     from razor_jax.evals.bench import measure
 
@@ -108,7 +108,7 @@ def worker(side: str, folder: Path, context: int, new_tokens: int) -> None:
 
 
 def machine() -> dict:
-    """What the figures were measured on."""
+    """Return the machine that the figures were measured on."""
     import jax
     import torch
     import transformers
@@ -151,7 +151,7 @@ def main(context: list[int] = [4096, 16384], new_tokens: int = 16, side: str = "
 
 
 def show(name: str, context: int, rows: dict) -> None:
-    """One line, with its ratios to transformers and to our dense attention."""
+    """Print one line, with its ratios to transformers and to our dense attention."""
     row, peer = rows[name], rows["transformers"]
     prefill = peer["prefill_seconds"] / row["prefill_seconds"]
     decode = peer["decode_seconds"] / row["decode_seconds"]

@@ -46,19 +46,21 @@ PARITY_DOCUMENTS, PARITY_QUESTIONS = 4, 8
 
 
 def document_bytes(params: Params, razor: RazorConfig, tokens: int) -> int:
-    """Bytes of a cache that holds exactly a document of `tokens` tokens, in bfloat16."""
+    """Return the bytes of a cache that holds exactly a document of `tokens` tokens, in bfloat16."""
     policy = dataclasses.replace(razor, kv_dtype="bfloat16", windowed_kv_dtype=None)
     return kv.make_spec(params.heads_or_all, params.config.head_dim, tokens, policy, "bfloat16").kv_bytes(1)
 
 
 def kept_tokens(params: Params, razor: RazorConfig, tokens: int) -> float:
-    """Tokens that each KV head could keep in those bytes, if all kept as many."""
+    """Return the tokens that each KV head could keep in those bytes, if all kept as many."""
     c = params.config
     return document_bytes(params, razor, tokens) / (c.num_layers * c.num_kv_heads * 4 * c.head_dim)
 
 
 def own_settings(params: Params, razor: RazorConfig, tokens: int) -> list[Setting]:
-    """Dense, Razor, and the peers that our own cache can hold, at no fewer bytes, for documents of `tokens` tokens."""
+    """Return dense, Razor, and the peers that our own cache can hold, at no fewer bytes, for documents of `tokens`
+    tokens.
+    """
     razor = dataclasses.replace(razor, kv_dtype="bfloat16", windowed_kv_dtype=None)
     none = HeadSplit.none(params.config.num_layers, params.config.num_kv_heads)
     window = max(1, math.ceil(kept_tokens(params, razor, tokens)) - razor.sinks)
@@ -75,12 +77,12 @@ def own_settings(params: Params, razor: RazorConfig, tokens: int) -> list[Settin
 
 
 def asked(setting: Setting, conversation: bool) -> System:
-    """The setting itself, each question put to a copy, or one growing conversation with it."""
+    """Return the setting itself, each question put to a copy, or one growing conversation with it."""
     return Conversation(setting) if conversation else setting
 
 
 def check_parity(ours: System, reference: System, examples: list[Example], max_new_tokens: int) -> int:
-    """Dense answers of both libraries to some questions, float32 caches; returns how many were compared.
+    """Return dense answers of both libraries to some questions, float32 caches; returns how many were compared.
 
     Raises RuntimeError with the first pair that differs: then nothing else can be compared.
     """
@@ -94,7 +96,9 @@ def check_parity(ours: System, reference: System, examples: list[Example], max_n
 
 
 def documents(params: Params, variant: needles.Variant, grid: needles.Grid) -> list[Example]:
-    """The documents of one length. Raises ValueError where they cannot be made, or none of their tokens is dropped."""
+    """Return the documents of one length. Raises ValueError where they cannot be made, or none of their tokens is
+    dropped.
+    """
     razor, examples = params.razor or RazorConfig(), needles.examples(params, variant, grid)
     longest = max(len(cut(params, e)[0]) for e in examples)
     if longest <= razor.sinks + kv.ring_length(razor, longest):
@@ -112,7 +116,9 @@ def compare(
     only: str = "",
     conversation: bool = False,
 ) -> dict[str, Any]:
-    """All methods at one length, of kvpress those whose name holds `only`: prints the table, returns it for JSON."""
+    """Return all methods at one length, of kvpress those whose name holds `only`: prints the table, returns it for
+    JSON.
+    """
     razor = params.razor or RazorConfig()
     new_tokens = needles.answer_tokens(variant)
     longest = max(len(cut(params, e)[0]) for e in examples)

@@ -47,7 +47,9 @@ class Host:
         self.pipeline = kvpress.KVPressTextGenerationPipeline(model=self.model, tokenizer=tokenizer)
 
     def ask(self, document: Sequence[int], questions: Sequence[Sequence[int]], press: Any, options: Options):
-        """Answers, and the compressed document's cache as (bytes in memory, bytes not masked), both as bfloat16."""
+        """Return answers, and the compressed document's cache as (bytes in memory, bytes not masked), both as
+        bfloat16.
+        """
         cache = transformers.DynamicCache()
         ids = {"context_ids": torch.tensor([document]), "questions_ids": [torch.tensor([q]) for q in questions]}
         with torch.no_grad():
@@ -55,7 +57,7 @@ class Host:
         return tuple(answers), self._sizes(cache)  # the pipeline has cut the answers off again
 
     def talk(self, document: Sequence[int], turns: Sequence[Sequence[int]], press: Any, options: Options):
-        """As `ask`, but each turn follows the answers before it, which stay in the cache."""
+        """Ask as `ask`, but each turn follows the answers before it, which stay in the cache."""
         cache, position = transformers.DynamicCache(), len(document)
         answers, last = [], []
         with torch.no_grad():
@@ -116,7 +118,9 @@ class Press:
     def answer(
         self, examples: Sequence[Example], todo: Sequence[int], options: Options
     ) -> Iterator[tuple[int, Answered]]:
-        """One document at a time. Raises ValueError for what the pipeline cannot do: questions inside the prefill."""
+        """Yield one document at a time. Raises ValueError for what the pipeline cannot do: questions inside the
+        prefill.
+        """
         if options.question_inside_prefill or options.stop:
             raise ValueError("kvpress answers after the document was compressed, and knows no stop strings")
         read, put = (opened, self.host.talk) if self.conversation else (cut, self.host.ask)
@@ -145,7 +149,7 @@ class Press:
 
 
 def presses(host: Host, kept: Kept, conversation: bool) -> list[Press]:
-    """Dense attention, and every method that runs on a CPU without training or statistics of its own."""
+    """Return dense attention, and every method that runs on a CPU without training or statistics of its own."""
 
     def at(press: type, **options: Any) -> Callable[[int, float], Any]:
         return lambda tokens, kept: press(compression_ratio=_ratio(tokens, kept), **options)
@@ -170,13 +174,14 @@ def presses(host: Host, kept: Kept, conversation: bool) -> list[Press]:
 
 
 def _ratio(tokens: int, kept: float) -> float:
-    """The compression ratio that leaves at least `kept` tokens, so a peer never holds fewer bytes."""
+    """Return the compression ratio that leaves at least `kept` tokens, so a peer never holds fewer bytes."""
     return max(0.0, 1 - (math.ceil(kept) + 0.5) / tokens)
 
 
 def _duo(host: Host) -> Callable[[int, float], Any]:
-    """Its sinks (128) and recent window (256) are fixed: the share of streaming heads makes the bytes. Its heads are
-    scored on BookSum, which is not at hand: here on the training split's text."""
+    """Return its sinks (128) and recent window (256) are fixed: the share of streaming heads makes the bytes. Its heads
+    are scored on BookSum, which is not at hand: here on the training split's text.
+    """
     texts = [text[:4000] for text in (d.text for d in load_documents("train")) if len(text) > 2000]
 
     class Rows:

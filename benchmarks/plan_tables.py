@@ -58,7 +58,7 @@ TABLES = {
 
 
 def ask(name: str, context: int, cache: str, step: planner.Step) -> dict[str, Any]:
-    """The compiler's answer for one cell, kept under its key."""
+    """Return the compiler's answer for one cell, kept under its key."""
     answer = planner.compile_step(TABLES[name].job(context, cache), step)
     return {"table": name, "context": context, "cache": cache, "step": step, "compiled": dataclasses.asdict(answer)}
 
@@ -68,7 +68,7 @@ def key(answer: dict[str, Any]) -> tuple:
 
 
 def read() -> dict[tuple, dict[str, Any]]:
-    """The answers that are kept, by table, context, cache and step."""
+    """Return the answers that are kept, by table, context, cache and step."""
     answers = json.loads(RESULTS.read_text(encoding="utf-8"))["answers"] if RESULTS.exists() else []
     return {key(answer): answer for answer in answers}
 
@@ -79,7 +79,7 @@ def keep(answer: dict[str, Any]) -> None:
 
 
 def markdown(name: str) -> str:
-    """A table with a row for each context and cache policy, GiB on each device."""
+    """Return a table with a row for each context and cache policy, GiB on each device."""
     table, kept = TABLES[name], read()
     job = table.job(CONTEXTS[0], "dense")
     lines = [
@@ -113,7 +113,7 @@ def markdown(name: str) -> str:
 
 
 def said(answer: dict[str, Any]) -> str:
-    """A kept answer in a cell."""
+    """Return a kept answer in a cell."""
     seen = answer["compiled"]
     arithmetic = planner.memory(TABLES[answer["table"]].job(answer["context"], answer["cache"])).of(answer["step"])
     verb = "refuses" if seen["refused"] else "takes"

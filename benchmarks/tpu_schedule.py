@@ -97,7 +97,7 @@ class Case:
         return 2 * self.H * ITEMSIZE[self.dtype]
 
     def goal(self, chip: str) -> float | None:
-        """The ratio to stay below."""
+        """Return the ratio to stay below."""
         if self.kind != "decode" or self.dtype == "float8_e4m3fn":
             return None
         return 1.1 if chip == "7x" else 0.8 if (chip, self.dtype) == ("v5p", "int8") else 0.7
@@ -173,7 +173,7 @@ def razor(case: Case, array, chip: Chip) -> Call:
 
 
 def jax_paged(case: Case, array, chip: Chip) -> Call:
-    """JAX's paged decode attention, one query token, blocks of `slots`."""
+    """Return JAX's paged decode attention, one query token, blocks of `slots`."""
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
     page, slots = 128, 2048
@@ -188,7 +188,7 @@ def jax_paged(case: Case, array, chip: Chip) -> Call:
 
 
 def jax_flash(case: Case, array, chip: Chip) -> Call:
-    """JAX's flash attention: causal prefill of as many KV heads as query heads, in our tiles."""
+    """Return JAX's flash attention: causal prefill of as many KV heads as query heads, in our tiles."""
     from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
 
     x = array((1, case.K, case.S, case.H), case.dtype)
@@ -198,7 +198,7 @@ def jax_flash(case: Case, array, chip: Chip) -> Call:
 
 
 def jax_splash(case: Case, array, chip: Chip) -> Call:
-    """JAX's splash attention: causal prefill, a KV head shared by G query heads, in our tiles."""
+    """Return JAX's splash attention: causal prefill, a KV head shared by G query heads, in our tiles."""
     import jax
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -216,7 +216,7 @@ def jax_splash(case: Case, array, chip: Chip) -> Call:
 
 
 def tpu_inference(case: Case, array, chip: Chip) -> Call:
-    """tpu-inference's ragged paged attention, version 3, with the blocks that it chooses."""
+    """Run tpu-inference's ragged paged attention, version 3, with the blocks that it chooses."""
     home = next((Path(p) / "tpu_inference" for p in sys.path if (Path(p) / "tpu_inference").is_dir()), None)
     if home is None:
         raise Refused("not installed")
@@ -279,7 +279,7 @@ class Schedule:
 
 
 def read(folder: Path, kernel: str) -> Schedule:
-    """The schedule of the kernel whose name starts with `kernel` in libtpu's dump."""
+    """Return the schedule of the kernel whose name starts with `kernel` in libtpu's dump."""
 
     def only(ending: str) -> str:
         found = list(folder.glob(f"*-{kernel}*-[0-9]*-{ending}"))
@@ -341,7 +341,7 @@ def find_steps(schedule: Schedule) -> Steps:
 
 
 def measure(case: Case, call: dict, schedule: Schedule, chip: Chip) -> dict:
-    """The figures of one compiled kernel; `call` holds what the worker says of it."""
+    """Return the figures of one compiled kernel; `call` holds what the worker says of it."""
     steps = find_steps(schedule)
     hot = steps.hot
     rows = call["rows"] or _window(schedule, case.K * case.rows * case.H) // case.H
@@ -384,7 +384,7 @@ def measure(case: Case, call: dict, schedule: Schedule, chip: Chip) -> dict:
 
 
 def _window(schedule: Schedule, whole: int) -> int:
-    """Elements of the block of the operand that has `whole` elements."""
+    """Return the elements of the block of the operand that has `whole` elements."""
     sizes = {math.prod(window) for window, full in schedule.windows if math.prod(full) == whole}
     if len(sizes) != 1:
         raise ValueError(f"operands of {whole} elements have blocks of {sizes} elements: expected one size")
@@ -420,7 +420,7 @@ def worker(side: str, case: Case, topology: str) -> dict:
 
 
 def compile_and_measure(side: str, case: Case, topology: str, peers: str | None = None) -> dict:
-    """One row of the table, from a process of its own: libtpu reads its environment once."""
+    """Return one row of the table, from a process of its own: libtpu reads its environment once."""
     row = {"topology": topology, "side": side, "case": case.name, "dtype": case.dtype}
     with tempfile.TemporaryDirectory() as dump:
         environment = os.environ | {
@@ -465,7 +465,7 @@ def machine() -> dict:
 
 
 def problems(row: dict) -> list[str]:
-    """What of a row misses the goals."""
+    """Return which goals a row misses."""
     found = []
     if "goal" in row and row["ratio"] >= row["goal"]:
         found.append(f"goal {row['goal']}")
@@ -475,7 +475,7 @@ def problems(row: dict) -> list[str]:
 
 
 def line(row: dict) -> str:
-    """One row as text."""
+    """Return one row as text."""
     head = f"{CHIPS[row['topology']].name:4s} {row['case']:20s} {row['side']:21s}"
     if "refused" in row:
         return f"{head} not supported: {row['refused']}"
@@ -491,7 +491,7 @@ def line(row: dict) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: a line a case and side, a column a generation."""
+    """Return Markdown: one line per case and side, one column per generation."""
     chips = {row["topology"]: CHIPS[row["topology"]].name for row in rows}
     lines = [
         "Decode: compute / DMA of an unmasked step, and at most so much for a pass over the cache (? unknown).",
@@ -521,7 +521,7 @@ def _cell(row: dict | None) -> str:
 
 
 def merge(old: dict, rows: list[dict]) -> list[dict]:
-    """`rows` in place of those of the same kernel and case in the report `old`, which other versions would void."""
+    """Put `rows` in place of those of the same kernel and case in the report `old`, which other versions would void."""
     kept = {_key(row): row for row in old["rows"]} if _versions(old["machine"]) == _versions(machine()) else {}
     kept |= {_key(row): row for row in rows}
     return [kept[key] for key in _keys() if key in kept]
@@ -532,7 +532,7 @@ def _key(row: dict) -> tuple[str, str, str]:
 
 
 def _keys() -> list[tuple[str, str, str]]:
-    """Of the whole table, in its order."""
+    """Return the keys of the whole table, in its order."""
     return [(c.name, s, t) for c in CASES for s, (_, names) in SIDES.items() if c.name in names for t in CHIPS]
 
 

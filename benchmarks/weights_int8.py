@@ -26,7 +26,7 @@ from razor_jax.text import prompts
 
 
 def logits(params: razor_jax.Params, rows: np.ndarray) -> np.ndarray:
-    """float32 [B, T, V] of dense attention over ids [B, T]."""
+    """Return float32 [B, T, V] of dense attention over ids [B, T]."""
     cache = functional.init_cache(params, batch=len(rows), capacity=rows.shape[1], razor=None)
     lengths = np.full(len(rows), rows.shape[1], np.int32)
     out, _ = jax.jit(functional.extend, static_argnums=4)(params, cache, rows, lengths, "all")
@@ -34,7 +34,7 @@ def logits(params: razor_jax.Params, rows: np.ndarray) -> np.ndarray:
 
 
 def against(got: np.ndarray, want: np.ndarray) -> dict[str, float]:
-    """Error of logits [B, T, V]; `kl` in nats a token."""
+    """Return the error of logits [B, T, V]; `kl` in nats a token."""
     p, q = (x - np.logaddexp.reduce(x.astype(np.float64), axis=-1, keepdims=True) for x in (want, got))
     return {
         "largest error": float(np.abs(got - want).max()),

@@ -21,7 +21,7 @@ _FIRST: dict[str, Implementation] = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 def platform() -> str:
-    """ "tpu", "gpu" or "cpu": the device of the trace, which ahead of time is not one of this machine."""
+    """Return "tpu", "gpu" or "cpu": the device of the trace, which ahead of time is not one of this machine."""
     if pltpu.is_tpu_device():
         return "tpu"
     ahead, default = jax.sharding.get_abstract_mesh().abstract_device, getattr(jax.config, "jax_default_device", None)
@@ -45,7 +45,8 @@ def check_name(implementation: str | None) -> None:
 def choose(
     implementation: Implementation | None, unsupported: Callable[[Implementation], str | None]
 ) -> Implementation:
-    """The implementation that runs; `unsupported(name)` says why a Pallas one cannot take the call, or None: it can.
+    """Return the implementation that runs; `unsupported(name)` says why a Pallas one cannot take the call, or None: it
+    can.
 
     Raises ValueError where a name is unknown, or forced and cannot run.
     """
@@ -66,7 +67,9 @@ def choose(
 
 
 def why_not(implementation: Implementation, unsupported: Callable[[Implementation], str | None]) -> str | None:
-    """Why a Pallas implementation cannot run here, or None: its own reason, or a mesh that the compiler partitions."""
+    """Return why a Pallas implementation cannot run here, or None if it can: its own reason, or a mesh that the
+    compiler partitions.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     axes = [
         name
@@ -79,5 +82,5 @@ def why_not(implementation: Implementation, unsupported: Callable[[Implementatio
 
 
 def first_choice() -> Implementation:
-    """What None takes on this device where the shapes allow it."""
+    """Return what None chooses on this device where the shapes allow it."""
     return _FIRST.get(platform(), "xla")

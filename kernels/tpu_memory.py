@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 
 def keep_in_hbm(x: jax.Array | None, interpret: Any) -> jax.Array | None:
-    """A cache, kept in HBM: the compiler may else move all of it to fast memory, and back where it is written.
+    """Return a cache, kept in HBM: the compiler may else move all of it to fast memory, and back where it is written.
 
     Kernels load the blocks that they need themselves, and `memory_analysis` does not count such a copy. Only for
     operands of a `pallas_call` under jit; the interpreter has one memory, and refuses the word.

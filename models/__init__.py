@@ -30,7 +30,7 @@ _SUPPORTED = (
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """The config of a checkpoint from the fields of its config.json.
+    """Return the config of a checkpoint from the fields of its config.json.
 
     Raises ValueError that names an unsupported architecture or field, its value, and what is supported.
     """
@@ -44,7 +44,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The fields of a config.json that `read_config` and transformers read back as `config`.
+    """Return the fields of a config.json that `read_config` and transformers read back as `config`.
 
     Raises ValueError for a config that Hugging Face's classes cannot express.
     """
@@ -61,5 +61,5 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def tensor_names(config: ModelConfig) -> dict[str, CheckpointTensor]:
-    """Linen path, joined by "/", -> the checkpoint's tensor, for every weight."""
+    """Map each weight's linen path, joined by "/", to the checkpoint's tensor."""
     return FAMILIES[config.family].names(config)

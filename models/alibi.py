@@ -12,7 +12,7 @@ from jaxtyping import Float32
 
 
 def slopes(num_heads: int) -> Float32[np.ndarray, " N"]:
-    """Slopes of N query heads, largest first where N is a power of two.
+    """Return the slopes of N query heads, largest first where N is a power of two.
 
     2^(-8/N), 2^(-16/N), … 2^-8 for a power of two. Otherwise those of the power of two below N, then every second one
     of the next power of two, as many as are missing.

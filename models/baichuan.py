@@ -22,7 +22,7 @@ _ROTARY = ("max_position_embeddings", "rope_theta", "rope_scaling", "rope_parame
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    """From the fields of config.json; a model with rotary embedding (7B) is refused."""
+    """Read the fields of config.json; refuse a model with rotary embedding (7B)."""
     hf = {**_DEFAULTS, **hf}
     rotary = [field for field in _ROTARY if hf.get(field) is not None]
     if rotary or hf.get("hidden_size") == _WIDTH_7B:
@@ -40,13 +40,13 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def fields(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json."""
+    """Return the fields of config.json."""
     own = huggingface.fields(config, ARCHITECTURE) | {"model_max_length": config.max_position_embeddings}
     return {name: value for name, value in own.items() if name not in _ROTARY}
 
 
 def names(config: ModelConfig) -> dict[str, CheckpointTensor]:
-    """Llama's tensors, but q, k and v in one, in this order."""
+    """Return Llama's tensors with q, k and v in one, in this order."""
     named = huggingface.tensors(config)
     for path, stored in named.items():
         for part, name in enumerate(("q_proj", "k_proj", "v_proj")):

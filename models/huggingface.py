@@ -48,7 +48,7 @@ class CheckpointTensor:
         return (self.parts * first, *rest)
 
     def read(self, tensor: Any, index: Sequence[slice], heads: Sequence[int] | None = None) -> np.ndarray:
-        """The part `index` of our array, a slice an axis; no other bytes of the file are read.
+        """Return the part `index` of our array, a slice an axis; no other bytes of the file are read.
 
         tensor: the whole stored tensor as a safetensors slice. heads: KV heads in the order in which our array holds
         them, None for the checkpoint's.
@@ -70,19 +70,19 @@ class CheckpointTensor:
         return einops.rearrange(_gather(tensor, axes), self.pattern, **sizes)
 
     def to_stored(self, x: np.ndarray) -> np.ndarray:
-        """The stored tensor, or its part, from our whole array."""
+        """Return the stored tensor, or its part, from our whole array."""
         left, right = self.pattern.split("->")
         return einops.rearrange(x, f"{right.strip()} -> {left.strip()}")
 
 
 def _runs(places: np.ndarray) -> list[slice]:
-    """Ascending neighbours joined: [4, 5, 6, 0, 1] -> 4:7, 0:2."""
+    """Join ascending neighbours: [4, 5, 6, 0, 1] -> 4:7, 0:2."""
     breaks = np.flatnonzero(np.diff(places) != 1) + 1
     return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(places, breaks)]
 
 
 def _gather(tensor: Any, axes: Sequence[Sequence[slice]]) -> np.ndarray:
-    """Runs of a stored matrix or vector, side by side."""
+    """Join runs of a stored matrix or vector, side by side."""
     first, *rest = axes
     rows = []
     for run in first:
@@ -92,7 +92,7 @@ def _gather(tensor: Any, axes: Sequence[Sequence[slice]]) -> np.ndarray:
 
 
 def tensors(config: ModelConfig) -> dict[str, CheckpointTensor]:
-    """Every weight of a model: linen path, joined by "/", -> the tensor that holds it."""
+    """Return every weight of a model: linen path, joined by "/", -> the tensor that holds it."""
     c = config
     # v vocabulary, d model width, f feed-forward, k KV heads, g query heads per KV head, h head width.
     sizes = {
@@ -147,7 +147,7 @@ def decoder(
     mlp_bias: bool = False,
     qk_norm=False,
 ) -> ModelConfig:
-    """The config of a Llama-like decoder; `hf` is config.json over the family's defaults.
+    """Return the config of a Llama-like decoder; `hf` is config.json over the family's defaults.
 
     Raises ValueError that names the field, its value and what is supported.
     """
@@ -200,7 +200,7 @@ def refuse_window(hf: Mapping[str, Any], window: int | None) -> None:
 
 
 def fields(config: ModelConfig, architecture: str) -> dict[str, Any]:
-    """config.json's fields common to all families, in the spelling that transformers 4 and 5 both read."""
+    """Return config.json's fields common to all families, in the spelling that transformers 4 and 5 both read."""
     return {
         "architectures": [architecture],
         "model_type": config.family,
@@ -239,7 +239,7 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
 
 
 def _read_rope(hf: Mapping[str, Any]) -> Rope:
-    """Rotary embedding in either spelling; precedence and defaults are transformers'."""
+    """Read the rotary embedding in either spelling; precedence and defaults are transformers'."""
     given = {"rope_theta": hf.get("rope_theta"), "partial_rotary_factor": hf.get("partial_rotary_factor")}
     given |= hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = given.get("rope_type", given.get("type", "default"))
@@ -280,7 +280,7 @@ def _read_rope(hf: Mapping[str, Any]) -> Rope:
 
 
 def _attention_factor(given: Mapping[str, Any], factor: float) -> float:
-    """YaRN's factor on cos and sin: as given, or from mscale and mscale_all_dim, or 0.1 ln(factor) + 1."""
+    """Return YaRN's factor on cos and sin: as given, or from mscale and mscale_all_dim, or 0.1 ln(factor) + 1."""
     if given.get("attention_factor") is not None:
         return float(given["attention_factor"])
 

@@ -53,25 +53,26 @@ class Linear(nn.Module):
         return y if bias is None else y + bias.astype(x.dtype)
 
     def weight(self) -> Float32[jax.Array, "*shape"]:
-        """The kernel, dequantised."""
+        """Return the kernel, dequantised."""
         return dequantize(self.variables["params"])
 
 
 def is_kernel(path: str) -> bool:
-    """Whether 8-bit weights hold this one, a path joined by "/", as int8. Norms and biases are small. Embeddings are
-    looked up row by row, and as a tied output head they decide between near tokens: they keep their type."""
+    """Return whether 8-bit weights hold this one, a path joined by "/", as int8. Norms and biases are small. Embeddings
+    are looked up row by row, and as a tied output head they decide between near tokens: they keep their type.
+    """
     return path.endswith("/kernel")
 
 
 def scale_of(path: str) -> str:
-    """Where the scales of a kernel are."""
+    """Return where the scales of a kernel are."""
     return path.removesuffix("kernel") + "scale"
 
 
 def quantize(
     path: str, kernel: Float[jax.Array, "*shape"]
 ) -> tuple[Int8[jax.Array, "*shape"], Float32[jax.Array, "*outputs"]]:
-    """int8 kernel and float32 [outputs], max|w| / 127 of each output channel; `path` is the kernel's."""
+    """Return int8 kernel and float32 [outputs], max|w| / 127 of each output channel; `path` is the kernel's."""
     contracted = tuple(range(_CONTRACTED.get(path.split("/")[-2], 1)))
     kernel = kernel.astype(jnp.float32)
     largest = jnp.max(jnp.abs(kernel), axis=contracted)
@@ -80,13 +81,13 @@ def quantize(
 
 
 def dequantize(linear: Mapping[str, Any]) -> Float32[jax.Array, "*shape"]:
-    """float32 kernel of a map's parameters, whatever its type."""
+    """Return float32 kernel of a map's parameters, whatever its type."""
     kernel = linear["kernel"].astype(jnp.float32)
     return kernel * linear["scale"] if "scale" in linear else kernel
 
 
 def quantize_tree(weights: Any) -> Any:
-    """A model's weights with int8 kernels and their scales."""
+    """Return a model's weights with int8 kernels and their scales."""
     flat: dict[str, Any] = {}
     for path, x in flax.traverse_util.flatten_dict(weights, sep="/").items():
         if is_kernel(path):

@@ -15,7 +15,7 @@ names = huggingface.tensors
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    """From the fields of config.json."""
+    """Read the fields of config.json."""
     attention_bias = bool(hf.get("attention_bias", False))
     return huggingface.decoder(
         {**_DEFAULTS, **hf},
@@ -26,6 +26,6 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def fields(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json."""
+    """Return the fields of config.json."""
     own = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
     return huggingface.fields(config, ARCHITECTURE) | own

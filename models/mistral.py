@@ -15,12 +15,12 @@ names = huggingface.tensors
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    """From the fields of config.json; an active sliding window is refused."""
+    """Read the fields of config.json; refuse an active sliding window."""
     hf = {**_DEFAULTS, **hf}
     huggingface.refuse_window(hf, hf["sliding_window"])
     return huggingface.decoder(hf)
 
 
 def fields(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json."""
+    """Return the fields of config.json."""
     return huggingface.fields(config, ARCHITECTURE) | {"sliding_window": None}

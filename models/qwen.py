@@ -22,7 +22,7 @@ names = huggingface.tensors
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    """From the fields of config.json; a sliding window is refused where a layer uses it."""
+    """Read the fields of config.json; refuse a sliding window that a layer uses."""
     hf = {**_DEFAULTS, **hf}
     if hf["use_sliding_window"] and _sliding_layers(hf):
         huggingface.refuse_window(hf, hf["sliding_window"])
@@ -35,7 +35,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def fields(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json."""
+    """Return the fields of config.json."""
     own: dict[str, Any] = {"use_sliding_window": False}
     if config.family == "qwen3":
         own["attention_bias"] = config.qkv_bias
@@ -43,7 +43,7 @@ def fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _sliding_layers(hf: Mapping[str, Any]) -> bool:
-    """Whether any layer slides: as `layer_types` says, else every layer from `max_window_layers` on."""
+    """Return whether any layer slides: as `layer_types` says, else every layer from `max_window_layers` on."""
     if hf.get("layer_types"):
         return "sliding_attention" in hf["layer_types"]
     return hf["max_window_layers"] < (hf.get("num_hidden_layers") or 0)

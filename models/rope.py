@@ -17,7 +17,7 @@ Tables = tuple[jax.Array, jax.Array]  # cos, sin: float32 [B, T, H/2]
 
 
 def tables(rope: Rope, head_dim: int, positions: jax.Array, lengths: jax.Array) -> Tables:
-    """cos and sin, float32 [B, T, H/2], of int32 positions [B, T].
+    """Return cos and sin, float32 [B, T, H/2], of int32 positions [B, T].
 
     `lengths` int32 [B] is each row's length after this call; only `dynamic` reads it.
     """
@@ -34,7 +34,7 @@ def rotate(x: jax.Array, rope: Tables) -> jax.Array:
 
 
 def _frequencies(rope: Rope, head_dim: int, lengths: jax.Array) -> tuple[jax.Array, float]:
-    """Angular frequencies, float32 [B or 1, H/2], and the factor on cos and sin."""
+    """Return angular frequencies, float32 [B or 1, H/2], and the factor on cos and sin."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     # A power rounded once from float64 is torch's to the bit nearly everywhere; NumPy's float32 one is not.
     periods = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
@@ -54,7 +54,7 @@ def _frequencies(rope: Rope, head_dim: int, lengths: jax.Array) -> tuple[jax.Arr
 
 
 def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
-    """Long wavelengths divided by `factor`, short ones kept, a linear blend between."""
+    """Divide long wavelengths by `factor`, keep short ones, blend linearly between."""
     turns = rope.original_max_position * plain / (2 * math.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -62,7 +62,7 @@ def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, head_dim: int, periods: np.ndarray) -> np.ndarray:
-    """YaRN (arXiv 2309.00071, section 3.2): a ramp over dimensions from kept to interpolated."""
+    """Apply YaRN (arXiv 2309.00071, section 3.2): a ramp over dimensions from kept to interpolated."""
 
     def dimension(turns: float) -> float:
         return head_dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -80,7 +80,7 @@ def _yarn(rope: Rope, head_dim: int, periods: np.ndarray) -> np.ndarray:
 
 
 def _dynamic(rope: Rope, head_dim: int, exponents: np.ndarray, lengths: jax.Array) -> jax.Array:
-    """NTK scaling by each row's own length: unchanged up to the trained length, a larger base beyond."""
+    """Apply NTK scaling by each row's length: unchanged up to the trained length, a larger base beyond."""
     trained = rope.original_max_position
     length = jnp.maximum(lengths, trained).astype(jnp.float32)
     stretch = rope.factor * length / trained - (rope.factor - 1)

@@ -53,7 +53,7 @@ class Block(nn.Module):
         self.down = Linear((F, D), "btf,fd->btd", c.mlp_bias)
 
     def queries(self, x: Float[jax.Array, "B T D"], rope: Tables) -> Float[jax.Array, "B K R H"]:
-        """x [B, T, D] -> q [B, K, T·G, H], normed and rotated as attention takes it."""
+        """Map x [B, T, D] to q [B, K, T·G, H], normed and rotated as attention takes it."""
         q = self.q(self.attn_norm(x))
         if self.config.qk_norm:
             q = self.q_norm(q)
@@ -63,7 +63,7 @@ class Block(nn.Module):
     def keys_values(
         self, x: Float[jax.Array, "B T D"], rope: Tables
     ) -> tuple[Float[jax.Array, "B K T H"], Float[jax.Array, "B K T H"]]:
-        """x [B, T, D] -> k, v [B, K, T, H], keys normed and rotated as they are cached."""
+        """Map x [B, T, D] to k, v [B, K, T, H], keys normed and rotated as they are cached."""
         y = self.attn_norm(x)
         k, v = self.k(y), self.v(y)
         if self.config.qk_norm:
@@ -71,13 +71,13 @@ class Block(nn.Module):
         return self._place(k, rope).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def _place(self, x: jax.Array, rope: Tables) -> jax.Array:
-        """Positions go into queries and keys, unless attention itself adds them (ALiBi)."""
+        """Return positions go into queries and keys, unless attention itself adds them (ALiBi)."""
         return x if self.config.alibi else rotate(x, rope)
 
     def output_and_mlp(
         self, x: Float[jax.Array, "B T D"], out: Float[jax.Array, "B K R H"]
     ) -> Float[jax.Array, "B T D"]:
-        """Residual stream x [B, T, D] and attention output [B, K, T·G, H] -> x [B, T, D]."""
+        """Add attention output [B, K, T·G, H] and the MLP to the residual stream x [B, T, D]."""
         B, T, _ = x.shape
         c = self.config
         out = out.reshape(B, c.num_kv_heads, T, c.group_size, c.head_dim)
@@ -107,11 +107,11 @@ class Transformer(nn.Module):
             self.head = Linear((c.hidden_size, c.vocab_size), "...d,dv->...v", use_bias=False)
 
     def embed(self, tokens: Int[jax.Array, "B T"]) -> Float[jax.Array, "B T D"]:
-        """int32 [B, T] -> [B, T, D]."""
+        """Return int32 [B, T] -> [B, T, D]."""
         return self.embedding(tokens)
 
     def logits(self, x: Float[jax.Array, "*n D"]) -> Float32[jax.Array, "*n V"]:
-        """Hidden states [..., D] -> float32 logits [..., V]."""
+        """Return hidden states [..., D] -> float32 logits [..., V]."""
         y = self.norm(x)
         y = self.embedding.attend(y) if self.config.tie_embeddings else self.head(y)
         y = y.astype(jnp.float32)
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
         return y
 
     def __call__(self, tokens: jax.Array, rope: Tables, attend: Attend, states: Sequence[Any]):
-        """tokens int32 [B, T] -> float32 logits [B, T, V] and each layer's new state."""
+        """Map tokens int32 [B, T] to float32 logits [B, T, V] and each layer's new state."""
         x = self.embed(tokens)
         new = []
         for block, state in zip(self.blocks, states, strict=True):

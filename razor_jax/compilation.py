@@ -20,12 +20,12 @@ _totals = {"programs": 0, "seconds": 0.0}
 
 
 def user_cache() -> Path:
-    """The user's cache folder of this package ($XDG_CACHE_HOME, else ~/.cache)."""
+    """Return the user's cache folder of this package ($XDG_CACHE_HOME, else ~/.cache)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "razor_jax"
 
 
 def totals() -> tuple[int, float]:
-    """Programs compiled (or read from the persistent cache) since `watch`, and the seconds it took, tracing and
+    """Return programs compiled (or read from the persistent cache) since `watch`, and the seconds it took, tracing and
     lowering included."""
     track_compilation()
     return _totals["programs"], _totals["seconds"]

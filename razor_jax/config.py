@@ -70,7 +70,7 @@ class RazorConfig:
         windowed_kv_dtype: str | None = None,
         prefill_chunk: int | None = None,
     ) -> RazorConfig:
-        """A fixed window: more bytes saved than the paper's rule on long prompts."""
+        """Return a fixed window: more bytes saved than the paper's rule on long prompts."""
         return cls(
             sinks,
             window,
@@ -81,7 +81,7 @@ class RazorConfig:
         )
 
     def describe(self) -> str:
-        """One line for reports: `sinks 4, window max(4000, n/5), compensation on`."""
+        """Return one line for reports: `sinks 4, window max(4000, n/5), compensation on`."""
         window = f"max({self.min_window}, prompt/{self.window_divisor})" if self.window is None else self.window
         parts = [
             f"sinks {self.sinks}",
@@ -95,7 +95,7 @@ class RazorConfig:
 
 
 def kv_type(name: str) -> jnp.dtype:
-    """JAX's type for one of KV_DTYPES."""
+    """Return JAX's type for one of KV_DTYPES."""
     return jnp.dtype(_KV_TYPES[name])
 
 
@@ -164,7 +164,7 @@ class HeadSplit:
         weights: str = "",
         note: str = "",
     ) -> HeadSplit:
-        """From (layer, KV head) pairs in any order."""
+        """Make a split from (layer, KV head) pairs in any order."""
         rows: list[set[int]] = [set() for _ in range(num_layers)]
         for layer, head in heads:
             if not 0 <= layer < num_layers:
@@ -174,12 +174,12 @@ class HeadSplit:
 
     @classmethod
     def all(cls, num_layers: int, num_kv_heads: int) -> HeadSplit:
-        """Every head keeps everything: dense attention."""
+        """Return every head keeps everything: dense attention."""
         return cls((tuple(range(num_kv_heads)),) * num_layers, num_kv_heads, note="all heads")
 
     @classmethod
     def none(cls, num_layers: int, num_kv_heads: int) -> HeadSplit:
-        """Every head is windowed: the lower end of any comparison."""
+        """Return every head is windowed: the lower end of any comparison."""
         return cls(((),) * num_layers, num_kv_heads, note="no heads")
 
     @property
@@ -223,7 +223,7 @@ def check_split(split: HeadSplit, num_layers: int, num_kv_heads: int) -> None:
 
 
 def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """`value` as an int, NumPy's integers included; ValueError if it is none or out of range."""
+    """Return `value` as an int, NumPy integers included. Raise ValueError if it is not an integer or out of range."""
     try:
         number = operator.index(value)
     except TypeError:

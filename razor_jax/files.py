@@ -121,7 +121,7 @@ def _holds(path: Path) -> bool:
 
 
 def _of_first(value: int) -> int:
-    """The first process' number, on every process."""
+    """Return the first process' number, on every process."""
     return int(multihost_utils.broadcast_one_to_all(np.uint32(value)))
 
 

@@ -73,7 +73,7 @@ class Params(flax.struct.PyTreeNode):
 
     @classmethod
     def from_flax(cls, variables: Mapping[str, Any], config: ModelConfig, tokenizer: Assets | None = None) -> Params:
-        """From linen variables of `models.transformer.Transformer`, `{"params": tree}` or the tree itself.
+        """Make params from linen variables of `models.transformer.Transformer`, `{"params": tree}` or the tree itself.
 
         Kernels may be int8 with their scales beside them, as `models.linear.quantize_tree` makes them.
 
@@ -111,7 +111,9 @@ class Params(flax.struct.PyTreeNode):
 
 
 def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32, weights: Literal["int8"] | None = None) -> Any:
-    """The weight tree of a model as shapes, nothing allocated; `weights="int8"` for int8 kernels and their scales."""
+    """Return the weight tree of a model as shapes, nothing allocated; `weights="int8"` for int8 kernels and their
+    scales.
+    """
 
     def init():
         tokens = jnp.zeros((1, 1), jnp.int32)
@@ -125,7 +127,7 @@ def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32, weights: Lit
 
 
 def with_heads(params: Params, split: HeadSplit | None, *, donate: bool = False) -> Params:
-    """The same weights under another head split; None for none, in the checkpoint's order.
+    """Return the same weights under another head split; None for none, in the checkpoint's order.
 
     Weights stay on their devices and move one by one. `donate` frees each one that has moved, so that two copies of
     one tensor is the most there is; the given params are of no use after.
@@ -162,7 +164,7 @@ def with_heads(params: Params, split: HeadSplit | None, *, donate: bool = False)
 
 
 def architecture_fingerprint(config: ModelConfig) -> str:
-    """SHA-256 of the shapes and switches that decide what a KV head is."""
+    """Return the SHA-256 of the shapes and switches that decide what a KV head is."""
     fields = dataclasses.asdict(config)
     # Stretching the context or renaming the family changes no head.
     for name in ("rope", "family", "max_position_embeddings"):
@@ -175,9 +177,10 @@ def architecture_fingerprint(config: ModelConfig) -> str:
 
 
 def weights_fingerprint(params: Params) -> str:
-    """SHA-256 of samples of every layer, rounded to bfloat16: the same in each head order, and whether loaded as
-    float32 or bfloat16. (float32 weights loaded as float16 are rounded twice, and may differ.) int8 weights have the
-    fingerprint of those that they were made from."""
+    """Return the SHA-256 of samples of every layer, rounded to bfloat16: the same in each head order, and whether
+    loaded as float32 or bfloat16. (float32 weights loaded as float16 are rounded twice, and may differ.) int8
+    weights have the fingerprint of those that they were made from.
+    """
     if params.origin is not None:
         return params.origin
     flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params.weights, sep="/"))
@@ -189,19 +192,19 @@ def weights_fingerprint(params: Params) -> str:
 
 
 def sampled(config: ModelConfig) -> list[str]:
-    """The weights that a fingerprint looks at, in order: none that a head split permutes."""
+    """Return the weights that a fingerprint looks at, in order: none that a head split permutes."""
     layers = (f"blocks_{layer}/{name}/kernel" for layer in range(config.num_layers) for name in ("gate", "down"))
     return ["embedding/embedding", *layers]
 
 
 def samples(maps: Sequence[Mapping[str, jax.Array]], mesh: Mesh | None) -> np.ndarray:
-    """Strided samples of kernels, their scales beside them where they are int8: bfloat16 [values]."""
+    """Return strided samples of kernels, their scales beside them where they are int8: bfloat16 [values]."""
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     return np.asarray(_samples(maps, everywhere))
 
 
 def fingerprint(values: np.ndarray) -> str:
-    """SHA-256 of samples of all the weights that `sampled` names."""
+    """Return the SHA-256 of samples of all the weights that `sampled` names."""
     return hashlib.sha256(values.tobytes()).hexdigest()
 
 
@@ -219,7 +222,7 @@ def _samples(maps: Sequence[Mapping[str, jax.Array]], where: NamedSharding | Non
 
 
 def _permutation(now: tuple[int, ...], target: tuple[int, ...]) -> np.ndarray | None:
-    """Indices that bring heads held as `now` into the order `target`; None where nothing moves."""
+    """Return indices that bring heads held as `now` into the order `target`; None where nothing moves."""
     if now == target:
         return None
     place = {head: index for index, head in enumerate(now)}

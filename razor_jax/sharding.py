@@ -31,7 +31,7 @@ _FORM = re.compile(r"\s*(\w+)\s*=\s*(\d+)\s*")
 
 
 def parse(text: str) -> dict[str, int]:
-    """ "data=2,model=4" -> {"data": 2, "model": 4}; an axis left out is 1."""
+    """Parse "data=2,model=4" into {"data": 2, "model": 4}; an axis left out is 1."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         match = _FORM.fullmatch(part)
@@ -42,7 +42,7 @@ def parse(text: str) -> dict[str, int]:
 
 
 def make_mesh(mesh: MeshLike, num_kv_heads: int, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """The mesh (data, heads, rows) for a model of that many KV heads; None for none.
+    """Return the mesh (data, heads, rows) for a model of that many KV heads; None for none.
 
     Args:
       mesh: "data=2,model=4", the same as a mapping, or a jax Mesh of the axes data and model, in that order.
@@ -81,29 +81,29 @@ def make_mesh(mesh: MeshLike, num_kv_heads: int, devices: Sequence[Any] | None =
 
 
 def nontrivial(mesh: Mesh | None) -> Mesh | None:
-    """The mesh, None for one of a single device, on which everything is as without one."""
+    """Return the mesh, None for one of a single device, on which everything is as without one."""
     return mesh if mesh is not None and mesh.size > 1 else None
 
 
 def describe(mesh: Mesh | None) -> str:
-    """A mesh in words, as it is asked for."""
+    """Return a mesh in words, as it is asked for."""
     if mesh is None:
         return "one device"
     return f"a mesh data={mesh.shape[DATA]},model={model_devices(mesh)}"
 
 
 def model_devices(mesh: Mesh | None) -> int:
-    """P, devices of the model axes."""
+    """Return P, the devices of the model axes."""
     return 1 if mesh is None else mesh.shape[HEADS] * mesh.shape[ROWS]
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: Axes) -> jax.Array:
-    """x, laid out over the mesh axes that its dimensions are given; as it is without a mesh."""
+    """Pin the dimensions of x to mesh axes; return it unchanged without a mesh."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
-    """Host arrays, the same in every process, as arrays that all devices of a mesh hold; as they are without one."""
+    """Put host arrays, the same in every process, on all devices of a mesh; return them unchanged without one."""
     if mesh is None:
         return tree
     whole = NamedSharding(mesh, PartitionSpec())
@@ -136,7 +136,7 @@ WEIGHT_RULES: tuple[tuple[str, tuple[_Spec, ...]], ...] = (
 
 
 def weight_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Where a weight lies on a mesh (data, heads, rows); `path` is its keys joined by "/"."""
+    """Return where a weight lies on a mesh (data, heads, rows); `path` is its keys joined by "/"."""
     for pattern, choices in WEIGHT_RULES:
         if re.search(rf"(^|/){pattern}$", path):
             for choice in choices:
@@ -146,7 +146,7 @@ def weight_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
 
 
 def weight_shardings(weights: Any, mesh: Mesh) -> Any:
-    """A tree of NamedSharding for a tree of weights, arrays or their shapes."""
+    """Return a tree of NamedSharding for a tree of weights, arrays or their shapes."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(
             mesh, weight_spec(jax.tree_util.keystr(path, simple=True, separator="/"), x.shape, mesh)
@@ -156,8 +156,9 @@ def weight_shardings(weights: Any, mesh: Mesh) -> Any:
 
 
 def weight_bytes(weights: Any, mesh: Mesh | None) -> tuple[int, int]:
-    """Bytes of a tree of weights, arrays or their shapes, on each device of a mesh; and how many of them every
-    device of the model axes holds alike. All on one device, where there is no mesh."""
+    """Return the bytes of a tree of weights, arrays or their shapes, on each device of a mesh; and how many of them
+    every device of the model axes holds alike. All on one device, where there is no mesh.
+    """
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
     if mesh is None:
         return total, 0
@@ -167,6 +168,6 @@ def weight_bytes(weights: Any, mesh: Mesh | None) -> tuple[int, int]:
 
 
 def _parts(axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
-    """Into how many parts a dimension split over these axes falls."""
+    """Return the number of parts of a dimension split over these axes."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)

@@ -86,7 +86,7 @@ class Rows:
         return Batch(tokens, positions, *_scored(rng, tokens, weights))
 
     def _row(self, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [T] and, for each, its weight as a target [T]."""
+        """Return the tokens [T] and, for each, its weight as a target [T]."""
         draw = rng.random()
         if draw < stage.copy:
             return self._copy_row(rng, stage)
@@ -95,7 +95,7 @@ class Rows:
         return self._text_row(rng, stage.length)
 
     def _prose(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        """`size` tokens of running text from the start of a random line."""
+        """Return `size` tokens of running text from the start of a random line."""
         start = self.starts[rng.integers(np.searchsorted(self.starts, len(self.text) - size))]
         return self.text[start : start + size]
 
@@ -104,7 +104,7 @@ class Rows:
         return tokens, np.full(T, 3 * TEXT, np.float32)
 
     def _copy_row(self, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
-        """A segment (random ids, or prose) repeated to the end, sometimes with other text between the copies."""
+        """Return a segment (random ids, or prose) repeated to the end, sometimes with other text between the copies."""
         T = stage.length
         length = int(np.exp(rng.uniform(np.log(8), np.log(T // 2))))
         if rng.random() >= stage.copy_prose:
@@ -122,7 +122,7 @@ class Rows:
         return np.concatenate(parts)[:T], np.concatenate(weights)[:T].astype(np.float32)
 
     def _needle_row(self, rng: np.random.Generator, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
-        """Document, then questions and answers as chat turns; fills exactly T tokens."""
+        """Make a document, then questions and answers as chat turns, of exactly T tokens."""
         T = stage.length
         facts, asked = _questions(rng, stage)
         turns, weights = zip(*(self._turn(q) for q in asked), strict=True)
@@ -138,14 +138,14 @@ class Rows:
         return np.pad(tokens, (0, T - len(tokens))), np.pad(score, (0, T - len(score))).astype(np.float32)
 
     def _frame(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """What stands before and after the document: the chat form mostly, else the bare text after BOS."""
+        """Return what is before and after the document: mostly the chat form, otherwise the bare text after BOS."""
         bos = self.special[vocabulary.BOS]
         if rng.random() < 0.75:
             return np.concatenate([bos, self.special[vocabulary.SYSTEM]]), self.special[vocabulary.END]
         return bos, np.zeros(0, np.int32)
 
     def _document(self, rng: np.random.Generator, planted: list[np.ndarray], size: int) -> np.ndarray:
-        """Facts at random line starts of `size` tokens of prose."""
+        """Return facts at random line starts of `size` tokens of prose."""
         first = rng.integers(np.searchsorted(self.starts, len(self.text) - size))
         start = self.starts[first]
         inside = self.starts[first : np.searchsorted(self.starts, start + size)]
@@ -157,7 +157,7 @@ class Rows:
         return np.concatenate(mixed)[1:]  # a document does not begin with a line break
 
     def _turn(self, asked: Question) -> tuple[np.ndarray, np.ndarray]:
-        """One question and its answer, with the answer's weights."""
+        """Return one question and its answer, with the answer's weights."""
         s = self.special
         question = [s[vocabulary.USER], self.encode(asked.question), s[vocabulary.END], s[vocabulary.ASSISTANT]]
         answer = self.encode(asked.answer)
@@ -168,7 +168,9 @@ class Rows:
 
 
 def _questions(rng: np.random.Generator, stage: Stage) -> tuple[list[Fact], list[Question]]:
-    """Up to `max_facts` facts and the repeated ones in the order in which they are planted, and what is asked."""
+    """Return up to `max_facts` facts and the repeated ones in the order in which they are planted, and what is
+    asked.
+    """
     count = int(rng.integers(1, stage.max_facts + 1))
     make = make_alike if rng.random() < stage.alike else make_facts
     facts = make(rng, count, "train")
@@ -190,7 +192,7 @@ def _questions(rng: np.random.Generator, stage: Stage) -> tuple[list[Fact], list
 
 
 def spread(rng: np.random.Generator, T: int, max_positions: int, most: int = 8) -> np.ndarray:
-    """Positions int32 [T]: plain for a third of the rows, else an offset and up to `most` random jumps.
+    """Return positions int32 [T]: plain for a third of the rows, else an offset and up to `most` random jumps.
 
     Short rows then show the rotary embedding every distance of a long context.
     """
@@ -210,7 +212,7 @@ def spread(rng: np.random.Generator, T: int, max_positions: int, most: int = 8) 
 
 
 def _scored(rng: np.random.Generator, tokens: np.ndarray, weights: np.ndarray):
-    """The M = T/2 next-token targets of each row that weigh most, ties at random."""
+    """Return the M = T/2 next-token targets of each row that weigh most, ties at random."""
     B, T = tokens.shape
     ahead = weights[:, 1:]
     noisy = ahead + 1e-3 * rng.random(ahead.shape)

@@ -62,7 +62,7 @@ def tasks(params: Params, tokens: int, documents: int, facts: int) -> list[Task]
 
 
 def tried(params: Params, scores: HeadScores, asked: list[Task], most: int) -> tuple[Outcome, list[Choice]]:
-    """Dense answers, and those of every window and 1 to `most` kept heads."""
+    """Return dense answers, and those of every window and 1 to `most` kept heads."""
     L, K = params.config.num_layers, params.config.num_kv_heads
     dense, choices = None, []
     for window in WINDOWS:
@@ -80,7 +80,7 @@ def tried(params: Params, scores: HeadScores, asked: list[Task], most: int) -> t
 
 
 def best(dense: Outcome, choices: list[Choice]) -> Choice:
-    """The choice that saves most among those as good as dense attention; the best answers if none is."""
+    """Return the choice that saves most among those as good as dense attention; the best answers if none is."""
     good = [c for c in choices if c.outcome.accuracy >= dense.accuracy and c.outcome.loss <= dense.loss + SLACK]
     if good:
         return max(good, key=lambda c: c.saved)

@@ -53,7 +53,7 @@ def family_results(
     seed: int = 1,
     split: str = "held_out",
 ) -> list[Result]:
-    """Every question of `documents` documents of one family."""
+    """Return every question of `documents` documents of one family."""
     results = []
     for index in range(documents):
         rng = np.random.default_rng([seed, tokens, index])
@@ -63,7 +63,7 @@ def family_results(
 
 
 def copy_accuracy(config: ModelConfig, params: Any, tokens: int, rows: int = 4, seed: int = 1) -> tuple[int, int]:
-    """(right, scored) next tokens in the second copy of tokens/2 random ids after BOS."""
+    """Return (right, scored) next tokens in the second copy of tokens/2 random ids after BOS."""
     rng = np.random.default_rng([seed, tokens])
     low = len(vocabulary.SPECIALS)
     half = rng.integers(low, config.vocab_size, size=(rows, tokens // 2))
@@ -77,7 +77,7 @@ def copy_accuracy(config: ModelConfig, params: Any, tokens: int, rows: int = 4, 
 
 
 def interval(right: int, asked: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
+    """Return Wilson's 95 % interval of a share."""
     z, share = 1.96, right / asked
     centre = (share + z * z / (2 * asked)) / (1 + z * z / asked)
     half = z / (1 + z * z / asked) * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
@@ -113,7 +113,7 @@ def _answered(config: ModelConfig, params: Any, tokenizer: Tokenizer, document: 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _best(config: ModelConfig, params: Any, ids: jax.Array, positions: jax.Array, branch: jax.Array) -> jax.Array:
-    """Arg max of the next token, int32 [T]; a token sees its own branch and branch 0."""
+    """Return the likeliest next token, int32 [T]; a token sees its own branch and branch 0."""
     T = ids.shape[0]
     order = jnp.arange(T)
 
@@ -136,7 +136,7 @@ def _best(config: ModelConfig, params: Any, ids: jax.Array, positions: jax.Array
 
 
 def line(name: str, tokens: int, results: list[Result]) -> str:
-    """One row of the table: shares with an interval, then the values' share by depth."""
+    """Return one row of the table: shares with an interval, then the values' share by depth."""
     value, exact, asked = sum(r.value for r in results), sum(r.exact for r in results), len(results)
     low, high = interval(value, asked)
     parts = [[r.value for r in results if min(DEPTHS - 1, int(r.depth * DEPTHS)) == part] for part in range(DEPTHS)]

@@ -41,7 +41,7 @@ def export(folder: pathlib.Path, config: ModelConfig, params: Any, tokenizer: To
 
 
 def tensors(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
-    """Checkpoint names -> bfloat16 arrays in torch's [out, in] layout."""
+    """Map checkpoint names to bfloat16 arrays in torch's [out, in] layout."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     return {
         stored.name: np.ascontiguousarray(stored.to_stored(np.asarray(flat[path])).astype(ml_dtypes.bfloat16))
@@ -50,7 +50,7 @@ def tensors(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
 
 
 def hf_config(config: ModelConfig, ids: dict[str, int]) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM or Qwen3ForCausalLM."""
+    """Return the config.json of a LlamaForCausalLM or Qwen3ForCausalLM."""
     special = {"bos_token_id": vocabulary.BOS, "eos_token_id": vocabulary.END, "pad_token_id": vocabulary.EOS}
     numbers = {field: ids[name] for field, name in special.items()}
     return {**write_config(config), **numbers, "torch_dtype": "bfloat16", "use_cache": True}

@@ -23,7 +23,9 @@ _FINAL_NORM = 0.1
 
 
 def initial_params(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Fresh float32 weights in the transformer's own tree: normal at fan-in^-1/2, embeddings at 1, norms at 1."""
+    """Return fresh float32 weights in the transformer's own tree: normal at fan-in^-1/2, embeddings at 1, norms at
+    1.
+    """
     rng = np.random.default_rng(seed)
 
     def drawn(path, x):
@@ -40,7 +42,7 @@ def initial_params(config: ModelConfig, seed: int) -> dict[str, Any]:
 
 
 def grown(config: ModelConfig, params: dict[str, Any], seed: int) -> dict[str, Any]:
-    """`params` of a shallower model in one of `config`'s depth that computes the same.
+    """Return `params` of a shallower model in one of `config`'s depth that computes the same.
 
     Old layers are spread evenly, the first stays first; new ones are noise that writes nothing yet.
     """

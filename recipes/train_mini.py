@@ -71,7 +71,7 @@ class Run:
 
 
 def schedule(stages: Sequence[Stage]) -> optax.Schedule:
-    """Learning rate of a global step: a warm-up, then constant or linear within each stage."""
+    """Return the learning rate of a global step: a warm-up, then constant or linear within each stage."""
     parts, ends, total = [], [], 0
     for stage in stages:
         final = stage.learning_rate if stage.final_rate is None else stage.final_rate
@@ -84,7 +84,7 @@ def schedule(stages: Sequence[Stage]) -> optax.Schedule:
 
 @functools.cache
 def optimizer(stages: tuple[Stage, ...]) -> optax.GradientTransformation:
-    """One object for one recipe, so that runs of one process share the compiled step."""
+    """Return one object for one recipe, so that runs of one process share the compiled step."""
     return training.optimizer(schedule(stages))
 
 
@@ -97,7 +97,7 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
 
 
 def tokenizer_in(folder: pathlib.Path) -> Tokenizer:
-    """The run's tokenizer: trained on the train split at the first start, read back later."""
+    """Return the run's tokenizer: trained on the train split at the first start, read back later."""
     path = folder / "tokenizer.json"
     if not path.exists():
         vocabulary.train(corpus()).save(str(path))
@@ -105,7 +105,7 @@ def tokenizer_in(folder: pathlib.Path) -> Tokenizer:
 
 
 def config_at(config: ModelConfig, stage: Stage) -> ModelConfig:
-    """The model of one stage: as deep as the stage says."""
+    """Return the model of one stage: as deep as the stage says."""
     return dataclasses.replace(config, num_layers=stage.layers or config.num_layers)
 
 
@@ -116,7 +116,7 @@ def restore(
     update: optax.GradientTransformation,
     seed: int,
 ) -> Run:
-    """The run as last saved, else a fresh one. A checkpoint at a stage's end has that stage's depth."""
+    """Return the run as last saved, else a fresh one. A checkpoint at a stage's end has that stage's depth."""
     step = manager.latest_step()
     params = initial_params(config_at(config, stage_at(stages, max(0, (step or 0) - 1))), seed)
     run = Run(0, params, update.init(params))
@@ -127,7 +127,7 @@ def restore(
 
 
 def deepened(run: Run, config: ModelConfig, update: optax.GradientTransformation, seed: int) -> Run:
-    """The run with as many layers as `config` asks for; moments then start afresh, step counts go on."""
+    """Return the run with as many layers as `config` asks for; moments then start afresh, step counts go on."""
     if f"blocks_{config.num_layers - 1}" in run.params:
         return run
     params = grown(config, run.params, seed)

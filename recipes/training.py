@@ -43,7 +43,7 @@ _TOKENS = 1024  # short rows go through the layers together, up to so many token
 
 
 def loss_and_gradient(config: ModelConfig, params: Any, batch: dict[str, jax.Array]):
-    """Weighted mean cross-entropy over the scored places -> (loss, metrics), gradient."""
+    """Return weighted mean cross-entropy over the scored places -> (loss, metrics), gradient."""
     total = jnp.maximum(batch["weights"].sum(), 1e-6)
     B, T = batch["tokens"].shape
     R = max(r for r in range(1, B + 1) if B % r == 0 and (r == 1 or r * T <= _TOKENS))
@@ -60,7 +60,7 @@ def loss_and_gradient(config: ModelConfig, params: Any, batch: dict[str, jax.Arr
 
 
 def _rows_loss(config: ModelConfig, params: Any, rows: dict[str, jax.Array], total: jax.Array):
-    """The share of R rows in the batch loss, and (sum, count) of three kinds of target."""
+    """Return the share of R rows in the batch loss, and (sum, count) of three kinds of target."""
     x = hidden(config, params, rows["tokens"], rows["positions"])  # [D, R, T]
     x = jnp.take_along_axis(x, rows["places"][None], axis=2).reshape(config.hidden_size, -1)
     table = params["embedding"]["embedding"]
@@ -79,7 +79,7 @@ def _rows_loss(config: ModelConfig, params: Any, rows: dict[str, jax.Array], tot
 
 
 def hidden(config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    """int32 tokens and positions [R, T] -> last hidden states [D, R, T], before the final norm."""
+    """Return int32 tokens and positions [R, T] -> last hidden states [D, R, T], before the final norm."""
     K, G, H, eps = config.num_kv_heads, config.group_size, config.head_dim, config.rms_norm_eps
     R, T = tokens.shape
     tables = rotary.tables(config.rope, H, positions, jnp.zeros(R))
@@ -104,7 +104,9 @@ def hidden(config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.A
 
 
 def _matrices(config: ModelConfig, block: Any) -> tuple[jax.Array, ...]:
-    """A block's kernels as [out, in], query features ordered (K, H, G), 1/√H folded into q unless q is normed later."""
+    """Return a block's kernels as [out, in], query features ordered (K, H, G), 1/√H folded into q unless q is normed
+    later.
+    """
     D = config.hidden_size
     q = (block["q"]["kernel"] * (1.0 if config.qk_norm else config.head_dim**-0.5)).transpose(1, 3, 2, 0).reshape(-1, D)
     k, v = (block[n]["kernel"].transpose(1, 2, 0).reshape(-1, D) for n in ("k", "v"))
@@ -118,7 +120,7 @@ def _normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def _head_normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Each head's features [K, H, ...] brought to length √H, then scaled."""
+    """Return each head's features [K, H, ...] brought to length √H, then scaled."""
     mean = jnp.mean(x * x, axis=1, keepdims=True)
     return x * jax.lax.rsqrt(mean + eps) * scale.reshape(1, -1, *(1,) * (x.ndim - 2))
 
@@ -129,7 +131,7 @@ def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention, q [K, H, G, T], k and v [K, H, T] -> [K, H, G, T].
+    """Compute causal attention, q [K, H, G, T], k and v [K, H, T] -> [K, H, G, T].
 
     Queries go in blocks, each against the keys up to its end: the masked half is mostly not computed.
     """
@@ -142,7 +144,7 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 # Logits are clipped instead of shifted by their maximum: one pass less, and no row of them ever comes near.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _weigh(q: jax.Array, k: jax.Array, v: jax.Array, first: int) -> jax.Array:
-    """Softmax attention of queries [K, H, G, C] that start at position `first`, keys and values [K, H, S]."""
+    """Compute softmax attention of queries [K, H, G, C] that start at position `first`, keys and values [K, H, S]."""
     return _weigh_forward(q, k, v, first)[0]
 
 
@@ -170,7 +172,9 @@ _weigh.defvjp(_weigh_forward, _weigh_backward)
 
 
 def optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Muon for the blocks' matrices, attention's head by head; Adam for embedding and norms. Norms are clipped to 1."""
+    """Return Muon for the blocks' matrices, attention's head by head; Adam for embedding and norms. Norms are clipped
+    to 1.
+    """
     axes = {"q": (0, 3), "k": (0, 2), "v": (0, 2), "o": (2, 3), "gate": (0, 1), "up": (0, 1), "down": (0, 1)}
 
     def dimensions(params):
@@ -200,7 +204,7 @@ def optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def train_step(config: ModelConfig, update: optax.GradientTransformation, params, state, batch):
-    """One optimiser step -> params, optimiser state, metrics (loss, retrieval, text, gradient norm)."""
+    """Return one optimiser step -> params, optimiser state, metrics (loss, retrieval, text, gradient norm)."""
     (value, metrics), gradient = loss_and_gradient(config, params, batch)
     changes, state = update.update(gradient, state, params)
     metrics = {"loss": value, **metrics, "norm": optax.tree.norm(gradient)}

@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 def train(texts: Iterable[str], size: int = VOCABULARY) -> Tokenizer:
-    """A tokenizer of `size` entries: the specials first, then all 256 bytes, then merges by frequency."""
+    """Return a tokenizer of `size` entries: the specials first, then all 256 bytes, then merges by frequency."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -53,18 +53,18 @@ def train(texts: Iterable[str], size: int = VOCABULARY) -> Tokenizer:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Marker -> id."""
+    """Map each marker to its id."""
     ids = {name: tokenizer.token_to_id(name) for name in SPECIALS}
     return {name: i for name, i in ids.items() if i is not None}
 
 
 def is_digit(tokenizer: Tokenizer, ids: Iterable[int]) -> list[bool]:
-    """Which ids are one of the ten digits."""
+    """Return which ids are one of the ten digits."""
     return [(tokenizer.id_to_token(int(i)) or "").isdigit() for i in ids]
 
 
 def save(tokenizer: Tokenizer, folder: pathlib.Path, max_positions: int) -> None:
-    """tokenizer.json and tokenizer_config.json as transformers reads them."""
+    """Write tokenizer.json and tokenizer_config.json as transformers reads them."""
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

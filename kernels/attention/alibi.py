@@ -21,7 +21,7 @@ class Alibi(NamedTuple):
     keys: jax.Array
 
     def bias(self, keys: jax.Array) -> jax.Array:
-        """float32 [B, K, T·G, s] of keys at positions int32 [B, s], rows packed t-major."""
+        """Return float32 [B, K, T·G, s] of keys at positions int32 [B, s], rows packed t-major."""
         distance = (keys[:, None, :] - self.queries[:, :, None]).astype(jnp.float32)  # [B, T, s]
         bias = self.slopes[None, :, None, :, None] * distance[:, None, :, None, :]  # [B, K, T, G, s]
         B, K, T, G, s = bias.shape

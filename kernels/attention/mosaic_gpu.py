@@ -46,7 +46,7 @@ _LOG2E = math.log2(math.e)
 
 
 def unsupported(q: Any, k: Any, v: Any) -> str | None:
-    """Why the kernel cannot take queries q [B,K,R,H] and caches k, v [B,K,S,H], or None: it can."""
+    """Return why the kernel cannot take queries q [B,K,R,H] and caches k, v [B,K,S,H], or None if it can."""
     H, S = q.shape[-1], k.shape[2]
     if H not in _HEAD_WIDTHS:
         return f"head width H={H}: the kernel reads caches of H={' or '.join(map(str, _HEAD_WIDTHS))}"
@@ -68,7 +68,7 @@ def _not_hopper() -> str | None:
 
 
 def choose_splits(heads: int, R: int, S: int) -> int:
-    """Programs that share the slots of a row, for R query rows of each of `heads` (B·K) KV heads over S slots.
+    """Return programs that share the slots of a row, for R query rows of each of `heads` (B·K) KV heads over S slots.
 
     The number that ends first when every row is full.
     """
@@ -150,7 +150,7 @@ class _Work(NamedTuple):
 
 
 def _run(call: _Static, q, k, v, lengths, start, state: State | None, splits: int | None):
-    """q [B,K,R,H], k, v [B,K,S,H], lengths int32 [B], start int32 [1]: the output or the state, as asked."""
+    """Launch the kernel on q [B,K,R,H], k, v [B,K,S,H], lengths int32 [B], start int32 [1]."""
     (B, K, R, H), S = q.shape, k.shape[2]
     splits = splits or choose_splits(B * K, R, S)
     tiles = 1 if R <= _ROWS else _CONSUMERS
@@ -177,7 +177,7 @@ def _run(call: _Static, q, k, v, lengths, start, state: State | None, splits: in
 
 
 def _merge(acc, m, l, state: State | None) -> State:
-    """One state of acc [B,K,splits,R,H], m and l [B,K,splits,R], and of one seen before."""
+    """Return one state of acc [B,K,splits,R,H], m and l [B,K,splits,R], and of one seen before."""
     m_before = NEG if state is None else state[1]
     m_all = jnp.maximum(jnp.max(m, axis=2), m_before)
     weight = jnp.exp(m - m_all[:, :, None])
@@ -189,7 +189,9 @@ def _merge(acc, m, l, state: State | None) -> State:
 
 
 def _shared(tiles: int, H: int, dtype) -> _Shared:
-    """The allocations. A consumer's turns must fall on the same stages of the ring: with one tile, an even number."""
+    """Return the allocations. A consumer's turns must fall on the same stages of the ring: with one tile, an even
+    number.
+    """
     stages = (4 if tiles == 1 else 3) * 128 // H
     swizzle = plgpu.SwizzleTransform(128)
     narrow = functools.partial(plgpu.SMEM, dtype=dtype, transforms=(plgpu.TilingTransform((8, 64)), swizzle))
@@ -255,7 +257,7 @@ def _kernel(call: _Static, R: int, lengths, start, q, k, v, acc, m, l, *scratch)
 
 
 def _reach(call: _Static, block: int, R: int, i, length, start):
-    """(full, end) of query block i: slots that all its rows see, and that any of them sees."""
+    """Return (full, end) of query block i: slots that all its rows see, and slots that any of them sees."""
     if call.group_size is None:
         return length, length
     first = i * block
@@ -285,7 +287,7 @@ def _load(shared: _Shared, work: _Work, k, v):
 
 
 def _consume(call: _Static, shared: _Shared, work: _Work, me):
-    """acc [64, H], m and l [64] of consumer `me`: of its tile, or of its share of the blocks."""
+    """Compute acc [64, H], m and l [64] of consumer `me`: for its tile, or for its share of the blocks."""
     tiles, _, H = shared.q.shape
     turns = _CONSUMERS // tiles
     turn, tile = (me, 0) if tiles == 1 else (0, me)
@@ -302,7 +304,7 @@ def _consume(call: _Static, shared: _Shared, work: _Work, me):
 
 
 def _fold(call: _Static, shared: _Shared, work: _Work, me, tile, step, edge: bool, carry):
-    """One online-softmax step over a block, with masks at an edge; m counts in powers of two."""
+    """Return one online-softmax step over a block, with masks at an edge; m counts in powers of two."""
     acc, m, l = carry
     stage = _stage(step, shared.k.shape[0])
     first = (work.begin + step) * _SLOTS
@@ -328,7 +330,7 @@ def _fold(call: _Static, shared: _Shared, work: _Work, me, tile, step, edge: boo
 
 
 def _meets(group_size: int | None, work: _Work, row, first):
-    """Which rows and slots of a tile meet, bool [64, 64]."""
+    """Return which rows of a tile see which slots, bool [64, 64]."""
     iota = functools.partial(lax.broadcasted_iota, jnp.int32, (_ROWS, _SLOTS))
     slot = first + iota(1)
     held = slot < work.length
@@ -339,7 +341,7 @@ def _meets(group_size: int | None, work: _Work, row, first):
 
 
 def _clean_tail(shared: _Shared, work: _Work, me, stage, first):
-    """Zero the values past the length: 0 × NaN is NaN. At most one block of a program has any."""
+    """Write zeros to the values past the length: 0 × NaN is NaN. At most one block per program has any."""
 
     def clean():
         values = shared.v.at[stage]
@@ -360,12 +362,12 @@ def _clean_tail(shared: _Shared, work: _Work, me, stage, first):
 
 
 def _logits(q, k):
-    """q [64, H] times k [64, H] transposed, float32."""
+    """Multiply q [64, H] by k [64, H] transposed, float32."""
     return _product((_ROWS, _SLOTS), q, k.transpose((1, 0)))
 
 
 def _values(p, v):
-    """p [64, 64] times v [64, H], float32."""
+    """Multiply p [64, 64] by v [64, H], float32."""
     return _product((_ROWS, v.shape[1]), p, v)
 
 
@@ -378,7 +380,7 @@ def _product(shape: tuple[int, int], a, b):
 
 
 def _add(one: State, other: State) -> State:
-    """The sum of two consumers' acc [64, H], m and l [64]."""
+    """Return the sum of two consumers' acc [64, H], m and l [64]."""
     (acc, m, l), (acc_2, m_2, l_2) = one, other
     m_all = jnp.maximum(m, m_2)
     weight, weight_2 = jnp.exp2(m - m_all), jnp.exp2(m_2 - m_all)
@@ -387,7 +389,7 @@ def _add(one: State, other: State) -> State:
 
 
 def _store(shared: _Shared, work: _Work, at, out, tile, state: State):
-    """Rows of a tile's state to their place in acc [B,K,splits,rows,H], m and l [B,K,splits,rows]."""
+    """Store the rows of a tile's state in acc [B,K,splits,rows,H], m and l [B,K,splits,rows]."""
     acc, m, l = state
     held = (shared.acc, shared.m, shared.l)
     # Here and not in XLA, which would fuse the factor into the differences of m that follow: at NEG they are not 0.
@@ -401,12 +403,12 @@ def _store(shared: _Shared, work: _Work, at, out, tile, state: State):
 
 
 def _across(column, shape: tuple[int, ...]):
-    """[64] as [64, n]."""
+    """Return [64] as [64, n]."""
     return lax.broadcast_in_dim(column, shape, (0,))
 
 
 def _divide(x, y: int):
-    """x // y of what is not negative."""
+    """Return x // y for non-negative x."""
     return lax.div(x, jnp.int32(y))
 
 

@@ -22,7 +22,7 @@ State = tuple[
 
 
 def empty(q: jax.Array) -> State:
-    """The state of having seen nothing, for query rows q [B, K, R, H]."""
+    """Return the state of having seen nothing, for query rows q [B, K, R, H]."""
     m = jnp.full(q.shape[:3], NEG, jnp.float32)
     return jnp.zeros(q.shape, jnp.float32), m, jnp.zeros_like(m)
 
@@ -34,7 +34,7 @@ def compensation(
     n: Int[jax.Array, " B"],
     scale: float,
 ) -> State:
-    """One key with logit bias ln n that stands for n dropped tokens (RazorAttention, eq. 4 to 6).
+    """Return one key with logit bias ln n that stands for n dropped tokens (RazorAttention, eq. 4 to 6).
 
     q [B,K,R,H]; k_mean, v_mean float32 [B,K,1,H], unread where n is 0; n int32 [B].
     """
@@ -49,6 +49,6 @@ def compensation(
 
 
 def finish(state: State, dtype: jnp.dtype) -> jax.Array:
-    """acc / l as `dtype`; zero where nothing was seen."""
+    """Return acc / l as `dtype`; zero where nothing was seen."""
     acc, _, l = state
     return (acc / jnp.where(l == 0, 1.0, l)[..., None]).astype(dtype)

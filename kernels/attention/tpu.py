@@ -58,7 +58,7 @@ class Blocks:
 
 
 def unsupported(q: Any, k: Any, v: Any) -> str | None:
-    """Why the kernel cannot take queries q [B,K,R,H] and caches k, v [B,K,S,H], or None: it can."""
+    """Return why the kernel cannot take queries q [B,K,R,H] and caches k, v [B,K,S,H], or None if it can."""
     H = q.shape[-1]
     if H not in _HEAD_WIDTHS:
         return f"head width H={H}: the kernel reads caches of H={' or '.join(map(str, _HEAD_WIDTHS))}"
@@ -70,7 +70,9 @@ def unsupported(q: Any, k: Any, v: Any) -> str | None:
 
 
 def choose_blocks(R: int, S: int, H: int, itemsize: int, page: int | None = None) -> Blocks:
-    """The blocks for R query rows over S slots of H elements of `itemsize` bytes, held in pages or in one piece."""
+    """Return the blocks for R query rows over S slots of H elements of `itemsize` bytes, held in pages or in one
+    piece.
+    """
     if page is not None:
         tile = _MANY_ROWS[0] * _MANY_ROWS[1]
         return Blocks(min(R, _MANY_ROWS[0], max(tile // page // _LANES, 1) * _LANES), page)
@@ -188,7 +190,7 @@ def _check_page(pool, itemsize: int) -> None:
 
 
 def _specs(reach, blocks: Blocks, H: int, across: bool, pages: int | None) -> tuple[pl.BlockSpec, ...]:
-    """The blocks of q, acc and out; of k and v; of their scales; of m and l."""
+    """Return the blocks of q, acc and out; of k and v; of their scales; of m and l."""
 
     def at_rows(b, h, i, j, lengths, start, table):
         return b, h, i, 0
@@ -197,7 +199,7 @@ def _specs(reach, blocks: Blocks, H: int, across: bool, pages: int | None) -> tu
         return b, h, 0, i
 
     def at_block(b, i, j, lengths, start, table):
-        """(first axis, slot axis) of k and v."""
+        """Return (first axis, slot axis) of k and v."""
         _, end = reach(i, lengths[b], start[0])
         # Past the end the last block again: a block that is already there is not loaded.
         block = jnp.minimum(j, jnp.maximum(pl.cdiv(end, blocks.slots) - 1, 0))
@@ -225,7 +227,7 @@ def _specs(reach, blocks: Blocks, H: int, across: bool, pages: int | None) -> tu
 
 
 def _reach(call: _Static, block: int, R: int, i, length, start):
-    """(full, end) of query block i: slots that all its rows see, and that any of them sees."""
+    """Return (full, end) of query block i: slots that all its rows see, and slots that any of them sees."""
     if call.group_size is None:
         return length, length
     first = i * block
@@ -235,13 +237,13 @@ def _reach(call: _Static, block: int, R: int, i, length, start):
 
 
 def _longest(call: _Static, R: int, lengths, start):
-    """The number of slots that any query of the call sees."""
+    """Return the number of slots that any query of the call sees."""
     longest = jnp.max(lengths)
     return longest if call.group_size is None else jnp.minimum(longest, start + R // call.group_size)
 
 
 def _cost(q_shape: tuple[int, ...], S: int, itemsize: int, causal: bool) -> pl.CostEstimate:
-    """For the compiler's scheduler: as if every cache were full."""
+    """Estimate the cost for the compiler's scheduler, as if every cache were full."""
     B, K, R, H = q_shape
     pairs = B * K * R * S // (2 if causal else 1)
     moved = 2 * B * K * (S + R) * H * itemsize
@@ -251,7 +253,9 @@ def _cost(q_shape: tuple[int, ...], S: int, itemsize: int, causal: bool) -> pl.C
 def _kernel(
     lengths, start, table, q, k, v, scales, state, out, acc, m, l, *, call: _Static, reach, block: int, across: bool
 ):
-    """A block of query rows q [r, H] meets one of slots k, v [s, H] ([H, s] across); acc [r, H], m, l [r, 1] stay."""
+    """Fold a block of slots k, v [s, H] ([H, s] across) into the state acc [r, H], m, l [r, 1] of query rows q [r,
+    H].
+    """
     i, step = pl.program_id(2), pl.program_id(3)
     length = lengths[pl.program_id(0)]
     full, end = reach(i, length, start[0])
@@ -289,12 +293,12 @@ def _kernel(
 
 
 def _held(shape: tuple[int, int], first, length):
-    """Which of the block's slots, as its values lie ([s, 1], or [1, s] across), hold anything."""
+    """Return which slots of the block are valid, in the layout of its values ([s, 1], or [1, s] across)."""
     return first + lax.broadcasted_iota(jnp.int32, shape, 0 if shape[1] == 1 else 1) < length
 
 
 def _meets(group_size: int | None, block: int, first, length, start, row, rows: int):
-    """Which of rows [row, row + rows) meet which slots of the block: bool [rows, s], or [1, s] where all are alike."""
+    """Return which of rows [row, row + rows) see which slots: bool [rows, s], or [1, s] where all rows are alike."""
     slot = first + lax.broadcasted_iota(jnp.int32, (1, block), 1)
     if group_size is None:
         return slot < length
@@ -304,7 +308,7 @@ def _meets(group_size: int | None, block: int, first, length, start, row, rows: 
 
 
 def _fold(q, k, v, scales, acc, m, l, scale: float, across: bool, meets, held):
-    """One online-softmax step over the block.
+    """Return one online-softmax step over the block.
 
     `meets(row, rows)` gives the pairs of those rows that meet, `held` the slots that hold anything; None for all.
     Many rows go in parts, the logits of a part before the softmax of the part before it: in that order the compiler
@@ -344,12 +348,12 @@ def _fold(q, k, v, scales, acc, m, l, scale: float, across: bool, meets, held):
 
 
 def _operand(x, dtype):
-    """A tile of the cache as the product with rows of `dtype` takes it: 8 bits beside bfloat16 as they lie."""
+    """Return a tile of the cache as the product with rows of `dtype` takes it: 8 bits beside bfloat16 as they lie."""
     return x[...] if x.dtype in EIGHT_BIT and dtype == jnp.bfloat16 else x[...].astype(dtype)
 
 
 def _dot(a, b, axis: int):
-    """a [r, n] with axis `axis` of b, float32. Only float32 operands have more than one pass to choose."""
+    """Multiply a [r, n] with axis `axis` of b, float32. Only float32 operands have a choice of passes."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dimensions = (((1,), (axis,)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
@@ -360,10 +364,10 @@ def _diagonal(n: int):
 
 
 def _column(line):
-    """[1, n] as [n, 1], through a select that every compiler takes; once a block of query rows."""
+    """Return [1, n] as [n, 1], through a select that every compiler takes; once a block of query rows."""
     return jnp.sum(jnp.where(_diagonal(line.shape[1]), line, 0.0), axis=1, keepdims=True)
 
 
 def _line(column):
-    """[n, 1] as [1, n]."""
+    """Return [n, 1] as [1, n]."""
     return jnp.sum(jnp.where(_diagonal(column.shape[0]), column, 0.0), axis=0, keepdims=True)

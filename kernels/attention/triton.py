@@ -61,7 +61,7 @@ class Blocks:
 
 
 def unsupported(q: Any, k: Any, v: Any) -> str | None:
-    """Why the kernel cannot take queries q [B,K,R,H] and caches k, v [B,K,S,H], or None: it can."""
+    """Return why the kernel cannot take queries q [B,K,R,H] and caches k, v [B,K,S,H], or None if it can."""
     if plt is None:
         return f"JAX {jax.__version__} has no Pallas-Triton"
     capability = _compute_capability()
@@ -86,7 +86,7 @@ def unsupported(q: Any, k: Any, v: Any) -> str | None:
 
 
 def _compute_capability() -> float:
-    """Of this machine's GPU: 0 for one that is not NVIDIA's, infinite ahead of time, where the compiler will say."""
+    """Return the compute capability of this machine's GPU: 0 if it is not NVIDIA's, infinite ahead of time."""
     try:
         device, *_ = jax.local_devices(backend="gpu")
         return float(device.compute_capability)
@@ -97,7 +97,7 @@ def _compute_capability() -> float:
 
 
 def choose_blocks(heads: int, R: int, S: int, H: int, dtype: jnp.dtype, page: int | None = None) -> Blocks:
-    """The blocks for R query rows of each of `heads` (B·K) KV heads over S slots of H, multiplied as `dtype`.
+    """Return the blocks for R query rows of each of `heads` (B·K) KV heads over S slots of H, multiplied as `dtype`.
 
     Beside other head groups, `heads` are those of S slots that would be as much work as all the groups together.
     Raises ValueError where a page [page] is not whole tiles of at least 16 slots.
@@ -146,7 +146,7 @@ def attend_causal(
 def attend_groups(
     parts: Sequence[Part], *, scale: float, return_state: bool = False, interpret: Any = False
 ) -> Float[jax.Array, "B K R H"] | State:
-    """`attend` over the head groups of a layer in one launch; results are concatenated on K, in the order of `parts`.
+    """Run `attend` on the head groups of a layer in one launch; concatenate on K in the order of `parts`.
 
     Each part has its own K and S; B, R, H and the types are those of the layer.
     """
@@ -165,7 +165,7 @@ class _Static:
 
 
 def _run(call: _Static, parts: tuple[Part, ...], start, blocks: Blocks | None) -> list[jax.Array | State]:
-    """Outputs or states of the parts, as asked; `start` int32 [1] of a causal call."""
+    """Return outputs or states of the parts; `start` int32 [1] of a causal call."""
     B, _, R, H = parts[0].q.shape
     work = B * sum(part.q.shape[1] * _slots(part)[1] for part in parts)
     plans, kernel_parts, shapes = [], [], []
@@ -194,7 +194,7 @@ def _run(call: _Static, parts: tuple[Part, ...], start, blocks: Blocks | None) -
 
 
 def _shapes(call: _Static, q: jax.Array) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """What the last kernel of a call gives: the output alone, or acc, m and l."""
+    """Return the shapes of a call's last kernel: the output alone, or acc, m and l."""
     if not call.return_state:
         return (jax.ShapeDtypeStruct(q.shape, q.dtype),)
     return _states(q.shape)
@@ -206,7 +206,7 @@ def _states(shape: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 def _merge(call: _Static, states, part: Part):
-    """acc [B,K,splits,R,H], m and l [B,K,splits,R], and the state seen before, as one: what `_shapes` says."""
+    """Merge acc [B,K,splits,R,H], m and l [B,K,splits,R] and the initial state into the shapes of `_shapes`."""
     B, K, R, _ = part.q.shape
     (result,) = pl.pallas_call(
         _razor_merge,
@@ -219,7 +219,7 @@ def _merge(call: _Static, states, part: Part):
 
 
 def _slots(part: Part) -> tuple[int | None, int]:
-    """The page of a pool (else None), and the slots that a row of the part can have."""
+    """Return the page of a pool (else None), and the slots that a row of the part can have."""
     if part.block_table is None:
         return None, part.k.shape[2]
     return part.k.shape[2], part.k.shape[2] * part.block_table.shape[1]
@@ -230,7 +230,7 @@ def _multiplied_as(part: Part) -> jnp.dtype:
 
 
 def _programs(q_shape: tuple[int, ...], plan: Blocks) -> int:
-    """Programs of a batch row: KV heads × splits × blocks of query rows."""
+    """Return programs of a batch row: KV heads × splits × blocks of query rows."""
     return q_shape[1] * plan.splits * pl.cdiv(q_shape[2], plan.rows)
 
 
@@ -248,7 +248,7 @@ def _razor_attend(parts, start, results, *, call: _Static, plans: tuple[Blocks, 
 
 
 def _program(call: _Static, plan: Blocks, part, start, result, program, b):
-    """A block of query rows of one head meets its split of the slots."""
+    """Return a block of query rows of one head meets its split of the slots."""
     _, _, R, H = part.q.shape
     row_blocks = pl.cdiv(R, plan.rows)
     rest = lax.div(program, row_blocks)
@@ -285,7 +285,7 @@ def _program(call: _Static, plan: Blocks, part, start, result, program, b):
 
 
 def _razor_merge(states, state, result):
-    """The splits of one query row, some at a time; m here counts in powers of e."""
+    """Return the splits of one query row, some at a time; m here counts in powers of e."""
     r, h, b = (pl.program_id(axis) for axis in range(3))
     splits, H = states[0].shape[2], states[0].shape[4]
 
@@ -314,7 +314,7 @@ def _razor_merge(states, state, result):
 
 
 def _reach(call: _Static, block: int, R: int, i, length, start):
-    """(full, end) of query block i: slots that all its rows see, and that any of them sees."""
+    """Return (full, end) of query block i: slots that all its rows see, and slots that any of them sees."""
     if call.group_size is None:
         return length, length
     first = i * block
@@ -324,7 +324,7 @@ def _reach(call: _Static, block: int, R: int, i, length, start):
 
 
 def _meets(group_size: int | None, row, slot, held, start):
-    """Which pairs of row [r] and slot [s] meet, bool [r, s] or [1, s]."""
+    """Return which row [r] sees which slot [s], bool [r, s] or [1, s]."""
     if group_size is None:
         return held[None, :]
     # slot <= start + row // G, without dividing a vector.
@@ -332,7 +332,7 @@ def _meets(group_size: int | None, row, slot, held, start):
 
 
 def _tile(part, b, h, first, slots: int):
-    """(page or batch row, head, slots) of the tile at slot `first`; pages are whole tiles."""
+    """Return (page or batch row, head, slots) of the tile at slot `first`; pages are whole tiles."""
     if part.block_table is None:
         return b, h, pl.ds(first, slots)
     page = part.k.shape[2]
@@ -340,7 +340,7 @@ def _tile(part, b, h, first, slots: int):
 
 
 def _begin(part, at, exists, rows: int, H: int):
-    """acc [r, H], m and l [r] of a program; m counts in powers of two, as its exponentials do."""
+    """Return the initial acc [r, H], m and l [r] of a program; m is in powers of two, as its exponentials are."""
     if part.state is None:
         acc, m, l = jnp.zeros((rows, H), jnp.float32), jnp.full((rows,), NEG), jnp.zeros((rows,), jnp.float32)
     else:
@@ -350,7 +350,7 @@ def _begin(part, at, exists, rows: int, H: int):
 
 
 def _store(result, at, acc, m, l, exists):
-    """What `_shapes` or `_states` say, of acc [r, H], m and l [r], for the rows that exist."""
+    """Store acc [r, H], m and l [r] of the existing rows in the shapes of `_shapes` or `_states`."""
     if len(result) == 1:
         acc /= jnp.where(l == 0, 1.0, l)[:, None]
     else:
@@ -360,7 +360,7 @@ def _store(result, at, acc, m, l, exists):
 
 
 def _fold(part, tile, held, meets, q, scale: float, carry):
-    """One online-softmax step of q [r, H] over a tile of slots; `held` [s], `meets` [r, s] are None for all."""
+    """Return one online-softmax step of q [r, H] over a tile of slots; `held` [s], `meets` [r, s] are None for all."""
     acc, m, l = carry
     logits = _dot(q, _load(part.k, (*tile, slice(None)), held).astype(q.dtype), 1)
     if part.k_scale is not None:
@@ -379,14 +379,16 @@ def _fold(part, tile, held, meets, q, scale: float, carry):
 
 
 def _load(ref, at, held):
-    """ref[at], zeros without a load where `held` [s] is False."""
+    """Load ref[at]; zeros without a load where `held` [s] is False."""
     if held is None:
         return plt.load(ref.at[at])
     return plt.load(ref.at[at], mask=held if len(at) == 3 else held[:, None], other=jnp.zeros((), ref.dtype))
 
 
 def _dot(a, b, axis: int):
-    """a [r, n] with axis `axis` of b, float32; float32 operands without tensor cores, whose TF32 has 10 bits."""
+    """Multiply a [r, n] with axis `axis` of b, float32; float32 operands without tensor cores, whose TF32 has 10
+    bits.
+    """
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dimensions = (((1,), (axis,)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

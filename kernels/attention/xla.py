@@ -64,7 +64,7 @@ def attend_causal(
 
 
 def _gather_pages(pool: jax.Array, table: jax.Array, lengths: jax.Array, page: int) -> jax.Array:
-    """Pool [P,K,page,H] (or scales [P,K,1,page]) as the rows' own [B,K,S,H] ([B,K,1,S])."""
+    """Gather a pool [P,K,page,H] (or scales [P,K,1,page]) into rows [B,K,S,H] ([B,K,1,S])."""
     valid = jnp.arange(table.shape[1], dtype=jnp.int32) * page < lengths[:, None]
     rows = jnp.moveaxis(pool[jnp.where(valid, table, 0)], 1, 2)  # [B,K,pages,page,H]
     B, K, pages, first, last = rows.shape
@@ -119,7 +119,8 @@ def _scan(q, keys, lengths, visible, bias, end, scale: float, state: State | Non
 
 
 def _fold(q, keys, valid, visible, bias, scale: float, state: State, clean: bool) -> State:
-    """One online-softmax step over slots k, v [B,K,s,H]: valid bool [B,s]; visible bool [R,s], bias [B,K,R,s] or None.
+    """Return one online-softmax step over slots k, v [B,K,s,H]: valid bool [B,s]; visible bool [R,s], bias [B,K,R,s] or
+    None.
 
     `clean`: take unread values out of the product, for 0 × NaN is NaN.
     """
@@ -148,6 +149,6 @@ def _fold(q, keys, valid, visible, bias, scale: float, state: State, clean: bool
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """float32 result; float32 operands at HIGHEST, because a TPU's default for them is one bfloat16 pass."""
+    """Return float32 result; float32 operands at HIGHEST, because a TPU's default for them is one bfloat16 pass."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision=precision)

@@ -22,7 +22,7 @@ def write(
     *,
     implementation: Implementation | None = None,
 ) -> GroupArrays:
-    """The group with tokens 0 … counts[b]-1 of `new` appended to row b, which has seen lengths[b] tokens.
+    """Return the group with tokens 0 … counts[b]-1 of `new` appended to row b, which has seen lengths[b] tokens.
 
     Position p of a full group goes to slot p; of a windowed one to slot p below N0, else to slot
     N0 + (p - N0) mod W_b, and what it evicts joins the means. Donated arrays are written in place.
@@ -64,5 +64,5 @@ def write(
 
 
 def unsupported(implementation: Implementation, held: Any) -> str | None:
-    """Why an implementation cannot write such a group, of which shapes and types are enough, or None: it can."""
+    """Return why an implementation cannot write such a group, or None if it can. Only shapes and dtypes are read."""
     return tpu.unsupported(held) if implementation == "pallas_tpu" else None

@@ -38,7 +38,7 @@ _LONGEST = 1024  # slots a step of a chunk: some hundred KiB of each array, whic
 
 
 def unsupported(held: GroupArrays) -> str | None:
-    """Why the kernels cannot write the group `held`, k [B,K,S,H], or None: they can."""
+    """Return why the kernels cannot write the group `held`, k [B,K,S,H], or None if they can."""
     H = held.k.shape[-1]
     if H not in _HEAD_WIDTHS:
         return f"head width H={H}: the kernel writes caches of H={' or '.join(map(str, _HEAD_WIDTHS))}"
@@ -58,7 +58,7 @@ def write(
     block: int | None = None,
     interpret: Any = False,
 ) -> GroupArrays:
-    """`xla.write` as kernels: tokens 0 … counts[b]-1 of `new` [B,K,T,H] appended to row b of `held` [B,K,S,H].
+    """Run `xla.write` as kernels: append tokens 0 … counts[b]-1 of `new` [B,K,T,H] to row b of `held` [B,K,S,H].
 
     `block` slots a step of a chunk, a multiple of 128; None to choose.
     """
@@ -84,29 +84,31 @@ _compiled_for_any_sinks = jax.jit(_write, static_argnames=("block", "interpret")
 
 
 def _turn(x: GroupArrays) -> list[jax.Array]:
-    """k, v and scales if any, as the kernels take them: [B,K,S,H], or [B,K,·,S] where slots lie along the lanes."""
+    """Return k, v and scales in the kernels' layout: [B,K,S,H], or [B,K,·,S] with slots along the lanes."""
     k, v = (a.swapaxes(2, 3) if a.shape[3] < _LANES else a for a in (x.k, x.v))
     return [k, v, *(scale for scale in (x.k_scale, x.v_scale) if scale is not None)]
 
 
 def _along_lanes(held: GroupArrays) -> list[bool]:
-    """Of each array of `_turn` whether its slots lie along the lanes."""
+    """Return, for each array of `_turn`, whether its slots are along the lanes."""
     across = held.k.shape[3] < _LANES
     return [across] * 2 if held.k_scale is None else [across, across, True, True]
 
 
 def _tile(x: jax.Array, lane: bool) -> int:
-    """Slots of x in a tile of memory."""
+    """Return slots of x in a tile of memory."""
     return _LANES if lane else 32 // x.dtype.itemsize
 
 
 def _moves(size: int) -> pl.CostEstimate:
-    """For the compiler's scheduler, which would else count whole caches: bytes are moved, and nothing is computed."""
+    """Estimate the cost for the compiler's scheduler, which would otherwise count whole caches: bytes move, nothing is
+    computed.
+    """
     return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=size)
 
 
 def _turn_back(arrays: Sequence[jax.Array], lanes: list[bool]) -> GroupArrays:
-    """What `_turn` was given."""
+    """Undo `_turn`."""
     k, v = (x.swapaxes(2, 3) if lane else x for x, lane in zip(arrays[:2], lanes, strict=False))
     return GroupArrays(k, v, *arrays[2:])
 
@@ -165,7 +167,9 @@ def _write_token(
 
 
 def _token_kernel(slot, tokens, held, out, old, *, lanes: list[bool]):
-    """One row: `out` is the tile `held` with tokens [K,1,H] ([·,K] along lanes) at the slot, `old` what was there."""
+    """Write one row: `out` is the tile `held` with tokens [K,1,H] ([·,K] along lanes) at the slot, `old` what was
+    there.
+    """
     at = slot[pl.program_id(0)]
     for i, lane in enumerate(lanes):
         K = held[i].shape[0]
@@ -203,7 +207,7 @@ class _Steps(NamedTuple):
 
 
 def _runs(lengths, counts, window, sinks: jax.Array | int, S: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Slots [begin, end) of a row take tokens slot + offset, int32 [B, runs] each: ascending and disjoint.
+    """Return slots [begin, end) of a row take tokens slot + offset, int32 [B, runs] each: ascending and disjoint.
 
     A full group has one run. A windowed one has its sinks, the ring up to the newest token, and, a lap
     older, the ring behind it.
@@ -227,7 +231,9 @@ def _runs(lengths, counts, window, sinks: jax.Array | int, S: int) -> tuple[jax.
 
 
 def _steps(runs, block: int, most: int) -> tuple[_Steps, jax.Array]:
-    """Runs (begin, end, offset) [B, runs] as steps over blocks, at most `most` a row, and the longest row's number."""
+    """Turn runs (begin, end, offset) [B, runs] into steps over blocks, at most `most` per row, and the longest row's
+    number.
+    """
     begin, end, offset = runs
     first_block = begin // block
     number = jnp.where(end > begin, (end - 1) // block - first_block + 1, 0)
@@ -273,7 +279,7 @@ def _write_chunk(
         return [spec(x, lane, index) for x, lane in zip(arrays, lanes, strict=True)]
 
     def source(odd: int):
-        """Of the two neighbouring blocks of tokens that a step needs, the one of even or of odd index.
+        """Return, of the two neighbouring blocks of tokens that a step needs, the one of even or of odd index.
 
         From step to step only one of the two changes, so every token is loaded once.
         """
@@ -304,7 +310,7 @@ def _write_chunk(
 
 
 def _chunk_kernel(*refs, lanes: list[bool], block: int):
-    """One head: `out` is the block `held` with its slots [first, last) taken from the blocks of tokens even, odd."""
+    """Write one head: `out` is the block `held` with slots [first, last) taken from the blocks of tokens even, odd."""
     steps = _Steps(*refs[:5])
     even, odd, held, *out = refs[5:]
     b, j = pl.program_id(0), pl.program_id(2)
@@ -332,14 +338,14 @@ def _chunk_kernel(*refs, lanes: list[bool], block: int):
 
 
 def _widen(x: jax.Array) -> jax.Array:
-    """x in 32 bits, which is all that rotates; exact."""
+    """Cast x to 32 bits, the only width that rotates; exact."""
     if x.dtype == FP8:
         x = pltpu.bitcast(x, jnp.int8)
     return x.astype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
 
 
 def _narrow(x: jax.Array, dtype) -> jax.Array:
-    """What `_widen` was given."""
+    """Undo `_widen`."""
     if dtype == FP8:
         return pltpu.bitcast(x.astype(jnp.int8), dtype)
     return x.astype(dtype)

@@ -24,7 +24,7 @@ def write(
     window: Int[jax.Array, " B"] | None,
     sinks: jax.Array | int = 0,
 ) -> GroupArrays:
-    """The group with tokens 0 … counts[b]-1 of `new` appended to row b, which has seen lengths[b] tokens.
+    """Return the group with tokens 0 … counts[b]-1 of `new` appended to row b, which has seen lengths[b] tokens.
 
     Args:
       held: the group, [B,K,S,H].
@@ -43,7 +43,7 @@ def write(
 
 
 def dropped(lengths: jax.Array, window: jax.Array, sinks: jax.Array | int) -> jax.Array:
-    """n int32 [B]. A window of 0 is one not yet set: nothing was seen, so nothing dropped."""
+    """Return n int32 [B]. A window of 0 is not set yet: nothing was seen, so nothing was dropped."""
     return ((lengths - sinks - window) * (window > 0)).clip(0)
 
 
@@ -57,14 +57,14 @@ def _write_full(held: GroupArrays, new: GroupArrays, lengths, counts) -> GroupAr
 def ring_slot(
     position: Int[jax.Array, " B"], window: Int[jax.Array, " B"], sinks: jax.Array | int
 ) -> Int[jax.Array, " B"]:
-    """Slot of a position in a windowed group, int32 [B]."""
+    """Return the slot of a position in a windowed group, int32 [B]."""
     return jnp.where(position < sinks, position, sinks + (position - sinks) % jnp.maximum(window, 1))
 
 
 def _write_ring_token(
     held: GroupArrays, new: GroupArrays, lengths, counts, window, sinks: jax.Array | int
 ) -> GroupArrays:
-    """One token a row: one slot read, folded, overwritten."""
+    """Return one token a row: one slot read, folded, overwritten."""
     S = held.k.shape[2]
     slot = ring_slot(lengths, window, sinks)
     at = jnp.minimum(slot, S - 1)[:, None, None, None]
@@ -85,7 +85,7 @@ def _write_ring_token(
 def _write_ring_chunk(
     held: GroupArrays, new: GroupArrays, lengths, counts, window, sinks: jax.Array | int
 ) -> GroupArrays:
-    """T tokens a row: each slot gathers its newest position, so no slot is written twice."""
+    """Write T tokens per row: each slot gathers its newest position, so no slot is written twice."""
     T = new.k.shape[2]
     source = _newest(held.k.shape[2], lengths + counts, window, sinks) - lengths[:, None]
     arrives = (source >= 0) & (counts > 0)[:, None]
@@ -113,7 +113,9 @@ def fold_token(
     window: Int[jax.Array, " B"],
     sinks: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
-    """k_mean, v_mean once one token a row replaces `evicted`, [B,K,1,H], anything in a row that drops nothing."""
+    """Return k_mean, v_mean once one token per row replaces `evicted` [B,K,1,H], which may be anything in a row that
+    drops nothing.
+    """
     n = _rows(dropped(lengths, window, sinks))
     folds = _rows((counts > 0) & (lengths >= sinks + window))
 
@@ -132,7 +134,9 @@ def fold_chunk(
     window: Int[jax.Array, " B"],
     sinks: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
-    """k_mean, v_mean of the group `held` once T tokens a row are written: what leaves the ring or never enters it."""
+    """Return k_mean, v_mean of the group `held` once T tokens per row are written: what leaves the ring or never enters
+    it.
+    """
     start, tokens = lengths[:, None], jnp.arange(new.k.shape[2], dtype=jnp.int32)[None, :]
     n_before, n_after = dropped(lengths, window, sinks), dropped(lengths + counts, window, sinks)
     first_kept = (sinks + n_after)[:, None]
@@ -154,19 +158,19 @@ def fold_chunk(
 
 
 def _newest(S: int, length: jax.Array, window: jax.Array, sinks: jax.Array | int) -> jax.Array:
-    """int32 [B,S]: the position each slot holds once length [B] tokens were seen; below 0 where it is empty."""
+    """Return int32 [B,S]: the position each slot holds once length [B] tokens were seen; below 0 where it is empty."""
     slots, ring, length = jnp.arange(S, dtype=jnp.int32)[None, :], jnp.maximum(window, 1)[:, None], length[:, None]
     laps = jnp.where(slots < sinks, 0, (length - 1 - slots) // ring)
     return jnp.where((slots < sinks + ring) & (slots < length), slots + laps * ring, -1)
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """[B] against [B,K,s,H]."""
+    """Return [B] against [B,K,s,H]."""
     return x[:, None, None, None]
 
 
 def _scatter(held: GroupArrays, slots: jax.Array, new: GroupArrays) -> GroupArrays:
-    """Tokens at slots [B,T], distinct in a row; slots past S are dropped."""
+    """Return the tokens at slots [B,T], distinct in a row; slots past S are dropped."""
     batch = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
 
     def tokens(x, rows):
@@ -182,7 +186,7 @@ def _scatter(held: GroupArrays, slots: jax.Array, new: GroupArrays) -> GroupArra
 
 
 def _masked_sum(x: jax.Array, scale: jax.Array | None, mask: jax.Array) -> jax.Array:
-    """Float32 [B,K,1,H] sum of x [B,K,s,H] over mask [B,s]; NaN outside the mask stays outside."""
+    """Sum x [B,K,s,H] over mask [B,s], float32 [B,K,1,H]; NaN outside the mask stays outside."""
     return jnp.sum(jnp.where(mask[:, None, :, None], dequantize(x, scale), 0.0), axis=2, keepdims=True)
 
 

@@ -69,7 +69,7 @@ def save_cache(
 
 
 def load_cache(params: Params, directory: str | os.PathLike[str]) -> KVCache:
-    """A saved cache, laid out for the devices of `params`, ready for `generate(params, …, cache=…)`.
+    """Return a saved cache, laid out for the devices of `params`, ready for `generate(params, …, cache=…)`.
 
     Raises FileNotFoundError, or ValueError that names what does not fit: another architecture, other weights, head
     split or types, or a file that is damaged.
@@ -97,7 +97,7 @@ def load_cache(params: Params, directory: str | os.PathLike[str]) -> KVCache:
 
 
 def load_pending(directory: str | os.PathLike[str]) -> tuple[tuple[int, ...], ...] | None:
-    """The tokens of each row that `save_cache` was given as pending."""
+    """Return the tokens of each row that `save_cache` was given as pending."""
     pending = _read_record(Path(directory).expanduser())["pending"]
     return None if pending is None else tuple(map(tuple, pending))
 
@@ -122,7 +122,7 @@ def _record(cache: KVCache, params: Params, pending: Sequence[Sequence[int]] | N
 
 
 def _fields(spec: CacheSpec, params: Params) -> dict[str, Any]:
-    """What must be the same where the cache is read."""
+    """Return the fields that must be equal where the cache is read."""
     return {
         "architecture": architecture_fingerprint(params.config),
         "weights": weights_fingerprint(params),
@@ -157,7 +157,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _all(values: Any, kind: type, count: int) -> bool:
-    """Whether it is a list of so many of just this type."""
+    """Return whether it is a list of so many of just this type."""
     return isinstance(values, list) and len(values) == count and all(type(value) is kind for value in values)
 
 
@@ -201,7 +201,7 @@ def _layer(folder: Path, index: int) -> Path:
 
 
 def _dense_order(params: Params, spec: CacheSpec, layer: int) -> tuple[int, ...] | None:
-    """The KV heads of a dense cache's one group as weights hold them; None where groups follow the split."""
+    """Return the KV heads of a dense cache's one group as weights hold them; None where groups follow the split."""
     return params.order(layer) if spec.razor is None else None
 
 
@@ -210,7 +210,7 @@ _distributed = jax.jit(relayout.distributed, static_argnames="placement")
 
 
 def _logical(cache: KVCache, order: tuple[int, ...] | None) -> tuple[Group, ...]:
-    """The groups of a cache of one layer."""
+    """Return the groups of a cache of one layer."""
     layer = cache.layers[0] if cache.spec.placement is None else _on_one_device(cache).layers[0]
     if order is None or order == tuple(sorted(order)):
         return layer
@@ -230,7 +230,7 @@ def _placed(x: np.ndarray, params: Params) -> jax.Array:
 def _read_layer(
     path: Path, index: int, wanted: Sequence[Mapping[str, Any]], spec: CacheSpec, order: tuple[int, ...] | None
 ) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
-    """Each group's arrays, as one device would hold them, and what is static about it."""
+    """Return each group's arrays, as one device would hold them, and what is static about it."""
     folder = _layer(path, index)
     names = {str(number): dict.fromkeys(arrays, 0) for number, arrays in enumerate(wanted)}
     try:
@@ -265,7 +265,7 @@ def _read(checkpointer: ocp.PyTreeCheckpointer, folder: Path, group: str, name: 
 
 
 def _fitted(what: str, x: np.ndarray, wanted: Any, slots: int | None, used: int) -> np.ndarray:
-    """The array, with its padding past the slots in use changed for this machine's."""
+    """Return the array, with its padding past the slots in use changed for this machine's."""
     want = list(wanted.shape)
     if slots is not None:
         want[slots] = max(used, x.shape[slots]) if x.ndim == 4 else used

@@ -36,7 +36,7 @@ def read(
     weights: Weights | None = None,
     split: HeadSplit | None = None,
 ) -> Params:
-    """The model of a Hugging Face or Orbax folder.
+    """Return the model of a Hugging Face or Orbax folder.
 
     Args:
       directory: holds config.json with model.safetensors or a sharded index, or what `save` wrote.
@@ -60,7 +60,7 @@ def read(
 
 
 def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
-    """The config of a Hugging Face or Orbax folder; the weights may still say that tied embeddings are not."""
+    """Return the config of a Hugging Face or Orbax folder; the weights may still say that tied embeddings are not."""
     path = _folder(directory)
     return _format(path).read_config(path)
 
@@ -107,5 +107,5 @@ def _folder(directory: str | os.PathLike[str]) -> Path:
 
 
 def _format(path: Path) -> Any:
-    """The module that reads a folder."""
+    """Return the module that reads a folder."""
     return checkpoint_orbax if (path / checkpoint_orbax.RECORD).is_file() else checkpoint_huggingface

@@ -55,7 +55,7 @@ def load(
     weights: Weights | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Params:
-    """A model ready for `generate`.
+    """Return a model ready for `generate`.
 
     Args:
       model: "razor-mini" or "razor-mini-qwen3" (packaged), a checkpoint folder, or a Hub id "owner/name".
@@ -140,7 +140,7 @@ def save(
 
 @contextlib.contextmanager
 def _naming(directory: Path, heads: Any) -> Iterator[None]:
-    """Errors about a split that came from a file name the file."""
+    """Add the file's name to errors about a split that came from a file."""
     try:
         yield
     except ValueError as error:
@@ -154,7 +154,7 @@ def _stage(progress: Callable[[str, int, int], None] | None, name: str) -> Calla
 
 
 def find(model: str | os.PathLike[str]) -> Path:
-    """The folder of a packaged model, a path or a Hub id (downloaded into Hugging Face's own cache)."""
+    """Return the folder of a packaged model, a path or a Hub id (downloaded into Hugging Face's own cache)."""
     if isinstance(model, str) and model in PACKAGED:
         return _packaged(model)
     path = Path(model).expanduser()
@@ -183,7 +183,7 @@ def _packaged(model: str) -> Path:
 
 
 def _download(name: str) -> Path:
-    """Only the files that are read. Offline, whatever an earlier download left serves."""
+    """Download only the files that are read; offline, use an earlier download."""
     try:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
     except errors.GatedRepoError as error:
@@ -214,7 +214,7 @@ def _download(name: str) -> Path:
 
 
 def _given(directory: Path, heads: str | os.PathLike[str] | HeadSplit | None) -> store.HeadFile | None:
-    """The split that is known before the weights are, None where there is none."""
+    """Return the split that is known before the weights are, None where there is none."""
     if heads is None:
         return None
     if isinstance(heads, HeadSplit):
@@ -235,7 +235,7 @@ def _given(directory: Path, heads: str | os.PathLike[str] | HeadSplit | None) ->
 
 
 def _remembered(params: Params) -> HeadSplit | None:
-    """The split an earlier load left in the user's cache folder."""
+    """Return the split an earlier load left in the user's cache folder."""
     path = store.cache_path(params)
     try:
         split = store.read(path).split

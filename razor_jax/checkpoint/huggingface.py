@@ -52,7 +52,7 @@ def read(
     split: HeadSplit | None,
     progress: Progress | None,
 ) -> Params:
-    """The model of a folder; arguments and errors are `checkpoint.read`'s."""
+    """Return the model of a folder; arguments and errors are `checkpoint.read`'s."""
     hf, config = _config(path)
     with contextlib.ExitStack() as stack:
         found = {name: handle for shard in _shards(path) for name, handle in _open(shard, stack)}
@@ -74,7 +74,7 @@ def read(
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The config as config.json states it."""
+    """Return the config as config.json states it."""
     return _config(path)[1]
 
 
@@ -93,7 +93,7 @@ def _stored_order(name: str, split: HeadSplit | None, placement: MeshPlacement |
 
 
 def _shards(path: Path) -> list[Path]:
-    """The checkpoint's weight files."""
+    """Return the checkpoint's weight files."""
     if (path / _WEIGHTS).is_file():
         return [path / _WEIGHTS]
     if not (path / _INDEX).is_file():
@@ -145,7 +145,7 @@ def _open(shard: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, _Hand
 
 
 def _resolve_tie(config: ModelConfig, found: _Found) -> tuple[ModelConfig, dict[str, CheckpointTensor]]:
-    """transformers' rules where config.json ties the embeddings: either tensor serves for both; two that
+    """Return transformers' rules where config.json ties the embeddings: either tensor serves for both; two that
     differ stay two."""
     tensors = tensor_names(config)
     embedding, head = tensors[_EMBEDDING].name, _head_name(config)
@@ -169,7 +169,7 @@ def _head_name(config: ModelConfig) -> str:
 
 
 def _equal(found: _Found, one: str, other: str, rows: int = 4096) -> bool:
-    """Whether two stored matrices hold the same values; a block of rows in memory at a time."""
+    """Return whether two stored matrices hold the same values; a block of rows in memory at a time."""
     a, b = found[one].get_slice(one), found[other].get_slice(other)
     # Anything else is `_check`'s to complain about.
     if a.get_shape() != b.get_shape() or len(a.get_shape()) != 2 or {a.get_dtype(), b.get_dtype()} - _FLOATS.keys():
@@ -204,7 +204,7 @@ def _bytes(slices: Mapping[str, Any], stored: CheckpointTensor) -> int:
 
 
 def _dtype(asked: Any, hf: Mapping[str, Any], stored: str) -> np.dtype:
-    """The type to load into: as asked, else as config.json declares, else as the embedding is stored."""
+    """Return the type to load into: as asked, else as config.json declares, else as the embedding is stored."""
     declared = hf.get("dtype") or hf.get("torch_dtype")
     return float_type(
         asked if asked is not None else str(declared or _FLOATS.get(stored, stored)).removeprefix("torch.")
@@ -212,7 +212,7 @@ def _dtype(asked: Any, hf: Mapping[str, Any], stored: str) -> np.dtype:
 
 
 def write(params: Params, folder: Path, shard_bytes: int) -> None:
-    """config.json and weight files into `folder`; the first process writes, all take part."""
+    """Write config.json and weight files into `folder`. Every process takes part; process 0 writes."""
     if params.int8:
         raise ValueError(
             "these weights are int8, which Hugging Face's format does not know: save with format='orbax', or copy the "
@@ -250,12 +250,12 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
 
 
 def _on_host(x: jax.Array) -> np.ndarray:
-    """The whole array, on every process."""
+    """Return the whole array, on every process."""
     return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
 def _group(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, a new group wherever the next tensor would pass `limit` bytes."""
+    """Return names in order, a new group wherever the next tensor would pass `limit` bytes."""
     groups: list[list[str]] = [[]]
     room = limit
     for name, size in sizes.items():

@@ -57,7 +57,7 @@ class Loader:
         stored: Weights | None = None,
         origin: str | None = None,
     ):
-        """`stored` is what the checkpoint holds, with the fingerprint `origin`; int8 stays int8.
+        """Prepare to load; `stored` is the checkpoint's weight type, with the fingerprint `origin`. int8 stays int8.
 
         Raises ValueError where the mesh does not take the devices or the weights do not fit into them.
         """
@@ -91,7 +91,7 @@ class Loader:
         self._hold(name, array if split is None else in_order(name, array, split, self.placement))
 
     def params(self, split: HeadSplit | None) -> Params:
-        """All of them, held in the order of `split`."""
+        """Return all of them, held in the order of `split`."""
         origin = self._origin
         if self._quantizes:
             origin = fingerprint(np.concatenate([self._samples[name] for name in sampled(self.config)]))
@@ -111,7 +111,7 @@ class Loader:
 
 @functools.partial(jax.jit, static_argnames=("name", "mesh"))
 def _quantize(name: str, kernel: jax.Array, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
-    """int8 kernel and scales, each on the devices where it belongs; `name` is the map's."""
+    """Return int8 kernel and scales, each on the devices where it belongs; `name` is the map's."""
     path = f"{name}/kernel"
     parts = quantize(path, kernel)
     if mesh is None:
@@ -122,7 +122,7 @@ def _quantize(name: str, kernel: jax.Array, mesh: Mesh | None) -> tuple[jax.Arra
 
 
 def float_type(asked: Any) -> np.dtype:
-    """A type that weights can have; ValueError for others."""
+    """Return a type that weights can have; ValueError for others."""
     name = asked if isinstance(asked, str) else jnp.dtype(asked).name
     if name not in DTYPES:
         raise ValueError(f"dtype={name!r} is not supported: pass dtype= one of {', '.join(DTYPES)}")
@@ -164,7 +164,7 @@ def require_room(weights: Any, mesh: Mesh | None, quantizes: bool) -> None:
 
 
 def place(target: jax.ShapeDtypeStruct, part: Callable[[Index], np.ndarray]) -> jax.Array:
-    """An array whose shards are read one by one and cast on the host; `part` gives what lies at an index.
+    """Return an array whose shards are read one by one and cast on the host; `part` gives what lies at an index.
 
     Only this process' shards are read, each once.
     """
@@ -195,7 +195,7 @@ def _room(device: Any) -> int | None:
 
 
 def _largest_kernel(weights: Any, mesh: Mesh | None) -> int:
-    """Numbers in the largest part of an int8 kernel that one device has to hold."""
+    """Return numbers in the largest part of an int8 kernel that one device has to hold."""
     leaves = jax.tree.leaves(weights)
     parts = [x.shape for x in leaves]
     if mesh is not None:
@@ -205,7 +205,7 @@ def _largest_kernel(weights: Any, mesh: Mesh | None) -> int:
 
 
 def _where(here: bool, mesh: Mesh | None) -> list[int]:
-    """The processes of a mesh on which this holds; all of them ask."""
+    """Return the processes of a mesh on which this holds; all of them ask."""
     if mesh is None or not mesh.is_multi_process:
         return [jax.process_index()] * here
     return np.flatnonzero(multihost_utils.process_allgather(np.asarray(here))).tolist()

@@ -32,7 +32,7 @@ def read(
     split: HeadSplit | None,
     progress: Progress | None,
 ) -> Params:
-    """The model of a folder; arguments and errors are `checkpoint.read`'s."""
+    """Return the model of a folder; arguments and errors are `checkpoint.read`'s."""
     record, config = _config(path)
     loader = Loader(
         config,
@@ -59,7 +59,7 @@ def read(
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The recorded config."""
+    """Return the recorded config."""
     return _config(path)[1]
 
 

@@ -24,7 +24,7 @@ def common(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Answers and warnings only.")] = False,
     version: Annotated[bool | None, typer.Option("--version", is_eager=True, callback=lambda v: _version(v))] = None,
 ) -> None:
-    """Long-context inference with a KV cache that is really smaller (RazorAttention, in JAX)."""
+    """Run long-context inference with a KV cache that is really smaller (RazorAttention, in JAX)."""
     terminal.listen(quiet)
 
 

@@ -55,7 +55,7 @@ class Report:
     seconds: float
 
     def table(self) -> Table:
-        """Settings × what they keep, cost and get right; fits 80 columns."""
+        """Return a table of settings: what they keep, cost and get right; fits 80 columns."""
         table = Table(
             title=f"{self.document_tokens:,} tokens read before the questions were known",
             caption=(
@@ -80,7 +80,7 @@ class Report:
         return table
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all fields, for JSON."""
         settings = [{**dataclasses.asdict(each), "kv": each.kv.to_dict()} for each in self.settings]
         return {**dataclasses.asdict(self), "settings": settings}
 

@@ -154,7 +154,7 @@ def ruler_command(
     rows: RowOptions,
     run: RunOptions,
 ) -> None:
-    """RULER's synthetic tasks (arXiv 2404.06654) at any length: dense and Razor on the same prompts."""
+    """Run RULER's synthetic tasks (arXiv 2404.06654) at any length: dense and Razor on the same prompts."""
     files = {"qa_1": squad, "qa_2": hotpotqa}
     names = [t for t, about in ruler.TASKS.items() if about.needs is None or files[t] is not None]
     names = [name.strip() for name in tasks.split(",")] if tasks else names
@@ -250,7 +250,9 @@ def agreement_command(
     rows: RowOptions,
     run: RunOptions,
 ) -> None:
-    """Perplexity and next-token agreement with dense, of tokens read from a cache that has dropped something."""
+    """Measure perplexity and next-token agreement with dense, on tokens read from a cache that has dropped
+    something.
+    """
     job = prepare(model, policy, rows, run)
     text = Haystack.load(run.haystack)
     passages = agreement.text_passages(

@@ -37,7 +37,7 @@ def longbench(
     rows: evals.RowOptions,
     run: evals.RunOptions,
 ) -> None:
-    """LongBench v1, LongBench-E and v2 from the published files, with the published prompts and metrics."""
+    """Run LongBench v1, LongBench-E and v2 from the published files, with the published prompts and metrics."""
     records = {name: found[:limit] for name, found in bench.read(data).items()}
     job = evals.prepare(model, policy, rows, run)
     params, settings = job.params, job.rows
@@ -57,7 +57,7 @@ def longbench(
 
 
 def _summary(tables: dict[str, Table], where: str) -> RichTable:
-    """Points of 100 of each dataset and setting, and their mean over datasets."""
+    """Return points of 100 of each dataset and setting, and their mean over datasets."""
     names = [row.name for row in next(iter(tables.values())).rows]
     table = RichTable("dataset", "questions", *names, title=f"LongBench, {where}", box=box.SIMPLE, title_justify="left")
     found = {dataset: [bench.scores(each, name)["all"] for name in names] for dataset, each in tables.items()}

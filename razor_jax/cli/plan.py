@@ -57,7 +57,7 @@ def plan(
     chart: Annotated[Path | None, typer.Option(help="Write a picture here. Needs the extra plots.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Does a model fit on a TPU slice or on GPUs, dense and compressed, and by how much not?"""
+    """Check whether a model fits on a TPU slice or on GPUs, dense and compressed, and how much is missing."""
     if share is not None and heads is not None:
         raise typer.BadParameter("give --share or --heads, not both")
     given = {"--kv-dtype": kv_dtype, "--window": window, "--sinks": sinks, "--share": share, "--heads": heads}
@@ -109,7 +109,7 @@ def plan(
 
 
 def _split(config: ModelConfig, share: float | None, heads: Path | None) -> HeadSplit | None:
-    """Of a razor.json, or as large as a search would make it; None for a model whose split its weights alone give."""
+    """Return the split of a razor.json, or one as large as a search would make; None where the weights alone decide."""
     if heads is not None:
         split = store.read(heads).split
         check_split(split, config.num_layers, config.num_kv_heads)
@@ -152,7 +152,7 @@ def _balanced_note(made: Plan) -> str:
 
 
 def _table(made: Plan) -> Table:
-    """One row a policy, GiB on each device."""
+    """Return one row a policy, GiB on each device."""
     table = Table(box=box.SIMPLE, padding=(0, 1), caption="GiB on each device; left below 0: does not fit")
     for column in ("cache", "weights", "KV", "prefill", "decode", "left", "most rows", "most tokens"):
         table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=column == "cache")
@@ -165,7 +165,7 @@ def _table(made: Plan) -> Table:
 
 
 def _told(seen: Compiled, error: float | None) -> str:
-    """The compiler's answer in one line."""
+    """Return the compiler's answer in one line."""
     difference = "" if error is None else f", {error:+.1%} against the arithmetic"
     if seen.refused:
         return f"the compiler refuses it, {_gib(seen.needed)} GiB needed{difference} ({seen.seconds:.0f} s)"

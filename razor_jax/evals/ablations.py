@@ -41,7 +41,7 @@ _CUE, _COPIED, _TEXT = 16, 48, 240  # ids that are shown again, ids that must fo
 
 
 def tasks(params: Params, name: str, *, tokens: int, documents: int, questions: int, seed: int = 11) -> list[Task]:
-    """Documents of about `tokens` tokens of one of TASKS, with what follows them."""
+    """Return documents of about `tokens` tokens of one of TASKS, with what follows them."""
     if name == "needle":
         return needle_tasks(params, documents=documents, tokens=tokens, facts=questions, seed=seed)
     first = () if params.assets is None or params.assets.bos_id is None else (params.assets.bos_id,)
@@ -64,7 +64,7 @@ def tasks(params: Params, name: str, *, tokens: int, documents: int, questions: 
 
 
 def _copy(rng: np.random.Generator, pool: np.ndarray, first: tuple[int, ...], tokens: int, questions: int) -> Task:
-    """Random ids; segments of them, each begun again after the document."""
+    """Return random ids; segments of them, each begun again after the document."""
     ids = rng.choice(pool, tokens)
     starts = rng.integers(0, tokens - _CUE - _COPIED, questions)
     turns = ((ids[s : s + _CUE], ids[s + _CUE : s + _CUE + _COPIED]) for s in starts)
@@ -72,7 +72,7 @@ def _copy(rng: np.random.Generator, pool: np.ndarray, first: tuple[int, ...], to
 
 
 def variants(params: Params, razor: RazorConfig, *, random_draws: int = 3, causal: bool = True) -> list[Variant]:
-    """The rows: dense attention, Razor as recommended, and one part changed at a time. Searches heads."""
+    """Return the rows: dense attention, Razor as recommended, and one part changed at a time. Searches heads."""
     L, K = params.config.num_layers, params.config.num_kv_heads
     split, scores = params.heads_or_all, find_heads(params)
     rows = [
@@ -108,7 +108,7 @@ def variants(params: Params, razor: RazorConfig, *, random_draws: int = 3, causa
 def judge(
     rows: Sequence[Variant], readings: dict[str, Reading], journal: Journal, progress: Any = None
 ) -> list[dict[str, Any]]:
-    """Every variant on every task, as plain numbers; what the journal holds is not computed again."""
+    """Return every variant on every task, as plain numbers; what the journal holds is not computed again."""
     dense: dict[str, np.ndarray] = {}
     found: list[dict[str, Any]] = []
     for row in rows:
@@ -142,7 +142,7 @@ def _scores(judged: Judged, dense: np.ndarray) -> dict[str, list[float]]:
 
 
 def summary(rows: Sequence[dict[str, Any]], readings: dict[str, Reading]) -> list[dict[str, Any]]:
-    """Means, and the loss's rise over Razor's with its interval, for each row and task."""
+    """Return, per row and task, the means and the rise of the loss over Razor's with its interval."""
     base = next(row for row in rows if row["name"] == RAZOR)
     lines = []
     for row in rows:
@@ -161,7 +161,7 @@ def summary(rows: Sequence[dict[str, Any]], readings: dict[str, Reading]) -> lis
 
 
 def render(lines: Sequence[dict[str, Any]], title: str) -> Table:
-    """For the terminal."""
+    """Return the table for the terminal."""
     # Of 80 columns: intervals are in the JSON.
     caption = "Δ: rise of the loss over Razor's, thousandths of a nat a token; * where its 95 % interval leaves out 0"
     table = Table(title=title, box=box.SIMPLE, title_justify="left", caption=caption, padding=(0, 1, 0, 0))

@@ -74,7 +74,7 @@ class Judged:
 def text_passages(
     params: Params, haystack: Haystack, *, prompt: int, following: int, count: int, seed: int = 1
 ) -> list[Passage]:
-    """Running text: `prompt` tokens that are prefilled, `following` that are predicted."""
+    """Cut running text into passages: `prompt` tokens to prefill, `following` tokens to predict."""
     assert params.assets is not None
     passages = []
     for index in range(count):
@@ -87,7 +87,7 @@ def text_passages(
 
 
 def greedy_passages(setting: Setting, passages: Sequence[Passage], *, batch: int = 8) -> list[Passage]:
-    """The same prompts followed by what a setting generates greedily, as many tokens; no token ends it."""
+    """Return the same prompts followed by what a setting generates greedily, as many tokens; no token ends it."""
     params, found = setting.params.replace(assets=None), []
     for first in range(0, len(passages), batch):
         part = passages[first : first + batch]
@@ -177,7 +177,7 @@ def run(
     resume: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Agreement]:
-    """Every setting after the first against the first, on the same passages.
+    """Return every setting after the first against the first, on the same passages.
 
     Raises ValueError for fewer than two settings, no passage, or a passage with fewer than two tokens to predict from.
     """
@@ -240,7 +240,7 @@ def _compare(name: str, reference: Sequence[Judged], found: Sequence[Judged]) ->
 
 
 def render(rows: Sequence[Agreement], title: str = "") -> RichTable:
-    """For the terminal."""
+    """Return the table for the terminal."""
     caption = "; ".join(
         f"{row.name}: {row.refused:,} tokens before anything was dropped" for row in rows if row.refused
     )

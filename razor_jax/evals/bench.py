@@ -32,7 +32,7 @@ class Speed:
     kv: KVReport
 
     def to_dict(self) -> dict:
-        """All fields with the rates, for JSON."""
+        """Return all fields with the rates, for JSON."""
         return dataclasses.asdict(self) | {
             "kv": self.kv.to_dict(),
             "prefill_tokens_per_second": self.context / self.prefill_seconds,
@@ -59,7 +59,7 @@ def measure(
 
 
 def machine() -> dict[str, str]:
-    """What the figures were measured on: chip, JAX, Python."""
+    """Return the chip, JAX and Python that the figures were measured on."""
     device = jax.devices()[0]
     return {
         "backend": jax.default_backend(),

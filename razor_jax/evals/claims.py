@@ -55,7 +55,9 @@ class Judgement:
 
 
 def at_least(claim: str, measured: float, low: float | None = None, high: float | None = None, why: str = ""):
-    """Confirmed where the whole interval reaches the threshold, refuted where none of it does, else undecided."""
+    """Confirm a claim if the whole interval reaches the threshold, refute it if none does, otherwise leave it
+    undecided.
+    """
     says, measure, threshold = CLAIMS[claim]
     low, high = measured if low is None else low, measured if high is None else high
     # "Worse" and "more than" are not met by nothing at all.
@@ -69,12 +71,12 @@ def at_least(claim: str, measured: float, low: float | None = None, high: float 
 
 
 def exactly(claim: str, measured: float, why: str = "") -> Judgement:
-    """Confirmed where what was measured is the threshold itself."""
+    """Confirm a claim if the measurement equals the threshold."""
     says, measure, threshold = CLAIMS[claim]
     verdict: Verdict = "confirmed" if measured == threshold else "refuted"
     return Judgement(claim, says, measure, threshold, verdict, measured, measured, measured, why)
 
 
 def not_applicable(claim: str, why: str) -> Judgement:
-    """With the reason."""
+    """Mark a claim as not applicable, with the reason."""
     return Judgement(claim, *CLAIMS[claim], "not applicable", why=why)

@@ -32,13 +32,15 @@ class Conversation:
         return self.setting.name
 
     def identity(self) -> dict[str, Any]:
-        """The setting's, marked."""
+        """Return the setting's, marked."""
         return {**self.setting.identity(), "conversation": True}
 
     def answer(
         self, examples: Sequence[Example], todo: Sequence[int], options: Options
     ) -> Iterator[tuple[int, Answered]]:
-        """As `System.answer`. Raises ValueError for questions inside the prefill: a conversation goes on after it."""
+        """Answer as `System.answer`. Raise ValueError for questions inside the prefill: a conversation continues after
+        it.
+        """
         if options.question_inside_prefill:
             raise ValueError("a conversation goes on after the prefill: leave question_inside_prefill out")
         params = self.setting.params
@@ -52,7 +54,7 @@ class Conversation:
                 yield index, Answered(answers[row], report.row(row), len(texts[index][0]), watch.seconds / len(part))
 
     def _talk(self, texts: Sequence[Cut], capacity: int, options: Options) -> tuple[list[tuple[str, ...]], KVReport]:
-        """All turns of a batch of conversations: answers of each, and what was dropped before the first turn."""
+        """Return all turns of a batch of conversations: answers of each, and what was dropped before the first turn."""
         params = self.setting.params
         rows = [texts[i % len(texts)] for i in range(options.batch)]
         cache = prefill(params, [document for document, _ in rows], razor=self.setting.razor, capacity=capacity)
@@ -77,12 +79,16 @@ class Conversation:
 
 
 def after(last: Sequence[int], turn: list[int]) -> list[int]:
-    """A turn's ids after the answer's last token, which may be the end-of-turn token that the turn opens with."""
+    """Return a turn's ids after the answer's last token, which may be the end-of-turn token that the turn opens
+    with.
+    """
     return turn[1:] if last and turn[0] == last[-1] else turn
 
 
 def opened(params: Params, example: Example, form: Form | None = None) -> Cut:
-    """Ids of the document, and of each turn: the first as `cut` has it, later ones with what ends the answer before."""
+    """Return ids of the document, and of each turn: the first as `cut` has it, later ones with what ends the answer
+    before.
+    """
     document, asked = cut(params, example, form)
     assets = params.assets
     assert assets is not None
@@ -98,7 +104,7 @@ def opened(params: Params, example: Example, form: Form | None = None) -> Cut:
 
 
 def turn(assets: Assets, document: str) -> tuple[str, str]:
-    """What the template writes between an answer and the next question, and between that and its answer."""
+    """Return what the template writes between an answer and the next question, and between that and its answer."""
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": f"{_MARK}-{number}"} for number, role in enumerate(roles)]
     try:

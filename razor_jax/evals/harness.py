@@ -103,7 +103,7 @@ class RazorLM(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> RazorLM:
-        """From `--model_args`, the names in LOAD, POLICY and OWN. Raises ValueError for others."""
+        """Make the model from `--model_args`, the names in LOAD, POLICY and OWN. Raise ValueError for others."""
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         # The harness always names a CUDA device. JAX has chosen by itself.
         unused = {name: given.pop(name) for name in ("device", "max_batch_size") if name in given}
@@ -125,7 +125,7 @@ class RazorLM(TemplateLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> RazorLM:
-        """The same from `a=1,b=2`."""
+        """Return the same from `a=1,b=2`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
@@ -141,7 +141,7 @@ class RazorLM(TemplateLM):
         return self.eot_token_id
 
     def _special(self, name: str, otherwise: Sequence[int]) -> int:
-        """The tokenizer's own token of that name, as in transformers, before that of the generation config."""
+        """Return the tokenizer's own token of that name, as in transformers, before that of the generation config."""
         content = dict(self.assets.special_tokens).get(name)
         ids = otherwise if content is None else self.assets.encode(content, add_special=False)
         if len(ids) != 1:
@@ -149,7 +149,7 @@ class RazorLM(TemplateLM):
         return ids[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Tokens:
-        """Ids of a text; a BOS that it already begins with is not doubled."""
+        """Return ids of a text; a BOS that it already begins with is not doubled."""
         add = add_special_tokens if add_special_tokens is not None else self.add_bos_token
         prefix = self.assets.decode([self.prefix_token_id], skip_special=False)
         if add_special_tokens is None and prefix and string.startswith(prefix):
@@ -161,13 +161,13 @@ class RazorLM(TemplateLM):
         return f"{self.assets.source.strip('/').replace('/', '__')}__{self.assets.digest[:12]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The checkpoint's template, for the results file."""
+        """Return the checkpoint's template, for the results file."""
         if isinstance(chat_template, str):
             raise ValueError(f"chat template {chat_template!r}: only the checkpoint's default template is read")
         return self.assets.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Prompt text of a conversation; without a generation prompt the last message is left open."""
+        """Return prompt text of a conversation; without a generation prompt the last message is left open."""
         variables = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         try:
             text = self.assets.apply_chat(chat_history, add_generation_prompt, variables)
@@ -186,7 +186,7 @@ class RazorLM(TemplateLM):
         return text[: at + len(last if text.startswith(last, at) else last.rstrip())]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, in windows of `max_length` with as much context as fits."""
+        """Return the log-probability of whole texts, in windows of `max_length` with as much context as fits."""
         owners, windows = [], []
         for index, request in enumerate(requests):
             for pair in get_rolling_token_windows(
@@ -205,7 +205,9 @@ class RazorLM(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-probability, and whether greedy decoding says it, of each (cache key, context ids, continuation ids)."""
+        """Return the log-probability, and whether greedy decoding says it, of each (cache key, context ids,
+        continuation ids).
+        """
         rows = [self._scored(context, continuation) for _, context, continuation in requests]
         self._say_cut([len(context) for _, context, _ in requests], [len(row.context) for row in rows])
         answers: list[Any] = [None] * len(requests)
@@ -226,7 +228,7 @@ class RazorLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, each up to the first of its stop strings."""
+        """Return answers, each up to the first of its stop strings."""
         arguments: list[Any] = [request.args for request in requests]
         alike: dict[str, list[int]] = {}  # only requests with the same options share a batch
         for index, (_, given) in enumerate(arguments):
@@ -248,7 +250,7 @@ class RazorLM(TemplateLM):
         return answers
 
     def _generate(self, rows: list[Row], options: Options) -> list[Result]:
-        """Answers of a batch. Where a context has no token to hold back, all are read whole."""
+        """Return answers of a batch. Where a context has no token to hold back, all are read whole."""
         call: dict[str, Any] = {
             "max_new_tokens": options.new_tokens,
             "sampling": options.sampling,
@@ -262,7 +264,7 @@ class RazorLM(TemplateLM):
         return generate(options.params, [row.held for row in rows], cache=cache, **call)
 
     def _scored(self, context: Tokens, continuation: Tokens) -> Row:
-        """As `hf`: the context is cut from the left; the last token is judged and never read."""
+        """Score as `hf` does: the context is cut from the left; the last token is scored and never read."""
         if not 1 <= len(continuation) <= self.max_length:
             raise ValueError(
                 f"a continuation has {len(continuation):,} tokens: between 1 and max_length={self.max_length:,} fit"
@@ -270,7 +272,7 @@ class RazorLM(TemplateLM):
         return Row.of(context[-(self.max_length + 1 - len(continuation)) :], self.question_tokens, continuation)
 
     def _batches(self, lengths: list[int], what: str, quiet: bool) -> Iterator[tuple[list[int], list[int]]]:
-        """Indices of batches by falling length: a batch, and the same filled up to the size of the others."""
+        """Yield indices of batches by falling length: a batch, and the same filled up to the size of the others."""
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         size = max(1, min(self.batch_size, len(order)))
         with tqdm(total=len(order), desc=f"razor_jax, {what}", disable=quiet) as bar:
@@ -300,7 +302,7 @@ class RazorLM(TemplateLM):
             )
 
     def get_model_info(self) -> dict[str, Any]:
-        """For the harness's results file: the policy, how often it mattered, and the bytes."""
+        """Return the policy, how often it mattered and the bytes, for the harness's results file."""
         total = sum(kv.dense_bytes for kv in self._caches), sum(kv.allocated_bytes for kv in self._caches)
         return {
             "model_num_parameters": sum(x.size for x in jax.tree.leaves(self.params.weights)),

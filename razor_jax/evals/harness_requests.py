@@ -58,7 +58,9 @@ class Options:
 
     @classmethod
     def of(cls, given: dict[str, Any], params: Params, eos: int, max_length: int, max_gen_toks: int) -> Options:
-        """From the task's generation_kwargs. Raises ValueError for an unknown one, or for too long an answer."""
+        """Make the options from the task's generation_kwargs. Raise ValueError for unknown ones, or for too long an
+        answer.
+        """
         assets = params.assets
         assert assets is not None
         options: dict[str, Any] = dict(normalize_gen_kwargs(given, max_gen_toks))

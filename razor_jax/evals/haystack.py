@@ -28,7 +28,9 @@ class Haystack:
 
     @classmethod
     def load(cls, folder: Path | None = None) -> Haystack:
-        """The packaged held-out text, or every `.txt` file of a folder. Raises ValueError where there is none."""
+        """Return the packaged held-out text, or every `.txt` file of a folder. Raises ValueError where there is
+        none.
+        """
         if folder is None:
             return cls("packaged held-out text", tuple(d.paragraphs for d in load_documents("held_out")))
         files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
@@ -44,7 +46,7 @@ class Haystack:
         return cls(f"{len(files)} files of {folder.name}", tuple(document for document in documents if document))
 
     def paragraphs(self, rng: np.random.Generator) -> Iterator[str]:
-        """Without end: reading order from a random paragraph of a random document, the others after it."""
+        """Yield paragraphs without end, in reading order from a random paragraph of a random document."""
         order = [int(i) for i in rng.permutation(len(self.documents))]
         start = int(rng.integers(len(self.documents[order[0]])))
         yield from itertools.islice(self.documents[order[0]], start, None)
@@ -52,22 +54,24 @@ class Haystack:
             yield from self.documents[number]
 
     def lines(self, rng: np.random.Generator) -> Iterator[str]:
-        """Without end: whole sentences, about 240 characters a line, as razor-mini's documents are written."""
+        """Yield lines of whole sentences without end, about 240 characters each, as razor-mini's documents are
+        written.
+        """
         for paragraph in self.paragraphs(rng):
             yield from tasks.sentences(paragraph)
 
     def sentences(self, rng: np.random.Generator) -> Iterator[str]:
-        """Without end: one sentence at a time."""
+        """Yield sentences without end."""
         for paragraph in self.paragraphs(rng):
             yield from (sentence for sentence in _SENTENCE_END.split(paragraph.strip()) if sentence)
 
     def words(self) -> list[str]:
-        """Its distinct lower-case words of 4 to 12 letters, in alphabetical order."""
+        """Return its distinct lower-case words of 4 to 12 letters, in alphabetical order."""
         return sorted({word for d in self.documents for paragraph in d for word in _WORD.findall(paragraph)})
 
 
 def fit(build: Callable[[int], str], count: Callable[[str], int], tokens: int, guess: int = 16) -> int:
-    """The largest n, within one part in 64, for which `build(n)` has at most `tokens` tokens.
+    """Return the largest n, within one part in 64, for which `build(n)` has at most `tokens` tokens.
 
     Raises ValueError if not even one fits.
     """
@@ -86,7 +90,7 @@ def fit(build: Callable[[int], str], count: Callable[[str], int], tokens: int, g
 
 
 def take(lines: Iterator[str], count: Callable[[str], int], tokens: int) -> tuple[list[str], np.ndarray]:
-    """Lines that take at most `tokens` tokens with a line break each, the last one cut after a word to fill them.
+    """Take lines of at most `tokens` tokens, a line break each; the last is cut after a word to fill them.
 
     Returns them, and int [lines + 1] where each begins, and the end.
     """
@@ -104,7 +108,7 @@ def take(lines: Iterator[str], count: Callable[[str], int], tokens: int) -> tupl
 
 
 def counter(params: Params) -> Callable[[str], int]:
-    """Tokens of a text by the model's tokenizer, special ones left out."""
+    """Return the tokens of a text by the model's tokenizer, special ones left out."""
     assets = params.assets
     if assets is None or assets.tokenizer_json is None:
         raise ValueError("an evaluation on text needs a model with a tokenizer.json")
@@ -112,6 +116,6 @@ def counter(params: Params) -> Callable[[str], int]:
 
 
 def overhead(params: Params, example: Example, form: Form | None) -> int:
-    """Tokens that template and longest question of an example take beside its document."""
+    """Return the tokens that template and longest question of an example take beside its document."""
     document, questions = cut(params, dataclasses.replace(example, document="x"), form)
     return len(document) + max(map(len, questions))

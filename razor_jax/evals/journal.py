@@ -17,7 +17,7 @@ _START = b'{"key": "'  # of every line
 
 
 def key_of(**parts: Any) -> str:
-    """SHA-256 of JSON values by name: other values, another key."""
+    """Return the SHA-256 of JSON values by name: other values, another key."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -31,7 +31,7 @@ class Journal:
             self._read(self.path)
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """What was recorded under a key."""
+        """Return the record under a key, None without one."""
         return self._records.get(key)
 
     def add(self, key: str, record: Mapping[str, Any]) -> None:

@@ -45,7 +45,8 @@ def examples(
     seed: int = 1,
     haystack: Haystack | None = None,
 ) -> list[Example]:
-    """Documents of about `document` tokens with `facts` facts, replies of `reply` with as many, asked each `every`.
+    """Return documents of about `document` tokens with `facts` facts, replies of `reply` with as many, asked each
+    `every`.
 
     A question's meta: `written`, tokens of the reply when it is asked; `where`, in the document or in the reply;
     `distance`, tokens from the fact to the question. Raises ValueError for a reply shorter than `every`.
@@ -93,13 +94,13 @@ class LongReply:
         return self.setting.name
 
     def identity(self) -> dict[str, Any]:
-        """The setting's, marked."""
+        """Return the setting's, marked."""
         return {**self.setting.identity(), "long_reply": True}
 
     def answer(
         self, examples: Sequence[Example], todo: Sequence[int], options: Options
     ) -> Iterator[tuple[int, Answered]]:
-        """As `System.answer`; `kv` is the cache after the whole reply."""
+        """Answer as `System.answer`; `kv` is the cache after the whole reply."""
         params = self.setting.params
         choose_policy(params, self.setting.razor)
         texts = [self._cut(example, options) for example in examples]
@@ -112,7 +113,7 @@ class LongReply:
                 yield index, Answered(answers[row], report.row(row), document, watch.seconds / len(part))
 
     def _cut(self, example: Example, options: Options) -> tuple[Cut, list[int]]:
-        """Ids of the document with the request, of each question after the reply, and of the reply."""
+        """Return ids of the document with the request, of each question after the reply, and of the reply."""
         assets = self.setting.params.assets
         request = Example(example.document, (Question(_REQUEST, ("",)),))
         document, (asked,) = cut(self.setting.params, request, options.form)

@@ -54,7 +54,7 @@ class Task:
 
 @functools.cache
 def tasks() -> dict[str, Task]:
-    """Every dataset of v1 by its name, and v2."""
+    """Return every dataset of v1 by its name, and v2."""
     asset = importlib.resources.files("razor_jax") / "assets/longbench.json"
     published = json.loads(asset.read_text(encoding="utf-8"))
     found = {}
@@ -65,7 +65,7 @@ def tasks() -> dict[str, Task]:
 
 
 def read(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
-    """The records of JSONL files (or JSON arrays, as v2 is published) by dataset; of folders all such files.
+    """Return the records of JSONL files (or JSON arrays, as v2 is published) by dataset; of folders all such files.
 
     Raises ValueError that names file, record and field, FileNotFoundError where there is nothing.
     """
@@ -85,7 +85,8 @@ def read(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
 def examples(
     params: Params, dataset: str, records: Sequence[Mapping[str, Any]], max_length: int | None = None
 ) -> list[Example]:
-    """Prompts of one dataset, cut behind the context, truncated in the middle to `max_length` tokens as published.
+    """Make the prompts of one dataset, cut behind the context, truncated in the middle to `max_length` tokens as
+    published.
 
     By default what the checkpoint's positions leave beside answer and chat template. Raises ValueError where the
     question alone takes more than half of it.
@@ -101,8 +102,9 @@ def examples(
 
 
 def options(params: Params, dataset: str, chat: bool | None = None) -> dict[str, Any]:
-    """What `protocol.run` is to be called with: the published answer length, and a chat model's prompts as a user's
-    message, but for few-shot and code tasks. `chat` None: where there is a chat template."""
+    """Return the options of `protocol.run`: the published answer length, and a chat model's prompts as a user's
+    turn.
+    """
     task = tasks()[dataset]
     if chat is None:
         chat = params.assets is not None and params.assets.chat_template is not None
@@ -110,7 +112,9 @@ def options(params: Params, dataset: str, chat: bool | None = None) -> dict[str,
 
 
 def scores(table: Table, setting: str) -> dict[str, float]:
-    """Points of 100: "all", and v1's by words of context as LongBench-E cuts it, v2's by difficulty and length."""
+    """Return points of 100: "all", and v1's by words of context as LongBench-E cuts it, v2's by difficulty and
+    length.
+    """
     row, values = table[setting], {}
     cuts = [{"all"} | set(question.meta["cuts"]) for _, question in table.questions]
     for name in sorted(set().union(*cuts)):
@@ -129,7 +133,7 @@ def _parse(file: Path) -> list[Any]:
 
 
 def _dataset(record: Any, where: str) -> str:
-    """Its dataset, once the fields are checked."""
+    """Return its dataset, once the fields are checked."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: {record!r:.60} is no object with LongBench's fields")
     fields = _V2_FIELDS if "choice_A" in record else _V1_FIELDS
@@ -173,7 +177,7 @@ def _example(assets: Assets, dataset: str, task: Task, record: Mapping[str, Any]
 
 
 def truncate(assets: Assets, text: str, max_length: int, one_text: bool = False) -> str:
-    """First and last half of `max_length` tokens, as published: decoded apart in v1, as one text in v2."""
+    """Keep the first and last half of `max_length` tokens, as published: decoded apart in v1, as one text in v2."""
     ids = assets.encode(text)
     if len(ids) <= max_length:
         return text

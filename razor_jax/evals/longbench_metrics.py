@@ -25,7 +25,7 @@ _INSTALL = {"rouge": "pip install 'razor-jax[evals]'", "jieba": "pip install jie
 
 
 def best(function: Callable[[str, str], float]) -> Metric:
-    """The best score over the references."""
+    """Return the best score over the references."""
 
     def over(answer: str, references: Sequence[str]) -> float:
         return max(function(answer, reference) for reference in references)
@@ -34,12 +34,12 @@ def best(function: Callable[[str, str], float]) -> Metric:
 
 
 def first_line(function: Metric) -> Metric:
-    """Of the few-shot tasks only the first line that is not empty is scored: the rest is the next example."""
+    """Score only the first line that is not empty of the few-shot tasks: the rest is the next example."""
     return lambda answer, references: function(answer.lstrip("\n").split("\n")[0], references)
 
 
 def overlap(answer: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
-    """F1 of two bags of words."""
+    """Return F1 of two bags of words."""
     common = sum((collections.Counter(answer) & collections.Counter(reference)).values())
     if not common:
         return 0.0
@@ -50,21 +50,21 @@ def overlap(answer: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
 @metric("longbench_qa_f1")
 @best
 def qa_f1(answer: str, reference: str) -> float:
-    """F1 of words, without case, punctuation and articles."""
+    """Return F1 of words, without case, punctuation and articles."""
     return overlap(_english(answer), _english(reference))
 
 
 @metric("longbench_qa_f1_zh")
 @best
 def qa_f1_zh(answer: str, reference: str) -> float:
-    """F1 of Chinese words, without punctuation."""
+    """Return F1 of Chinese words, without punctuation."""
     return overlap(_chinese(answer), _chinese(reference))
 
 
 @metric("longbench_rouge")
 @best
 def rouge_l(answer: str, reference: str) -> float:
-    """ROUGE-L F1; 0 for an empty text, or a sentence too long for the library's recursion."""
+    """Return ROUGE-L F1; 0 for an empty text, or a sentence too long for the library's recursion."""
     scorer = _library("rouge").Rouge(metrics=["rouge-l"])
     try:
         return scorer.get_scores(answer, reference)[0]["rouge-l"]["f"]
@@ -75,14 +75,14 @@ def rouge_l(answer: str, reference: str) -> float:
 @metric("longbench_rouge_zh")
 @best
 def rouge_l_zh(answer: str, reference: str) -> float:
-    """ROUGE-L F1 of Chinese words."""
+    """Return ROUGE-L F1 of Chinese words."""
     cut = _library("jieba").cut
     return rouge_l(" ".join(cut(answer)), [" ".join(cut(reference))])
 
 
 @best
 def classification(answer: str, reference: str) -> float:
-    """1 / the number of classes that the answer names, if the right one is among them.
+    """Return 1 / the number of classes that the answer names, if the right one is among them.
 
     The reference's lines are the right class and then all classes (`class_reference`).
     """
@@ -99,14 +99,14 @@ def classification(answer: str, reference: str) -> float:
 
 
 def class_reference(right: str, classes: Sequence[str]) -> str:
-    """The reference that `classification` reads."""
+    """Return the reference that `classification` reads."""
     return "\n".join([right, *classes])
 
 
 @metric("longbench_count")
 @best
 def count(answer: str, reference: str) -> float:
-    """Share of the answer's numbers that are the reference."""
+    """Return the share of the answer's numbers that are the reference."""
     numbers = re.findall(r"\d+", answer)
     return numbers.count(reference) / len(numbers) if numbers else 0.0
 
@@ -118,7 +118,7 @@ def _retrieval(pattern: str) -> Metric:
 @metric("longbench_code")
 @best
 def code(answer: str, reference: str) -> float:
-    """Similarity of the first line without a backtick or a comment, in whole per cent.
+    """Return the similarity of the first line without a backtick or a comment, in whole per cent.
 
     The published requirements install fuzzywuzzy alone, whose `ratio` is then difflib's, rounded.
     """
@@ -130,12 +130,14 @@ def code(answer: str, reference: str) -> float:
 @metric("longbench_v2")
 @best
 def letter(answer: str, reference: str) -> float:
-    """Whether "The correct answer is (X)" names the letter."""
+    """Return whether "The correct answer is (X)" names the letter."""
     return float(extract_letter(answer) == reference)
 
 
 def extract_letter(answer: str) -> str | None:
-    """The letter that an answer names by the form that the prompt asks for, with brackets before without; or None."""
+    """Return the letter that an answer names by the form that the prompt asks for, with brackets before without; or
+    None.
+    """
     answer = answer.strip().replace("*", "")
     for pattern in (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])"):
         if found := re.search(pattern, answer):
@@ -151,7 +153,7 @@ metric("longbench_retrieval_zh")(_retrieval(r"段落(\d+)"))
 
 
 def check_libraries(name: str) -> None:
-    """Raises ModuleNotFoundError, with the fix, if a metric's libraries are not there."""
+    """Raise ModuleNotFoundError, with the fix, if the libraries of a metric are missing."""
     if "rouge" in name:
         _library("rouge")
     if name.endswith("_zh") and "retrieval" not in name:

@@ -9,7 +9,7 @@ METRICS: dict[str, Metric] = {}
 
 
 def metric(name: str) -> Callable[[Metric], Metric]:
-    """Decorator that enters a scoring function in the table under a name that is not taken."""
+    """Register a scoring function under a new name."""
 
     def enter(function: Metric) -> Metric:
         if METRICS.setdefault(name, function) is not function:
@@ -20,7 +20,7 @@ def metric(name: str) -> Callable[[Metric], Metric]:
 
 
 def score(name: str, answer: str, references: Sequence[str]) -> float:
-    """One answer's score. Raises ValueError for an unknown metric or no reference."""
+    """Return one answer's score. Raises ValueError for an unknown metric or no reference."""
     if name not in METRICS:
         raise ValueError(f"metric={name!r}: use one of {', '.join(sorted(METRICS))}")
     if not references:
@@ -30,23 +30,23 @@ def score(name: str, answer: str, references: Sequence[str]) -> float:
 
 @metric("contains_all")
 def contains_all(answer: str, references: Sequence[str]) -> float:
-    """1 if every reference stands in the answer, as written."""
+    """Return 1 if every reference stands in the answer, as written."""
     return float(all(reference in answer for reference in references))
 
 
 @metric("contains_any")
 def contains_any(answer: str, references: Sequence[str]) -> float:
-    """1 if at least one reference stands in the answer, as written."""
+    """Return 1 if at least one reference stands in the answer, as written."""
     return float(any(reference in answer for reference in references))
 
 
 @metric("string_match_all")
 def string_match_all(answer: str, references: Sequence[str]) -> float:
-    """RULER's: the share of the references that stand in the answer, upper and lower case alike."""
+    """Return RULER's: the share of the references that stand in the answer, upper and lower case alike."""
     return sum(reference.lower() in answer.lower() for reference in references) / len(references)
 
 
 @metric("string_match_part")
 def string_match_part(answer: str, references: Sequence[str]) -> float:
-    """RULER's for questions with several right answers: 1 if one of them stands in the answer."""
+    """Return RULER's for questions with several right answers: 1 if one of them stands in the answer."""
     return float(any(reference.lower() in answer.lower() for reference in references))

@@ -61,7 +61,7 @@ class Grid:
 def examples(
     params: Params, variant: Variant, grid: Grid, *, haystack: Haystack | None = None, form: Form | None = None
 ) -> list[Example]:
-    """Documents with their questions, the same for every setting of one tokenizer.
+    """Return documents with their questions, the same for every setting of one tokenizer.
 
     Every question carries `length`, `depth` (the nearest of the grid's) and `variant`. Raises ValueError for an unknown
     variant, or a length that its facts do not fit in.
@@ -78,12 +78,12 @@ def examples(
 
 
 def answer_tokens(variant: Variant) -> int:
-    """Room for the longest answer of a variant."""
+    """Return the room for the longest answer of a variant, in tokens."""
     return ANSWER_TOKENS * {"multi-value": _VALUES, "multi-query": _TOGETHER}.get(variant, 1)
 
 
 def _cells(variant: Variant, grid: Grid) -> Iterator[tuple[int, float | None]]:
-    """A number for each document of a length, and its depth where it has one."""
+    """Yield a number for each document of a length, and its depth where it has one."""
     depths: Sequence[float | None] = grid.depths if variant == "single" else (None,)
     # The same text at each depth: only the needle moves.
     yield from ((index, depth) for index in range(grid.documents) for depth in depths)
@@ -123,7 +123,7 @@ def _example(
 
 
 def _facts(variant: Variant, grid: Grid, rng: np.random.Generator) -> tuple[list[tasks.Fact], list[tasks.Question]]:
-    """Facts in the order in which they are planted, and what is asked about them."""
+    """Return facts in the order in which they are planted, and what is asked about them."""
     if variant == "single":
         facts = tasks.make_facts(rng, 1, _SPLIT)
     elif variant == "multi-key":
@@ -147,7 +147,7 @@ def _facts(variant: Variant, grid: Grid, rng: np.random.Generator) -> tuple[list
 def plant(
     lines: Iterator[str], sentences: Sequence[str], depths: np.ndarray, count: Callable[[str], int], tokens: int
 ) -> str:
-    """`tokens` tokens of lines with each sentence as a line of its own where its depth, 0 to 1, says."""
+    """Make `tokens` tokens of lines with each sentence on its own line at its depth, 0 to 1."""
     taken, starts = take(lines, count, tokens)
     gaps = np.abs(starts[None, :] - np.asarray(depths)[:, None] * starts[-1]).argmin(1)
     merged: list[str] = []

@@ -13,7 +13,7 @@ from .table import Row, Table
 
 
 def heat_maps(table: Table, folder: Path, prefix: str, suffix: str = "png") -> list[Path]:
-    """A picture a setting of accuracy over length (across) and depth (down); returns their paths.
+    """Return a picture a setting of accuracy over length (across) and depth (down); returns their paths.
 
     Questions without a depth are left out. Raises ValueError where none has one, ModuleNotFoundError, with the command
     that installs it, where matplotlib is missing.
@@ -32,7 +32,7 @@ def heat_maps(table: Table, folder: Path, prefix: str, suffix: str = "png") -> l
 
 
 def grid(table: Table, row: Row) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
-    """Lengths, depths, and for each (depth, length) the sum of the scores and the number of questions."""
+    """Return lengths, depths, and for each (depth, length) the sum of the scores and the number of questions."""
     at = [(e.meta["length"], q.meta["depth"]) if "depth" in q.meta else None for e, q in table.questions]
     known = [place for place in at if place is not None]
     if not known:

@@ -50,7 +50,7 @@ class System(typing.Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that decide the answers, the name not among them: what a record is keyed by."""
+        """Return the JSON values that decide the answers, without the name: the key of a record."""
         ...
 
     def answer(
@@ -134,7 +134,7 @@ class Setting:
     razor: RazorConfig | None
 
     def identity(self) -> dict[str, Any]:
-        """Weights, heads, policy, types."""
+        """Return weights, heads, policy, types."""
         params, split_ = self.params, self.params.heads_or_all
         return {
             "weights": weights_fingerprint(params),
@@ -150,7 +150,7 @@ class Setting:
     def answer(
         self, examples: Sequence[Example], todo: Sequence[int], options: Options
     ) -> Iterator[tuple[int, Answered]]:
-        """Documents in batches of one shape, each batch prefilled once; then their questions, by the batch."""
+        """Yield documents in batches of one shape, each batch prefilled once; then their questions, by the batch."""
         choose_policy(self.params, self.razor)
         texts = [cut(self.params, example, options.form) for example in examples]
         totals = [len(document) + max(map(len, asked)) + options.max_new_tokens for document, asked in texts]
@@ -164,7 +164,7 @@ class Setting:
     def _ask_after(
         self, texts: Sequence[Cut], capacity: int, options: Options
     ) -> list[tuple[tuple[str, ...], KVReport]]:
-        """The headline: compress the documents, then put each question to a copy of its document's rows."""
+        """Return the headline: compress the documents, then put each question to a copy of its document's rows."""
         rows = [texts[i % len(texts)][0] for i in range(options.batch)]
         cache = prefill(self.params, rows, razor=self.razor, capacity=capacity)
         report = KVReport.of(cache, self.params.heads_or_all)
@@ -191,7 +191,7 @@ class Setting:
     def _ask_in_one(
         self, texts: Sequence[Cut], capacity: int, options: Options
     ) -> list[tuple[tuple[str, ...], KVReport]]:
-        """The second column: a prefill of document and question for each question."""
+        """Return the second column: a prefill of document and question for each question."""
         pairs = [(row, document + question) for row, (document, asked) in enumerate(texts) for question in asked]
         found: list[list[Result]] = [[] for _ in texts]
         for part in _pieces(pairs, options.batch):
@@ -210,7 +210,7 @@ class Setting:
 
 
 def dense(params: Params, name: str = "dense") -> Setting:
-    """What all else is measured against: dense attention from a bfloat16 cache, whatever the weights' type."""
+    """Make the reference setting: dense attention from a bfloat16 cache, whatever the type of the weights."""
     if params.dtype == np.dtype("bfloat16"):
         return Setting(name, params, None)
     every = HeadSplit.all(params.config.num_layers, params.config.num_kv_heads)
@@ -221,7 +221,7 @@ Cut = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 
 
 def cut(params: Params, example: Example, form: Form | None = None) -> Cut:
-    """Ids of the document and of each question: put together they are what one prefill of both reads.
+    """Return ids of the document and of each question: put together they are what one prefill of both reads.
 
     Raises ValueError where there is no tokenizer, or no chat template for "chat".
     """
@@ -262,7 +262,7 @@ class Stopwatch:
 def batches(
     documents: Sequence[int], totals: Sequence[int], todo: Sequence[int], size: int
 ) -> Iterator[tuple[int, Sequence[int]]]:
-    """Batches of `todo` with the capacity of their cache: one capacity a padded document length.
+    """Yield batches of `todo` with the capacity of their cache: one capacity a padded document length.
 
     `documents` and `totals` are tokens of all examples, of the document and of all that its row will hold.
     """
@@ -278,7 +278,7 @@ def batches(
 
 @jax.jit
 def rows_of(cache: KVCache, index: jax.Array) -> KVCache:
-    """Copies of a cache's rows int32 [B], which may repeat."""
+    """Copy rows int32 [B] of a cache; they may repeat."""
     return jax.tree.map(lambda leaf: leaf[index], cache)
 
 

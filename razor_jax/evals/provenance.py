@@ -24,7 +24,7 @@ _INNERMOST, _BREAK = re.compile(r"[\[{][^\[\]{}]*[\]}]"), re.compile(r"\n\s*")
 
 
 def provenance(params: Params, model: str, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Machine, versions of what computed (and of `packages`), the command line, the model and its fingerprints.
+    """Return machine, versions of what computed (and of `packages`), the command line, the model and its fingerprints.
 
     A folder is named without its path: that is this machine's.
     """

@@ -60,7 +60,7 @@ Say = Callable[[str], None]
 
 
 def reproduce(params: Params, weights: Path, preset: Preset, journal: Journal, say: Say = lambda _: None) -> dict:
-    """All stages: `claims`, a list of `Judgement`, `stages`, their figures, and `failed`, stage → error."""
+    """Return all stages: `claims`, a list of `Judgement`, `stages`, their figures, and `failed`, stage → error."""
     stages: dict[str, Any] = {}
     failed: dict[str, str] = {}
     judged: list[Judgement] = []
@@ -109,7 +109,7 @@ class Recorded:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every weight file."""
+    """Return the SHA-256 of every weight file."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -118,7 +118,9 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def estimate(params: Params, preset: Preset) -> float:
-    """Seconds that reading will take at the speed of one short document; attention over longer ones comes on top."""
+    """Return the seconds that reading will take at the speed of one short document; attention over longer ones comes on
+    top.
+    """
     tokens = min(512, preset.tokens)
     document = np.random.default_rng(SEED).integers(0, params.config.vocab_size, tokens)
     for _ in range(2):  # the first one compiles
@@ -131,14 +133,16 @@ def estimate(params: Params, preset: Preset) -> float:
 
 
 def policy_for(tokens: int) -> RazorConfig:
-    """The paper's; below the 4,000 tokens that it never compresses its rule without the floor, a window of N/5."""
+    """Return the paper's; below the 4,000 tokens that it never compresses its rule without the floor, a window of
+    N/5.
+    """
     paper = RazorConfig(kv_dtype="bfloat16")
     longer = tokens > paper.min_window + paper.sinks + tokens // paper.window_divisor
     return paper if longer else dataclasses.replace(paper, min_window=1)
 
 
 def variants(params: Params, policy: RazorConfig, recorded: Recorded) -> list[Variant]:
-    """Rows of the needle stage, the paper's shares whatever the model's group size."""
+    """Return rows of the needle stage, the paper's shares whatever the model's group size."""
     L, K = params.config.num_layers, params.config.num_kv_heads
 
     def search() -> dict[str, Any]:
@@ -163,7 +167,9 @@ def variants(params: Params, policy: RazorConfig, recorded: Recorded) -> list[Va
 
 
 def documents(params: Params, tokens: int, questions: int, index: int) -> Task:
-    """One held-out document with planted facts: questions with the answer's first words, and the digits that follow."""
+    """Return one held-out document with planted facts: questions with the answer's first words, and the digits that
+    follow.
+    """
     assets = params.assets
     if assets is None or assets.tokenizer_json is None:
         raise ValueError("the needle is text: it needs a model with a tokenizer.json")
@@ -183,7 +189,7 @@ def documents(params: Params, tokens: int, questions: int, index: int) -> Task:
 
 
 def needle(params: Params, preset: Preset, recorded: Recorded, say: Say):
-    """Accuracy of every variant, document by document, and the six claims about it."""
+    """Return the accuracy of every variant, document by document, and the six claims about it."""
     policy = policy_for(preset.tokens)
     rows = variants(params, policy, recorded)
     right: dict[str, list[list[float]]] = {row.name: [] for row in rows}
@@ -238,7 +244,7 @@ def _needle_claims(rows: dict[str, Variant], right: dict[str, np.ndarray], clust
 
 
 def short(params: Params, preset: Preset, recorded: Recorded, say: Say):
-    """A document below 4,000 tokens under the paper's policy: answers' losses against dense attention's."""
+    """Return a document below 4,000 tokens under the paper's policy: answers' losses against dense attention's."""
     tokens = min(preset.tokens, 2048)
 
     def compute() -> dict[str, Any]:
@@ -256,7 +262,7 @@ def short(params: Params, preset: Preset, recorded: Recorded, say: Say):
 
 
 def memory(params: Params, preset: Preset, recorded: Recorded, say: Say):
-    """Bytes in the paper's setting at its lengths, and of one cache that is really there."""
+    """Return the bytes in the paper's setting at its lengths, and of one cache that is really there."""
     chosen = with_heads(params, HeadSplit(_chosen(params, recorded), params.config.num_kv_heads))
     policy = RazorConfig(kv_dtype="bfloat16")
     saved = {}
@@ -308,7 +314,9 @@ def _chosen(params: Params, recorded: Recorded) -> tuple[tuple[int, ...], ...]:
 
 
 def _largest_batch(params: Params, policy: RazorConfig, tokens: int) -> int:
-    """Rows that fit beside the weights in nine tenths of the device's memory; 1 where it does not say how much."""
+    """Return rows that fit beside the weights in nine tenths of the device's memory; 1 where it does not say how
+    much.
+    """
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         return 1
@@ -323,7 +331,9 @@ def _largest_batch(params: Params, policy: RazorConfig, tokens: int) -> int:
 
 
 def decode_rate(params: Params, policy: RazorConfig, tokens: int, batch: int) -> float:
-    """Tokens a second of decode steps on caches that are nearly full; the fastest of three, compilation apart."""
+    """Return the tokens a second of decode steps on caches that are nearly full; the fastest of three, compilation
+    apart.
+    """
     cache = init_cache(params, batch=batch, capacity=tokens, razor=policy, prompt_lengths=np.full(batch, tokens))
     token, best = jnp.zeros((batch,), jnp.int32), float("inf")
     for attempt in range(4):

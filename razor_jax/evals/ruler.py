@@ -67,7 +67,7 @@ def examples(
     questions: Path | None = None,
     form: Form | None = None,
 ) -> list[Example]:
-    """`count` examples of a task, each with one question; `tokens` hold the prompt and the answer.
+    """Make `count` examples of a task with one question each; prompt and answer take `tokens` tokens.
 
     `questions` is SQuAD's or HotpotQA's JSON, for `qa_1` and `qa_2`. Raises ValueError for an unknown task, a missing
     file, or too few tokens.
@@ -102,7 +102,9 @@ def _example(parts: Parts, about: Task, meta: dict[str, Any]) -> Example:
 def _niah(
     hay: str, key: str, value: str, keys: int = 1, values: int = 1, queries: int = 1
 ) -> Callable[[Haystack, Pool | None], Make]:
-    """A needle task: what the haystack is made of ("noise", "essay" or "needle"), and what keys and values are."""
+    """Return a needle task: what the haystack is made of ("noise", "essay" or "needle"), and what keys and values
+    are.
+    """
 
     def of(haystack: Haystack, _: Pool | None) -> Make:
         return functools.partial(_needles, haystack, hay, key, value, max(keys, queries), values, queries)
@@ -154,7 +156,7 @@ def _needles(
 
 
 def _keys(rng: np.random.Generator, kind: str, count: int) -> list[str]:
-    """Different names: adjective-noun, with a second adjective where those run out, or uuids."""
+    """Draw different names: adjective-noun, with a second adjective where those run out, or uuids."""
     if kind == "uuids":
         return [_uuid(rng) for _ in range(count)]
     A, N = len(ADJECTIVES), len(NOUNS)
@@ -182,7 +184,7 @@ def _first(items: Iterator[str], count: int) -> list[str]:
 
 
 def _insert(rng: np.random.Generator, lines: list[str], needles: Sequence[str]) -> list[str]:
-    """Needles between lines at random places, in their order."""
+    """Insert needles between lines at random places, in their order."""
     places = np.sort(rng.integers(0, len(lines) + 1, len(needles)))
     merged = list(lines)
     for place, text in zip(places[::-1], needles[::-1], strict=True):
@@ -194,7 +196,7 @@ def _insert(rng: np.random.Generator, lines: list[str], needles: Sequence[str]) 
 
 
 def _tracking(haystack: Haystack, _: Pool | None) -> Make:
-    """Variable tracking: a chain of assignments in noise, after a short example of one."""
+    """Make a variable-tracking prompt: a chain of assignments in noise, after a short example."""
 
     def chain(rng: np.random.Generator, amount: int, letters: int, value: str) -> Parts:
         names: list[str] = []
@@ -222,7 +224,7 @@ def _tracking(haystack: Haystack, _: Pool | None) -> Make:
 
 
 def _common_words(haystack: Haystack, _: Pool | None) -> Make:
-    """Ten words stand more often in a numbered list than the others, after a short example."""
+    """Make a numbered list in which ten words are more frequent than the others, after a short example."""
     words = list(dict.fromkeys([*ADJECTIVES, *NOUNS, *haystack.words()]))
     more = [f"{a}-{n}" for a in ADJECTIVES for n in NOUNS]
 
@@ -253,7 +255,7 @@ def _common_words(haystack: Haystack, _: Pool | None) -> Make:
 
 
 def _frequent_words(haystack: Haystack, _: Pool | None) -> Make:
-    """Coded words whose frequencies fall as a zeta distribution; the most frequent is noise, the next three asked."""
+    """Make coded words with zeta-distributed frequencies; the most frequent is noise, the next three are asked for."""
     alpha, letters = 2.0, 6
     zeta = np.pi**2 / 6  # of alpha
 
@@ -278,7 +280,7 @@ def _frequent_words(haystack: Haystack, _: Pool | None) -> Make:
 
 
 def _answering(_: Haystack, pool: Pool | None) -> Make:
-    """A question of SQuAD or HotpotQA, its paragraphs among others."""
+    """Return a question of SQuAD or HotpotQA, its paragraphs among others."""
     assert pool is not None
 
     def make(rng: np.random.Generator, amount: int, tokens: int) -> Parts:

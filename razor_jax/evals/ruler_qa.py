@@ -30,7 +30,7 @@ class Pool:
 
     @classmethod
     def read(cls, path: Path) -> Pool:
-        """SQuAD's ({"data": [{"paragraphs": …}]}) or HotpotQA's ([{"question", "answer", "context"}]) file.
+        """Read the file of SQuAD ({"data": [{"paragraphs": …}]}) or HotpotQA ([{"question", "answer", "context"}]).
 
         Raises FileNotFoundError, or ValueError that names the file.
         """
@@ -49,7 +49,7 @@ class Pool:
         return cls(items, tuple(ids))
 
     def around(self, rng: np.random.Generator, item: Item, others: int) -> list[str]:
-        """The item's paragraphs among `others` more, its own article's first; all in random order.
+        """Return the item's paragraphs among `others` more, its own article's first; all in random order.
 
         Where the file has no more, paragraphs repeat.
         """

@@ -35,7 +35,7 @@ def paired_bootstrap(
     resamples: int = 10_000,
     confidence: float = 0.95,
 ) -> Difference:
-    """How much higher b scores than a on the same questions: the percentile bootstrap over whole documents.
+    """Estimate how much higher b scores than a on the same questions: the percentile bootstrap over whole documents.
 
     Args:
       scores_a, scores_b: [questions], in the same order.
@@ -64,7 +64,7 @@ def paired_bootstrap(
 
 
 def share_interval(scores: Sequence[float] | np.ndarray, clusters: Sequence[int] | np.ndarray | None = None) -> Share:
-    """A mean score with Wilson's 95 % interval, for as many independent questions as the clusters are worth.
+    """Return a mean score with Wilson's 95 % interval, for as many independent questions as the clusters are worth.
 
     That number is the questions' count by the ratio of the mean's variance, were they independent, to its clustered
     one, at most the count itself: so the interval has a width at 0 and at 100 % too. Raises ValueError for empty input
@@ -82,7 +82,7 @@ def share_interval(scores: Sequence[float] | np.ndarray, clusters: Sequence[int]
 
 
 def _variance(sums: np.ndarray) -> float:
-    """Of the total of independent clusters, from their sums about the mean."""
+    """Return the variance of the total of independent clusters, given their sums about the mean."""
     return float((sums**2).sum()) * len(sums) / max(1, len(sums) - 1)
 
 

@@ -17,13 +17,13 @@ from .stats import Difference, Share, paired_bootstrap, share_interval
 
 
 def report_from(data: dict[str, Any]) -> KVReport:
-    """Back from `KVReport.to_dict`."""
+    """Make a report from `KVReport.to_dict`."""
     fields = {field.name: data[field.name] for field in dataclasses.fields(KVReport)}
     return KVReport(**{**fields, "dropped_tokens": tuple(data["dropped_tokens"])})
 
 
 def _figures(meta: dict[str, Any]) -> dict[str, Any]:
-    """Without texts, such as a reply of thousands of tokens, which every question would repeat."""
+    """Drop texts, such as a reply of thousands of tokens, which every question would repeat."""
     return {name: value for name, value in meta.items() if not (isinstance(value, str) and len(value) > 200)}
 
 
@@ -138,12 +138,12 @@ class Table:
         return [(example, question) for example in self.examples for question in example.questions]
 
     def difference(self, name: str, reference: str | None = None, seed: int = 0) -> Difference:
-        """How much a setting scores above the first one, or another, with a paired 95 % interval."""
+        """Compare a setting with the first one, or another: the difference of scores with a paired 95 % interval."""
         a, b = self[reference] if reference is not None else self.rows[0], self[name]
         return paired_bootstrap(a.scores, b.scores, a.documents, seed)
 
     def where(self, keep: Callable[[Example, Question], bool]) -> Table:
-        """The same table of some of the questions; documents without any are left out.
+        """Return the same table of some of the questions; documents without any are left out.
 
         Raises ValueError if none is left.
         """
@@ -168,7 +168,7 @@ class Table:
         return Table(tuple(examples), tuple(rows), self.options)
 
     def render(self, title: str = "") -> RichTable:
-        """For the terminal: score, difference to the first row in points, cache."""
+        """Return the table for the terminal: score, difference to the first row in points, cache."""
         table = RichTable(title=title, box=box.SIMPLE, title_justify="left", caption=self.caption())
         # Names and intervals wrap: the table fits 80 columns. The rest is in the JSON.
         table.add_column("cache", min_width=9)
@@ -190,7 +190,7 @@ class Table:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: every setting with every question's score, and each question's meta."""
+        """Return every setting with every question's score, and each question's meta, for JSON."""
         documents = self.rows[0].documents.tolist()
         return {
             "options": dataclasses.asdict(self.options),
@@ -223,7 +223,7 @@ class Table:
         }
 
     def _changes(self, row: Row) -> tuple[int, int]:
-        """Questions on which a setting does worse, and better, than the first one."""
+        """Return questions on which a setting does worse, and better, than the first one."""
         change = row.scores - self.rows[0].scores
         return int((change < 0).sum()), int((change > 0).sum())
 

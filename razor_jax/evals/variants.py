@@ -61,11 +61,11 @@ class Judged(NamedTuple):
     wanted: np.ndarray
 
     def right(self) -> np.ndarray:
-        """float64 [answers], share of each answer's tokens that were the likeliest."""
+        """Return float64 [answers], share of each answer's tokens that were the likeliest."""
         return self.agreement(self.wanted)
 
     def agreement(self, other: np.ndarray) -> np.ndarray:
-        """float64 [answers], share of each answer's tokens on which `best` is `other`."""
+        """Return float64 [answers], share of each answer's tokens on which `best` is `other`."""
         counted = self.wanted >= 0
         return ((self.best == other) & counted).sum(1) / counted.sum(1)
 
@@ -80,8 +80,9 @@ class Reading:
     """
 
     def __init__(self, params: Params, tasks: Sequence[Task], batch: int = 8, *, width: int = 0, turns: int = 0):
-        """Readings with at least `width` tokens a turn and `turns` a document share compiled programs, where their
-        documents are as long."""
+        """Read the documents. Readings with equal `width` (tokens per turn) and `turns` (per document) share
+        programs.
+        """
         # In the checkpoint's order, from which each split takes its own.
         shape = (params.config.num_layers, params.config.num_kv_heads)
         self.params = with_heads(params, HeadSplit.none(*shape))
@@ -96,7 +97,7 @@ class Reading:
         self._read = [prefill(self.params, b.documents, razor=None, capacity=self.capacity) for b in self._batches]
 
     def judge(self, variant: Variant) -> Judged:
-        """Every question put to a copy of its document's cache under the variant, and its answer after it."""
+        """Return every question put to a copy of its document's cache under the variant, and its answer after it."""
         params = with_heads(self.params, variant.split)
         parts = [
             _judge(
@@ -108,7 +109,7 @@ class Reading:
         return Judged(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
 
     def ratio(self, variant: Variant) -> float:
-        """How many times smaller than a dense bfloat16 cache of this capacity."""
+        """Return the bytes of a dense bfloat16 cache of this capacity over the bytes of the variant."""
         spec = spec_for(with_heads(self.params, variant.split), variant.razor, self.capacity, self.capacity)
         return spec.dense_bytes(1) / spec.kv_bytes(1)
 
@@ -122,8 +123,9 @@ class Reading:
 
 @functools.partial(jax.jit, static_argnames=("spec", "split"))
 def compressed(read: KVCache, spec: CacheSpec, split: HeadSplit) -> KVCache:
-    """The cache that an exact prefill under `spec` and `split` leaves, from a dense one of the same documents that
-    holds its heads in the checkpoint's order."""
+    """Return the cache that an exact prefill under `spec` and `split` leaves, from a dense one of the same documents
+    that holds its heads in the checkpoint's order.
+    """
     T = read.layers[0][0].k.shape[2]
     call, cache = kv.begin(kv.init(spec, read.batch, read.length), read.length, T, fresh=True)
     layers = []
@@ -156,7 +158,7 @@ class _Batch:
         return cls(documents, tokens, starts, ends, counts)
 
     def collect(self, logprobs: np.ndarray, best: np.ndarray) -> Judged:
-        """From [Q, B, T], at each token what was predicted of the next, to one row an answer."""
+        """Turn predictions [Q, B, T] of each token's next one into one row per answer."""
         losses, likeliest, wanted = [], [], []
         for row, count in enumerate(self.counts):
             for number in range(count):
@@ -189,7 +191,7 @@ class _Frozen(AttentionMetadata):
 
 
 def _counted(call: AttentionMetadata, cache: KVCache, counting: Counting) -> AttentionMetadata:
-    """The call with another way to count; `cache` is that of the document."""
+    """Return the call with another way to count; `cache` is that of the document."""
     fields = {field.name: getattr(call, field.name) for field in dataclasses.fields(AttentionMetadata)}
     if counting == "one":
         return _One(**fields)
@@ -198,7 +200,9 @@ def _counted(call: AttentionMetadata, cache: KVCache, counting: Counting) -> Att
 
 @functools.partial(jax.jit, static_argnames=("counting",))
 def _judge(params: Params, cache: KVCache, tokens, ends, *, counting: Counting):
-    """Log-probability of each token's next one and the likeliest one, [Q, B, T], each turn on a copy of the cache."""
+    """Return the log-probability of each token's next one and the likeliest one, [Q, B, T], each turn on a copy of the
+    cache.
+    """
     config, B = params.config, cache.batch
 
     def turn(args):

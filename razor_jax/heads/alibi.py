@@ -38,7 +38,7 @@ GROUPS = 4  # head groups of a layer that are cut
 
 
 def scopes(params: Params, epsilon: float = EPSILON) -> Float[np.ndarray, "L N"]:
-    """L_h of each query head in tokens, float64, the checkpoint's own order.
+    """Return L_h of each query head in tokens, float64, in the checkpoint's order.
 
     Raises ValueError for a model without ALiBi, with biases or norms on q and k, or an epsilon outside (0, 1).
     """
@@ -48,7 +48,7 @@ def scopes(params: Params, epsilon: float = EPSILON) -> Float[np.ndarray, "L N"]
 
 
 def logit_bound(params: Params) -> Float[np.ndarray, "L N"]:
-    """M, the largest |q·k|/√H that the layer's weights allow, float64, the checkpoint's own order."""
+    """Return M, the largest |q·k|/√H that the layer's weights allow, float64, in the checkpoint's order."""
     c = params.config
     if not c.alibi or c.qkv_bias or c.qk_norm:
         what = "no linear biases (ALiBi)" if not c.alibi else "biases or norms on queries and keys"
@@ -67,8 +67,9 @@ def logit_bound(params: Params) -> Float[np.ndarray, "L N"]:
 
 
 def dropped_weight(params: Params, split: HeadSplit) -> Float[np.ndarray, "L N"]:
-    """The most that all tokens past a head's scope can weigh together, 0 for a head that keeps everything: at most
-    1, and for a scope of L_h at most ε / (e^slope - 1)."""
+    """Return the most that all tokens past a head's scope can weigh together, 0 for a head that keeps everything: at
+    most 1, and for a scope of L_h at most ε / (e^slope - 1).
+    """
     c = params.config
     slope = slopes(c.num_heads).astype(np.float64)
     kept = np.repeat(np.asarray(split.scopes, np.float64), c.group_size, axis=1)
@@ -78,7 +79,7 @@ def dropped_weight(params: Params, split: HeadSplit) -> Float[np.ndarray, "L N"]
 
 
 def split(params: Params, epsilon: float = EPSILON, *, longest: int | None = None, groups: int = GROUPS) -> HeadSplit:
-    """Each KV head keeps its newest L_h tokens: the longest L_h of its query heads, rounded up to one of at most
+    """Return each KV head keeps its newest L_h tokens: the longest L_h of its query heads, rounded up to one of at most
     `groups` scopes a layer, chosen so that the layer's slots are fewest.
 
     A head whose scope reaches `longest` tokens (None: the trained length) keeps everything. Sinks, window and
@@ -102,7 +103,7 @@ def split(params: Params, epsilon: float = EPSILON, *, longest: int | None = Non
 
 
 def _steps(scopes: list[int], groups: int) -> list[int]:
-    """At most `groups` of the ascending scopes, such that rounding each up to the next one costs least."""
+    """Choose at most `groups` of the ascending scopes such that rounding each up to the next one costs least."""
     # best[n]: slots and steps of the n smallest; one group more each turn.
     best: list[tuple[int, list[int]]] = [(0, [])] + [
         (n * scopes[n - 1], [scopes[n - 1]]) for n in range(1, len(scopes) + 1)

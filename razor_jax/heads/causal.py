@@ -74,7 +74,7 @@ class Outcome:
 def needle_tasks(
     params: Params, *, documents: int = 16, tokens: int = 1024, facts: int = 4, seed: int = 1
 ) -> list[Task]:
-    """Held-out documents of about `tokens` tokens with `facts` planted facts, each asked for on its own."""
+    """Return held-out documents of about `tokens` tokens with `facts` planted facts, each asked for on its own."""
     assets = params.assets
     if assets is None or assets.tokenizer_json is None:
         raise ValueError("retrieval tasks are text: they need a model with a tokenizer.json")
@@ -119,7 +119,7 @@ class Ablation:
         self._turns = tuple(jnp.asarray(a.swapaxes(0, 1)) for a in (tokens, starts, ends))
 
     def __call__(self, kept: HeadSplit | Bool[np.ndarray, "L K"]) -> Outcome:
-        """Answers when these KV heads keep everything and the others are windowed."""
+        """Return answers when these KV heads keep everything and the others are windowed."""
         if isinstance(kept, HeadSplit):
             kept = mask_of(kept)
         if kept.shape != self.shape:
@@ -151,7 +151,7 @@ def causal_heads(
     razor: RazorConfig | None = None,
     progress: Progress | None = None,
 ) -> HeadScores:
-    """How much the loss of held-out retrieval rises when a KV head alone is windowed, as head scores.
+    """Measure how much the loss of held-out retrieval rises when each KV head alone is windowed.
 
     One number a KV head, so all query heads of it, and both classes, score the same: `select(share=)` ranks by it. It
     may be below zero. Small models only: one evaluation a KV head.
@@ -175,7 +175,7 @@ def causal_heads(
 
 
 def window_each(ablation: Ablation, progress: Callable[[int], None] | None = None) -> np.ndarray:
-    """float64 [L, K]: rise of the mean loss over dense attention when that KV head alone is windowed."""
+    """Return float64 [L, K]: rise of the mean loss over dense attention when that KV head alone is windowed."""
     every = np.ones(ablation.shape, bool)
     dense, rise = ablation(every).loss, np.empty(ablation.shape)
     for done, head in enumerate(np.ndindex(*ablation.shape), start=1):
@@ -190,7 +190,7 @@ def window_each(ablation: Ablation, progress: Callable[[int], None] | None = Non
 def greedy(
     ablation: Ablation, *, grow: bool, steps: int, progress: Callable[[int], None] | None = None
 ) -> list[tuple[frozenset[Head], float]]:
-    """Sets of kept heads found one head at a time, and the loss of each, `steps` + 1 of them.
+    """Find sets of kept heads one head at a time; return `steps` + 1 sets with the loss of each.
 
     `grow`: from no head, always add the one that lowers the loss most. Else from all heads, always window the one that
     raises it least.
@@ -213,7 +213,7 @@ def greedy(
 
 
 def mask_of(split: HeadSplit) -> np.ndarray:
-    """bool [L, K], True for retrieval heads."""
+    """Return bool [L, K], True for retrieval heads."""
     kept = np.zeros((split.num_layers, split.num_kv_heads), bool)
     for layer, heads in enumerate(split.retrieval):
         kept[layer, list(heads)] = True
@@ -221,12 +221,12 @@ def mask_of(split: HeadSplit) -> np.ndarray:
 
 
 def heads_of(kept: np.ndarray) -> frozenset[Head]:
-    """(layer, KV head) of bool [L, K]."""
+    """Return the (layer, KV head) pairs that are True in bool [L, K]."""
     return frozenset((int(layer), int(head)) for layer, head in np.argwhere(kept))
 
 
 def split_of(heads: Iterable[Head], shape: tuple[int, int]) -> HeadSplit:
-    """The split that keeps these (layer, KV head)."""
+    """Return the split that keeps these (layer, KV head)."""
     return HeadSplit.of(*shape, heads)
 
 
@@ -237,7 +237,9 @@ def _read(params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array)
 
 @jax.jit
 def _answers(params: Params, full: KVCache, windowed: KVCache, kept, tokens, starts, ends):
-    """Mean loss and agreement [Q, B] of answers tokens [Q, B, starts:ends] after the questions before them."""
+    """Return the mean loss and agreement [Q, B] of answers tokens [Q, B, starts:ends] after the questions before
+    them.
+    """
     config = params.config
 
     def turn(args):

@@ -23,25 +23,25 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def heads(split: HeadSplit) -> frozenset[Head]:
-    """(layer, KV head) of every retrieval head."""
+    """Return the (layer, KV head) pairs of all retrieval heads."""
     return frozenset((layer, head) for layer, kept in enumerate(split.retrieval) for head in kept)
 
 
 def overlap(a: HeadSplit, b: HeadSplit) -> float:
-    """Heads in both over heads in the larger one; 1 for equal splits, two empty ones too."""
+    """Return heads in both over heads in the larger one; 1 for equal splits, two empty ones too."""
     larger = max(sum(a.counts), sum(b.counts))
     return len(heads(a) & heads(b)) / larger if larger else 1.0
 
 
 def undecided(splits: Sequence[HeadSplit]) -> list[tuple[Head, int]]:
-    """Heads at the threshold: those that some of the splits keep and others do not, with how many do."""
+    """Return heads at the threshold: those that some of the splits keep and others do not, with how many do."""
     kept = list(itertools.chain.from_iterable(map(heads, splits)))
     counts = [(head, kept.count(head)) for head in sorted(set(kept))]
     return [(head, count) for head, count in counts if count < len(splits)]
 
 
 def pairwise(scores: Sequence[np.ndarray]) -> np.ndarray:
-    """Spearman correlation float64 [n (n - 1) / 2] of every two of several scores."""
+    """Return the Spearman correlation of every two of several scores, float64 [n (n - 1) / 2]."""
     return np.asarray([spearman(a, b) for a, b in itertools.combinations(scores, 2)])
 
 

@@ -43,7 +43,7 @@ class DuoPattern:
         return RazorConfig.compact(self.recent, sinks=self.sinks, compensation=False)
 
     def scores(self, group_size: int = 1) -> HeadScores:
-        """The gates as head scores, so that `select(share=)` takes DuoAttention's 1 - sparsity.
+        """Return the gates as head scores, so that `select(share=)` takes DuoAttention's 1 - sparsity.
 
         Both classes score the same. DuoAttention breaks ties by noise, and trained gates have many ties at exactly 1;
         here ties go by layer and head, and the split's note counts them.
@@ -52,7 +52,7 @@ class DuoPattern:
         return HeadScores(gates, gates, self.gates.shape[1], ProbeMeta("duo", note="DuoAttention's gates"))
 
     def split(self, threshold: float = 0.5) -> HeadSplit:
-        """Heads whose gate is at least `threshold`."""
+        """Return heads whose gate is at least `threshold`."""
         L, K = self.gates.shape
         return HeadSplit.of(L, K, _pairs(self.gates >= threshold), note=f"DuoAttention, gate ≥ {threshold}")
 
@@ -151,7 +151,7 @@ def read_vendor(
 
 
 def _text(path: Path) -> str:
-    """The file's text; a pickle is refused by its name, unopened."""
+    """Return the file's text; a pickle is refused by its name, unopened."""
     if path.suffix.lower() in _PICKLES:
         raise ValueError(
             f"{path}: pickles run code when they are opened, so razor_jax does not. If you trust the file: python -c "

@@ -40,7 +40,8 @@ def attention_mass(
     devices: Devices | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Echo and induction mass float64 [B, L, N], summed over a row's tokens and targets; checkpoint order.
+    """Return echo and induction mass float64 [B, L, N], summed over a row's tokens and targets, in the checkpoint's
+    order.
 
     Args:
       tokens: int32 [B, T], no padding.
@@ -94,7 +95,7 @@ def score_layer(
     *,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One layer over whole rows: hidden states [B, T, D], T a multiple of `chunk`, -> the next layer's, and echo
+    """Return one layer over whole rows: hidden states [B, T, D], T a multiple of `chunk`, -> the next layer's, and echo
     and induction float32 [B, K, G] of the layer's heads in the order in which its weights hold them.
     """
     run = functools.partial(_layer, config, chunk)
@@ -131,7 +132,7 @@ def _layer(config: ModelConfig, chunk: int, weights: Any, x, rope: Tables, lengt
 
 
 def _mass(q: jax.Array, log_total: jax.Array, k: jax.Array, targets: jax.Array, shift: int) -> jax.Array:
-    """Mass of a chunk on its targets, float32 [B, K, G], summed over tokens and copies.
+    """Return the mass of a chunk on its targets, float32 [B, K, G], summed over tokens and copies.
 
     q [B, K, C, G, H] scaled; log_total [B, K, C, G], log of the softmax's denominator; k [B, K, T, H]; targets
     int32 [B, C, copies]; shift 0 for the targets themselves, 1 for what follows them.

@@ -28,7 +28,7 @@ def needle_heads(
     devices: Devices | None = None,
     progress: Progress | None = None,
 ) -> HeadScores:
-    """Echo and induction scores of every head by natural documents with the same fact early and late.
+    """Score every head on natural documents that hold the same fact early and late.
 
     The fact begins at random in the first third of the document and again in the last. Of each token of the late copy
     the echo score is the mass on the same token of the early copy, the induction score the mass on the token after
@@ -73,8 +73,9 @@ def needle_heads(
 def two_needles(
     rng: np.random.Generator, tokenizer: Tokenizer, prose: list[int], first: list[int], tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [T] ids of a document with one fact early and late, and its targets [T, 1]: the late copy's tokens aim at
-    the early copy's. `prose` is cut at random; `first` opens the text."""
+    """Return int32 [T] ids of a document with one fact early and late, and its targets [T, 1]: the late copy's tokens
+    aim at the early copy's. `prose` is cut at random; `first` opens the text.
+    """
     fact = _encode(tokenizer, make_facts(rng, 1, "held_out")[0].sentence)
     line = _encode(tokenizer, "\n")
     needle = [*line, *fact, *line]
@@ -94,7 +95,7 @@ def two_needles(
 
 
 def random_heads(params: Params, *, seeds: Sequence[int] = (0,)) -> HeadScores:
-    """Uniform scores: what a split of that many heads is worth by chance."""
+    """Draw uniform scores: a split of that size by chance."""
     seeds = tuple(int(seed) for seed in seeds)
     rng = np.random.default_rng(seeds)
     echo, induction = rng.random((2, params.config.num_layers, params.config.num_heads))

@@ -45,7 +45,7 @@ def draw(study: Study, folder: Path, suffix: str = "png") -> list[Path]:
 
 
 def heat_map(pyplot: Any, title: str, values: np.ndarray, split: HeadSplit) -> Any:
-    """Layers × KV heads of values [L, K], darker is more; the split's retrieval heads are boxed.
+    """Return layers × KV heads of values [L, K], darker is more; the split's retrieval heads are boxed.
 
     Few heads get their value written in; many are told apart by shade alone.
     """
@@ -69,7 +69,7 @@ def heat_map(pyplot: Any, title: str, values: np.ndarray, split: HeadSplit) -> A
 
 
 def split_map(pyplot: Any, split: HeadSplit) -> Any:
-    """Which KV heads keep everything (black) and which are windowed (hatched)."""
+    """Draw which KV heads keep everything (black) and which are windowed (hatched)."""
     kept = mask_of(split)
     L, K = kept.shape
     figure, axes = pyplot.subplots(figsize=(1.2 + 0.62 * K, 1.0 + 0.34 * L))
@@ -84,7 +84,7 @@ def split_map(pyplot: Any, split: HeadSplit) -> Any:
 
 
 def byte_curve(pyplot: Any, study: Study) -> Any:
-    """Share of KV heads kept against the cache's bytes and how many times smaller that is."""
+    """Return the share of KV heads kept against the cache's bytes and how many times smaller that is."""
     figure, axes = pyplot.subplots(figsize=(5.6, 3.4))
     shares = [100 * point.share for point in study.curve]
     axes.plot(shares, [point.bytes / 2**20 for point in study.curve], "k-", lw=1.6, label="MiB")
@@ -101,7 +101,8 @@ def byte_curve(pyplot: Any, study: Study) -> Any:
 
 
 def accuracy_curve(pyplot: Any, study: Study) -> Any:
-    """Answers right, and loss, by the number of KV heads kept, for each way to choose them; shares and bytes below.
+    """Return answers right, and loss, by the number of KV heads kept, for each way to choose them; shares and bytes
+    below.
 
     Sizes stand evenly spaced, for all that happens happens at few heads; curves stand a little apart, not to hide.
     """
@@ -138,14 +139,14 @@ def _head_axes(axes: Any, L: int, K: int, title: str) -> None:
 
 
 def _short(value: float) -> str:
-    """Three characters that tell: .92, 1e-3."""
+    """Format a number in three characters: .92, 1e-3."""
     if value == 0 or abs(value) >= 0.095:
         return f"{value:.2f}".lstrip("0") or "0"
     return f"{value:.0e}".replace("e-0", "e-")
 
 
 def require() -> Any:
-    """matplotlib.pyplot, drawing to files only; ModuleNotFoundError that says how to get it."""
+    """Return matplotlib.pyplot, drawing to files only. Raise ModuleNotFoundError with the fix."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:

@@ -45,7 +45,9 @@ class Layout:
         return (self.repeats - 1) * self.block
 
     def targets(self) -> np.ndarray:
-        """int32 [P, repeats - 1]: each token's earlier copies, -1 for none; position 0 is the prefix, so no copy."""
+        """Return int32 [P, repeats - 1]: each token's earlier copies, -1 for none; position 0 is the prefix, so no
+        copy.
+        """
         copies = np.arange(self.length)[:, None] - self.block * np.arange(1, self.repeats)
         return np.where(copies >= 1, copies, -1).astype(np.int32)
 
@@ -60,7 +62,7 @@ def find_heads(
     devices: Devices | None = None,
     progress: Progress | None = None,
 ) -> HeadScores:
-    """Echo and induction scores of every head, in the checkpoint's own order.
+    """Return echo and induction scores of every head, in the checkpoint's order.
 
     One prefix token, then K_p random ids 4 times over. Scores are sums over the earlier copies, means
     over the tokens that have one, then over seeds; nothing is renormalised and the prefix stays in the
@@ -106,13 +108,13 @@ def find_heads(
 
 
 def probe_tokens(prefix: int, pool: np.ndarray, layout: Layout, seed: int, *, replace: bool = False) -> np.ndarray:
-    """int32 [P]: the prefix, then one seeded block of ids of `pool`, repeated."""
+    """Return int32 [P]: the prefix, then one seeded block of ids of `pool`, repeated."""
     block = np.random.Generator(np.random.PCG64(seed)).choice(pool, layout.block, replace=replace)
     return np.concatenate([[prefix], np.tile(block, layout.repeats)]).astype(np.int32)
 
 
 def ordinary_ids(params: Params) -> np.ndarray:
-    """Sorted ids of the vocabulary proper: below vocab_size, no special and no added token."""
+    """Return the sorted ids of the vocabulary below vocab_size, without special and added tokens."""
     usable = np.arange(params.config.vocab_size)
     assets = params.assets
     if assets is None:
@@ -129,7 +131,7 @@ def ordinary_ids(params: Params) -> np.ndarray:
 
 
 def _plan(params: Params, preset: str) -> tuple[int, np.ndarray, int, str]:
-    """Prefix id, ids to draw from, K_p, and a note where the probe is not the paper's."""
+    """Return the prefix id, the ids to draw from, K_p, and a note where the probe is not the paper's."""
     usable = ordinary_ids(params)
     bos = params.assets.bos_id if params.assets is not None else None
     if bos is None:

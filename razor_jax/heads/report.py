@@ -24,7 +24,7 @@ def write(study: Study, folder: Path, *, model: str, machine: dict[str, str], su
 
 
 def markdown(study: Study, *, model: str, machine: dict[str, str], pictures: Sequence[Path] = ()) -> str:
-    """The report."""
+    """Return the report."""
     L, K = study.scores.echo.shape
     where = ", ".join(f"{name} {value}" for name, value in machine.items())
     parts = [
@@ -45,7 +45,7 @@ def markdown(study: Study, *, model: str, machine: dict[str, str], pictures: Seq
 
 
 def stability(found: Stability) -> list[str]:
-    """Paragraphs and tables of the searches beside each other."""
+    """Return paragraphs and tables that compare the searches."""
     rows = []
     if found.seeds:
         for what, pick in (("mean", np.mean), ("worst", np.min)):
@@ -68,7 +68,7 @@ def stability(found: Stability) -> list[str]:
 
 
 def causal(found: Causal) -> list[str]:
-    """Paragraphs and tables of scores against what windowing a head costs."""
+    """Return paragraphs and tables of scores against the cost of windowing a head."""
     order = np.argsort(-found.rise, axis=None, kind="stable")[:6]
     top = [divmod(int(flat), found.rise.shape[1]) for flat in order]
     costs = ", ".join(f"{named([head])} {found.rise[head]:+.4f}" for head in top)
@@ -87,7 +87,7 @@ def causal(found: Causal) -> list[str]:
 
 
 def distance(found: Causal) -> str:
-    """How far the probe's split is from the best of all splits tried, size by size: equal sizes are equal bytes."""
+    """Return how far the probe's split is from the best split tried, size by size; equal sizes are equal bytes."""
     rows = []
     for probe in found.judged["probe"]:
         others = [
@@ -111,7 +111,7 @@ def distance(found: Causal) -> str:
 
 
 def curve(study: Study) -> str:
-    """The curve share → bytes as a table of at most a dozen rows."""
+    """Return the curve share → bytes as a table of at most a dozen rows."""
     every = max(1, len(study.curve) // 12)
     rows = [
         (str(p.heads), f"{p.share:.0%}", f"{p.bytes:,}", f"{p.ratio:.2f}×")
@@ -127,7 +127,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def named(heads: Iterable[tuple[int, int]]) -> str:
-    """(layer, head) pairs as people write them: 2.0, 2.1."""
+    """Format (layer, head) pairs: 2.0, 2.1."""
     return ", ".join(f"{layer}.{head}" for layer, head in heads) or "none"
 
 

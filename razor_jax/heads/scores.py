@@ -57,7 +57,7 @@ class ProbeMeta:
         repeats: int = 0,
         note: str = "",
     ) -> ProbeMeta:
-        """Of scores made on these params."""
+        """Describe scores made on these params."""
         return cls(
             preset=preset,
             seeds=tuple(seeds),
@@ -135,7 +135,7 @@ class HeadScores:
         always_layers: Sequence[int] = (),
         balanced_over: int = 1,
     ) -> HeadSplit:
-        """The KV heads to keep, by one of three budgets.
+        """Return the KV heads to keep, by one of three budgets.
 
         `select(induction=, echo=)`: the top round(induction · L · K) KV heads by induction score, united
         with the top round(echo · L · K) by echo score. What is not given is 0.14 / 0.01 for G = 1 (the
@@ -226,7 +226,7 @@ class HeadScores:
     def memory(
         self, capacity: int | None, razor: RazorConfig | None = None, *, batch: int = 1, head_dim: int | None = None
     ) -> select.Memory:
-        """What a cache of these heads would take: capacity in tokens, policy (None: the paper's) and batch."""
+        """Describe the cache of these heads: capacity in tokens, policy (None: the paper's) and batch."""
         if capacity is None:
             raise ValueError("bytes= needs capacity=, the tokens that a row is to hold: prompt and answer")
         head_dim = head_dim or self.meta.head_dim
@@ -248,7 +248,9 @@ class HeadScores:
         batch: int = 1,
         head_dim: int | None = None,
     ) -> tuple[select.CurvePoint, ...]:
-        """Share → bytes: one point for each number of retrieval heads, from none to all, chosen as by share."""
+        """Return the share → bytes: one point for each number of retrieval heads, from none to all, chosen as by
+        share.
+        """
         memory = self.memory(capacity, razor, batch=batch, head_dim=head_dim)
         (L, K), points = self.echo.shape, []
         for count in range(L * K + 1):
@@ -258,7 +260,7 @@ class HeadScores:
         return tuple(points)
 
     def describe(self) -> str:
-        """One line: preset, block and seeds."""
+        """Return one line: preset, block and seeds."""
         meta = self.meta
         line = f"preset {meta.preset}"
         if meta.block:
@@ -277,7 +279,7 @@ class HeadScores:
         return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers; exact, for JSON carries float64."""
+        """Return plain lists and numbers; exact, for JSON carries float64."""
         return {
             "format": _FORMAT,
             "version": _VERSION,
@@ -289,7 +291,7 @@ class HeadScores:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HeadScores:
-        """The inverse of `to_json`; raises ValueError if `data` is something else."""
+        """Return the inverse of `to_json`; raises ValueError if `data` is something else."""
         found = (data.get("format"), data.get("version"))
         if found != (_FORMAT, _VERSION):
             raise ValueError(f"format and version are {found}, expected {(_FORMAT, _VERSION)}: not head scores")

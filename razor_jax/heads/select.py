@@ -38,11 +38,11 @@ class Memory:
     batch: int = 1
 
     def spec(self, split: HeadSplit) -> kv.CacheSpec:
-        """Of the cache that would be allocated."""
+        """Return the spec of the cache for a split."""
         return kv.make_spec(split, self.head_dim, self.capacity, self.razor, self.dtype)
 
     def bytes(self, split: HeadSplit) -> int:
-        """What `init_cache` allocates for the split, to the byte."""
+        """Return the bytes that `init_cache` allocates for the split."""
         return self.spec(split).kv_bytes(self.batch)
 
     def describe(self) -> str:
@@ -62,8 +62,9 @@ class CurvePoint:
 
 
 def by_count(induction: np.ndarray, echo: np.ndarray, wanted: int, forced: Iterable[Head] = ()) -> set[Head]:
-    """`forced` and the best others, `wanted` heads together: about one in fifteen by echo (the paper's proportion),
-    the rest by induction. A larger count only adds heads."""
+    """Choose `forced` and the best others, `wanted` heads in all, about one in fifteen by echo (the paper's
+    proportion), the rest by induction.
+    """
     heads = set(forced)
     paper_echo = PAPER_SHARES[1] / sum(PAPER_SHARES)
     # A single head is an induction head: without any, copying fails altogether.
@@ -76,14 +77,15 @@ def by_count(induction: np.ndarray, echo: np.ndarray, wanted: int, forced: Itera
 
 
 def whole_layers(layers: Sequence[int], shape: tuple[int, ...]) -> set[Head]:
-    """Every KV head of the layers that are always kept."""
+    """Return every KV head of the layers that are always kept."""
     found = {check_int("always_layers", layer, 0, shape[0] - 1) for layer in layers}
     return set(itertools.product(found, range(shape[1])))
 
 
 def balanced(heads: set[Head], induction: np.ndarray, devices: int) -> set[Head]:
-    """Heads with each layer's count rounded up to a multiple of `devices`, by induction score: nothing that was chosen
-    is lost, and every device holds as many full caches as the others."""
+    """Return heads with each layer's count rounded up to a multiple of `devices`, by induction score: nothing that was
+    chosen is lost, and every device holds as many full caches as the others.
+    """
     K = induction.shape[1]
     devices = check_int("balanced_over", devices, 1)
     if K % devices:
@@ -102,13 +104,13 @@ def balanced(heads: set[Head], induction: np.ndarray, devices: int) -> set[Head]
 
 
 def most_within(total: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest n of 0..total with fits(n), None if there is none; more heads never fit where fewer do not."""
+    """Return the largest n of 0..total with fits(n), None if there is none; more heads never fit where fewer do not."""
     n = bisect.bisect_left(range(total + 1), True, key=lambda n: not fits(n)) - 1
     return n if n >= 0 else None
 
 
 def ties(name: str, scores: np.ndarray, chosen: set[Head]) -> str:
-    """What to tell people where a head left out scores as much as one kept: then the order of heads decided."""
+    """Report heads left out that score as much as a head kept: their order decided."""
     left = {head: scores[head] for head in np.ndindex(*scores.shape) if head not in chosen}
     best = max(left.values(), default=None)
     if all(scores[head] != best for head in chosen):
@@ -117,18 +119,18 @@ def ties(name: str, scores: np.ndarray, chosen: set[Head]) -> str:
 
 
 def head_count(share: float, total: int) -> int:
-    """round(share · total), halves to even; at least one head for a positive share."""
+    """Return round(share · total), halves to even; at least one head for a positive share."""
     return max(1, round(share * total)) if share > 0 else 0
 
 
 def ranked(scores: np.ndarray) -> list[Head]:
-    """(layer, head) of scores [L, K], best first; ties by layer, then head."""
+    """Rank (layer, head) of scores [L, K], best first; ties by layer, then head."""
     order = np.argsort(-scores.reshape(-1), kind="stable")
     return [(int(i) // scores.shape[1], int(i) % scores.shape[1]) for i in order]
 
 
 def fraction(name: str, value: Any) -> float:
-    """`value` if it is a share; ValueError if not."""
+    """Return `value` if it is a share; raise ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r}: must be a share of the KV heads, from 0 to 1")
     return value

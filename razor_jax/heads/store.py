@@ -65,7 +65,7 @@ def read(path: str | os.PathLike[str]) -> HeadFile:
 
 
 def parse(data: Any) -> HeadFile:
-    """The contents of a razor.json; raises ValueError that names the field."""
+    """Return the contents of a razor.json; raises ValueError that names the field."""
     if not isinstance(data, dict):
         raise ValueError(f"must be a JSON object, found {type(data).__name__}")
     if data.get("format") != FORMAT:
@@ -90,7 +90,7 @@ def parse(data: Any) -> HeadFile:
 
 
 def cache_path(params: Params) -> Path:
-    """Where the split of this very model is remembered: one file a pair of fingerprints, under
+    """Return where the split of this very model is remembered: one file a pair of fingerprints, under
     $XDG_CACHE_HOME/razor_jax (~/.cache/razor_jax where that is unset).
     """
     name = f"{architecture_fingerprint(params.config)[:16]}-{weights_fingerprint(params)[:16]}.json"
@@ -138,7 +138,7 @@ def _file(path: str | os.PathLike[str]) -> Path:
 
 
 def _render(data: Mapping[str, Any]) -> str:
-    """JSON with one field a line, the heads one layer a line: readable and easy to compare."""
+    """Format JSON with one field per line and one layer of heads per line."""
     layers = ",\n".join(f"    {json.dumps(heads)}" for heads in data["retrieval_heads"])
     fields = {name: json.dumps(value, ensure_ascii=False) for name, value in data.items()}
     fields["retrieval_heads"] = f"[\n{layers}\n  ]"

@@ -101,7 +101,7 @@ class Study:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON."""
+        """Return plain lists and numbers, for JSON."""
         causal = None
         if self.causal is not None:
             causal = {**dataclasses.asdict(self.causal), "rise": self.causal.rise.tolist()}
@@ -164,7 +164,7 @@ def study(
 
 
 def agreement(name: str, a: HeadScores, b: HeadScores) -> Agreement:
-    """Rankings and default splits of two searches beside each other."""
+    """Compare rankings and default splits of two searches."""
     return Agreement(
         name,
         compare.spearman(a.induction, b.induction),
@@ -220,7 +220,7 @@ def against_causal(
 
 
 def _searches(params: Params, say: Say) -> tuple[dict[str, HeadScores], list[str]]:
-    """The other searches that this model allows, and why not the rest."""
+    """Return the other searches that this model allows, and why not the rest."""
     found, notes = {}, []
     for name, search in (
         ("vendor", lambda step: find_heads(params, preset="vendor", progress=step)),
@@ -244,7 +244,7 @@ def _lengths(params: Params, full: HeadScores, say: Say) -> list[Agreement]:
 
 
 def _mean(rows: list[Judged]) -> Judged:
-    """Several random splits of one size as one; the interval is theirs, not the questions'."""
+    """Return several random splits of one size as one; the interval is theirs, not the questions'."""
     accuracy = np.asarray([row.accuracy for row in rows])
     return Judged(
         rows[0].heads,

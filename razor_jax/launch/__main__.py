@@ -40,7 +40,7 @@ _FATAL = re.compile(rb"[EF]\d{4} .*(coordination_service|client\.h)")
 
 
 def place(flags: argparse.Namespace, env: Mapping[str, str]) -> Place:
-    """From flags, then the environment (the module's docstring has the names).
+    """Read the process's place from flags, then from the environment (names in the module's docstring).
 
     Raises ValueError that names a variable which is no number, or an id out of range.
     """
@@ -64,7 +64,7 @@ def place(flags: argparse.Namespace, env: Mapping[str, str]) -> Place:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of the last start."""
+    """Return the exit code of the last start."""
     flags = _parse(arguments)
     try:
         where = place(flags, os.environ)
@@ -110,13 +110,13 @@ class _Signals:
         return 130 if self.asked == signal.SIGINT else LOST
 
     def reach(self, worker: subprocess.Popen) -> None:
-        """From now on it is this one that is asked."""
+        """Make this process the one that is asked to stop."""
         self._worker = worker
         if self.asked:
             self._end(worker)
 
     def wait(self, seconds: float = math.inf) -> None:
-        """Until then, or until asked."""
+        """Wait for the time, or until asked to stop."""
         end = time.monotonic() + seconds
         while not self.asked and time.monotonic() < end:
             time.sleep(0.2)  # a signal alone does not cut a sleep short
@@ -160,7 +160,7 @@ class _Worker:
             listener.start()
 
     def wait(self) -> int:
-        """The launcher's exit code, when the child has ended; says why if it was not by itself."""
+        """Return the launcher's exit code, when the child has ended; says why if it was not by itself."""
         code = self._child.wait()
         for listener in self._listeners:
             listener.join(timeout=2)
@@ -180,7 +180,7 @@ class _Worker:
                 self._notes |= json.loads(line)
 
     def _relay(self, stderr: BinaryIO) -> None:
-        """The child's stderr, but for the end that JAX's abort makes of it."""
+        """Relay the child's stderr, without the text of JAX's abort."""
         for line in stderr:
             if self._withheld or _FATAL.match(line):
                 self._withheld += line
@@ -198,7 +198,7 @@ class _Worker:
 
 
 def explain(code: int, notes: Mapping[str, Any], last_words: str, connect_timeout: int) -> str:
-    """Why a worker ended: what it told, else JAX's last words in short, else its exit code."""
+    """Say why a worker ended: its own note, else JAX's last words in short, else its exit code."""
     if "error" in notes:
         return notes["error"]
     if last_words and notes.get("connecting"):

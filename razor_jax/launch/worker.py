@@ -59,7 +59,7 @@ def tell(**notes: Any) -> None:
 
 
 def code_of(error: Exception) -> int:
-    """The exit code for a JaxRuntimeError; the launcher is told its first line.
+    """Return the exit code for a JaxRuntimeError; the launcher is told its first line.
 
     Mostly it is of a collective whose other end is gone, hence LOST; 1 for what another start would meet again.
     """
@@ -69,7 +69,7 @@ def code_of(error: Exception) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`arguments`: the socket's number, the place as JSON, and the command."""
+    """Run the command; `arguments` are the socket's number, the place as JSON, and the command."""
     global _launcher
     _launcher = socket.socket(fileno=int(arguments[0]))
     _launcher.set_inheritable(False)
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(place: Place, command: Sequence[str]) -> int:
-    """The exit code: the script's own, or LOST where it came to no end of its own."""
+    """Return the exit code: the script's own, or LOST where it came to no end of its own."""
     try:
         if place.processes != 1:
             _keep_stdout()
@@ -114,7 +114,7 @@ def _run(place: Place, command: Sequence[str]) -> int:
 
 
 def _keep_stdout() -> None:
-    """Python keeps stdout to itself: what libraries below it write there (gloo: who is connected) goes to stderr."""
+    """Keep stdout for Python: what libraries below it write there (gloo: who is connected) goes to stderr."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     os.dup2(2, 1)

@@ -189,7 +189,7 @@ def _row_split(shape: tuple[int, ...], mesh: Mesh) -> tuple[RowSplit, tuple[Axes
 
 
 def _packed(q: jax.Array) -> jax.Array:
-    """[B, K, T, G, H] -> [B, K, T·G, H]"""
+    """Return [B, K, T, G, H] -> [B, K, T·G, H]"""
     return q.reshape(*q.shape[:2], -1, q.shape[4])
 
 

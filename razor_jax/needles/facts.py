@@ -68,7 +68,7 @@ class FamilyDocument:
 
 @functools.cache
 def names(split: str) -> tuple[tuple[str, str], ...]:
-    """The (adjective, noun) combinations of one split."""
+    """Return the (adjective, noun) combinations of one split."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; use one of {', '.join(SPLITS)}")
 
@@ -81,7 +81,7 @@ def names(split: str) -> tuple[tuple[str, str], ...]:
 
 
 def make_facts(rng: np.random.Generator, count: int, split: str) -> list[Fact]:
-    """`count` facts with distinct names and distinct values; depths are set when they are planted."""
+    """Make `count` facts with distinct names and distinct values; planting sets their depths."""
     pool = names(split)
     if not 0 <= count <= len(pool):
         raise ValueError(f"facts is {count}; use 0 to {len(pool)}, the names of the {split} split")
@@ -98,7 +98,7 @@ def _fact(kind: str, name: tuple[str, str], number: int) -> Fact:
 
 
 def make_alike(rng: np.random.Generator, count: int, split: str) -> list[Fact]:
-    """`count` facts of few kinds, adjectives and nouns: one word tells two of them apart."""
+    """Make `count` facts of few kinds, adjectives and nouns, so that one word tells two of them apart."""
     kinds, known = len(KINDS), frozenset(names(split))
     side = 2
     while True:  # a split lacks some combinations of the chosen words
@@ -113,7 +113,7 @@ def make_alike(rng: np.random.Generator, count: int, split: str) -> list[Fact]:
 
 
 def make_repeated(rng: np.random.Generator, count: int, split: str, others: Sequence[Fact] = ()) -> list[Fact]:
-    """`count` facts of one kind and name with distinct values; none of `others` is about the same."""
+    """Make `count` facts of one kind and name with distinct values; `others` are about other names."""
     pool = names(split)
     taken = {f.question for f in others}
     while True:
@@ -124,7 +124,7 @@ def make_repeated(rng: np.random.Generator, count: int, split: str, others: Sequ
 
 
 def multi_value(facts: Sequence[Fact]) -> Question:
-    """All values of one kind and name, in the order of `facts`, which should be the document's."""
+    """Return all values of one kind and name, in the order of `facts`, which should be the document's."""
     subject = facts[0].question.removeprefix("What is the ").removesuffix("?")
     return Question(
         f"What is every {subject}?", " ".join(f.sentence for f in facts), tuple(f.value for f in facts), facts[0].depth
@@ -132,7 +132,7 @@ def multi_value(facts: Sequence[Fact]) -> Question:
 
 
 def multi_query(facts: Sequence[Fact]) -> Question:
-    """Several facts in one question, answered in the order asked."""
+    """Return several facts in one question, answered in the order asked."""
     subjects = [f.question.removeprefix("What is ").removesuffix("?") for f in facts]
     question = f"What is {' and '.join(subjects)}?"
     return Question(question, " ".join(f.sentence for f in facts), tuple(f.value for f in facts), facts[0].depth)
@@ -149,7 +149,7 @@ def needle_document(
     facts: int = 4,
     split: str = "held_out",
 ) -> NeedleDocument:
-    """A document of at most `tokens` tokens with `facts` facts at uniformly random depths.
+    """Return a document of at most `tokens` tokens with `facts` facts at uniformly random depths.
 
     It falls short of `tokens` by less than the tokens of one word. Paragraphs run on from a random one of the
     split's documents, in reading order. Same generator state, same document.
@@ -165,7 +165,7 @@ def family_document(
     facts: int = 8,
     split: str = "held_out",
 ) -> FamilyDocument:
-    """A document of at most `tokens` tokens of one trained family, with `facts` facts and its questions.
+    """Return a document of at most `tokens` tokens of one trained family, with `facts` facts and its questions.
 
     needle: facts with names of their own, each asked for; one is the single needle, several are keys of like form.
     alike: the same with facts that one word tells apart. multi_value: a quarter of the facts (at least two) gives one
@@ -193,7 +193,7 @@ def family_document(
 def _planted(
     rng: np.random.Generator, tokenizer: Tokenizer, tokens: int, planted: list[Fact], split: str
 ) -> NeedleDocument:
-    """Facts at random depths and in random order in prose that fills up to `tokens` tokens."""
+    """Return facts at random depths and in random order in prose that fills up to `tokens` tokens."""
     # A line break before each line keeps token boundaries at line boundaries: lengths add up.
     spent = sum(count_tokens(tokenizer, "\n" + f.sentence) for f in planted)
     if spent > tokens:
@@ -221,14 +221,14 @@ def plant(rng: np.random.Generator, tokenizer: Tokenizer, lines: list[str], fact
 
 
 def chat(document: str, *turns: str) -> list[dict[str, str]]:
-    """Chat messages: the document as system message, then user and assistant turns in alternation."""
+    """Return chat messages: the document as system message, then user and assistant turns in alternation."""
     roles = ("user", "assistant")
     spoken = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
     return [{"role": "system", "content": document}, *spoken]
 
 
 def _prose(rng: np.random.Generator, tokenizer: Tokenizer, budget: int, split: str) -> list[str]:
-    """Lines of the split's text that take at most `budget` tokens with a line break each; the last is cut."""
+    """Take lines of the split's text, at most `budget` tokens with a line break each; the last is cut."""
     documents = load_documents(split)
     order = rng.permutation(len(documents))
     first = documents[order[0]].paragraphs
@@ -247,7 +247,7 @@ def _prose(rng: np.random.Generator, tokenizer: Tokenizer, budget: int, split: s
 
 
 def sentences(paragraph: str, limit: int = 240) -> list[str]:
-    """A paragraph in lines of whole sentences of about `limit` characters, so that depths are fine-grained."""
+    """Return a paragraph in lines of whole sentences of about `limit` characters, so that depths are fine-grained."""
     lines = [""]
     for sentence in paragraph.replace(". ", ".\n").split("\n"):
         if lines[-1] and len(lines[-1]) + len(sentence) > limit:
@@ -258,7 +258,7 @@ def sentences(paragraph: str, limit: int = 240) -> list[str]:
 
 
 def _cut(tokenizer: Tokenizer, line: str, budget: int) -> str:
-    """The longest run of whole leading words that fits `budget` with its line break."""
+    """Return the longest run of whole leading words that fits `budget` with its line break."""
     words = line.split(" ")
     low, high = 0, len(words)
     while low < high:
@@ -269,7 +269,7 @@ def _cut(tokenizer: Tokenizer, line: str, budget: int) -> str:
 
 
 def corpus(seed: int = 0, facts: int = 4000) -> list[str]:
-    """What the tokenizer is trained on: the train split's text, and planted sentences with their questions."""
+    """Return the text that the tokenizer is trained on: the train split, and planted sentences with their questions."""
     rng = np.random.default_rng(seed)
     planted = [f"{f.sentence}\n{f.question}" for f in make_facts(rng, facts, "train")]
     return [d.text for d in load_documents("train")] + planted

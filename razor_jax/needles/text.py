@@ -45,14 +45,14 @@ class Document:
 
 
 def load_documents(split: str) -> list[Document]:
-    """All documents of one split, in name order. Only `held_out` may be used for evaluation."""
+    """Return all documents of one split, in name order. Only `held_out` may be used for evaluation."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; use one of {', '.join(SPLITS)}")
     return [d for d in _all_documents() if d.split == split]
 
 
 def split_of(name: str) -> str:
-    """The split a document belongs to: a fixed hash of its name, one in five held out."""
+    """Return the split a document belongs to: a fixed hash of its name, one in five held out."""
     digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     return "held_out" if digest % 100 < HELD_OUT_PERCENT else "train"
 
@@ -71,7 +71,7 @@ def _all_documents() -> tuple[Document, ...]:
 
 
 def _raw_documents() -> Iterator[tuple[str, str]]:
-    """(name, text): the language reference's topics, then every library module's docstrings."""
+    """Yield (name, text): the language reference's topics, then the docstrings of every library module."""
     import pydoc_data.topics
 
     for name, text in sorted(pydoc_data.topics.topics.items()):
@@ -90,7 +90,7 @@ def _raw_documents() -> Iterator[tuple[str, str]]:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Prose paragraphs as single lines; code, tables, signatures and headings are left out."""
+    """Yield prose paragraphs as single lines, without code, tables, signatures and headings."""
     for block in re.split(r"\n\s*\n", text):
         line = " ".join(block.split())
         letters = sum(c.isalpha() or c == " " for c in line)
@@ -99,7 +99,7 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def extract() -> list[Document]:
-    """The corpus as the running interpreter would give it; documents under 400 characters are dropped."""
+    """Return the corpus as the running interpreter would give it; documents under 400 characters are dropped."""
     seen: set[str] = set()
     documents = []
     for name, text in _raw_documents():

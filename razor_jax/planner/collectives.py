@@ -36,7 +36,7 @@ class Collective(NamedTuple):
 
 
 def read(text: str) -> list[Collective]:
-    """The collectives of a program, `compiled.as_text()`, in the order of their bytes, most first.
+    """Return the collectives of a program, `compiled.as_text()`, in the order of their bytes, most first.
 
     Raises ValueError for a text that is none.
     """
@@ -67,7 +67,7 @@ def read(text: str) -> list[Collective]:
 
 
 def table(collectives: list[Collective]) -> str:
-    """For people: a line a kind, then the sums."""
+    """Return a table for people: one line per kind, then the sums."""
     lines = []
     for c in collectives:
         where = "  a turn of a loop" if c.in_loop else ""
@@ -77,7 +77,7 @@ def table(collectives: list[Collective]) -> str:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation of a program, and the name of the one that runs first."""
+    """Return the lines of each computation of a program, and the name of the one that runs first."""
     computations: dict[str, list[str]] = {}
     name = entry = ""
     for line in text.splitlines():
@@ -94,7 +94,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _bytes(match: re.Match[str]) -> int:
-    """Bytes of a result, an array or several."""
+    """Return the bytes of a result, an array or several."""
     arrays = [(int(bits or 8), shape) for _, bits, shape in _ARRAY.findall(match["type"])]
     if match["start"] and match["op"] != "all-reduce":
         # An operand and a result each, then scalars of the compiler's own.

@@ -98,7 +98,7 @@ def compile_step(job: Job, step: Step, timeout: float = 3600) -> Compiled:
 
 
 def needed_bytes(message: str) -> int | None:
-    """The bytes that a refusal says the program needs, None for another error."""
+    """Return the bytes that a refusal says the program needs, None for another error."""
     if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
         return None
     found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", message)
@@ -106,7 +106,7 @@ def needed_bytes(message: str) -> int | None:
 
 
 def _compile(job: Job, step: Step) -> Compiled:
-    """In this process, for devices that are not here."""
+    """Compile in this process, for devices that are not here."""
     started, version = time.perf_counter(), importlib.metadata.version("libtpu")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=job.hardware.name).devices
     mesh = sharding.make_mesh({"data": job.data, "model": job.model}, job.config.num_kv_heads, devices)
@@ -134,7 +134,7 @@ def _compile(job: Job, step: Step) -> Compiled:
 
 
 def _lower(job: Job, step: Step, mesh: Mesh) -> Any:
-    """The jitted step on shapes that lie where the arrays would, the cache donated."""
+    """Return the jitted step on shapes that lie where the arrays would, the cache donated."""
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32, at: NamedSharding = everywhere) -> jax.ShapeDtypeStruct:

@@ -62,7 +62,7 @@ class Hardware:
     hbm: int
 
     def describe(self) -> str:
-        """One line: how many devices, of how much, and why not of all of it."""
+        """Return one line: how many devices, of how much, and why not of all of it."""
         count = f"{self.devices} device{'s' if self.devices > 1 else ''}"
         if self.kind == "gpu":
             how = f"{GPU_SHARE:.0%} of the card (set XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE})"
@@ -72,7 +72,7 @@ class Hardware:
 
 
 def find_hardware(name: str) -> Hardware:
-    """A TPU topology such as v5e:4x4, or a GPU such as h100, h100:8 for eight of them.
+    """Return a TPU topology such as v5e:4x4, or a GPU such as h100, h100:8 for eight of them.
 
     Raises ValueError that lists the names there are.
     """
@@ -87,6 +87,6 @@ def find_hardware(name: str) -> Hardware:
 
 
 def topology_names() -> list[str]:
-    """Every name, by generation, for people."""
+    """Return every name, by generation, for people."""
     names = [f"{kind}:{' '.join(tpu.shapes)}" for kind, tpu in _TPUS.items()]
     return [f"a TPU is one of {', '.join(names)}", f"a GPU one of {', '.join(_GPUS)}, with :8 for eight of them"]

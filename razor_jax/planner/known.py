@@ -72,7 +72,7 @@ CONFIGS = {
 
 
 def find_config(model: str | os.PathLike[str]) -> ModelConfig:
-    """The shapes of a built-in model, or of a folder with a config.json; no weights are looked for.
+    """Return the shapes of a built-in model, or of a folder with a config.json; no weights are looked for.
 
     A built-in's id may lack its owner, and end as its chat models' do (-Instruct, -chat).
     Raises FileNotFoundError that lists the built-in ones, ValueError for a config.json that is not supported.
@@ -100,7 +100,7 @@ def find_config(model: str | os.PathLike[str]) -> ModelConfig:
 
 
 def _plain(name: str) -> str:
-    """A name without case and without what tells a base model from a chat model."""
+    """Return a name without case and without what tells a base model from a chat model."""
     name = name.lower().replace("meta-llama-", "llama-")
     for ending in ("-hf", "-base", "-instruct", "-chat"):
         name = name.removesuffix(ending)

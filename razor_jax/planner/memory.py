@@ -60,12 +60,12 @@ class Job:
         return "bfloat16" if self.weights == "int8" else self.weights
 
     def abstract_weights(self) -> Any:
-        """The weights as shapes."""
+        """Return the weights as shapes."""
         kernels = "int8" if self.weights == "int8" else None
         return abstract_weights(self.config, jnp.dtype(self.dtype), weights=kernels)
 
     def spec(self, mesh: Mesh) -> CacheSpec:
-        """Of the cache on that mesh, as `init_cache` would make it there."""
+        """Return the spec of the cache on that mesh, as `init_cache` would make it."""
         c, placement = self.config, MeshPlacement(mesh)
         # A mesh of one device counts as none, and then only this context says which device it is.
         with placement.inside():
@@ -83,7 +83,7 @@ class Memory:
     decode: int
 
     def of(self, step: str) -> int:
-        """While a step runs, "prefill" or "decode"."""
+        """Return the bytes while a step runs, "prefill" or "decode"."""
         return self.weights + self.kv + (self.prefill if step == "prefill" else self.decode)
 
     @property
@@ -104,7 +104,7 @@ class _Device:
 
 
 def stand_in_mesh(job: Job) -> Mesh:
-    """The job's mesh, of devices that stand in for those of its hardware."""
+    """Return the job's mesh, of devices that stand in for those of its hardware."""
     kind = job.hardware.device_kind
     devices = [_Device(index, job.hardware.kind, kind) for index in range(job.data * job.model)]
     grid = np.asarray(devices).reshape(job.data, job.model)
@@ -114,7 +114,7 @@ def stand_in_mesh(job: Job) -> Mesh:
 
 
 def memory(job: Job) -> Memory:
-    """What the job needs on each device.
+    """Return what the job needs on each device.
 
     Raises ValueError for a batch that does not divide over the mesh, or a layout that the split does not allow.
     """
@@ -131,7 +131,7 @@ def memory(job: Job) -> Memory:
 
 @functools.cache
 def _weight_bytes(config: ModelConfig, weights: str, data: int, model: int) -> int:
-    """Of a model as deep as it is: layers are alike, so one and two say what each of them adds."""
+    """Return the weight bytes per device of a model of this depth; two shallow models give the bytes per layer."""
     nowhere = Hardware("", "gpu", "", data * model, 1, 0)
 
     def of(layers: int) -> int:
@@ -144,15 +144,17 @@ def _weight_bytes(config: ModelConfig, weights: str, data: int, model: int) -> i
 
 
 def _decode(job: Job, rows: int) -> int:
-    """Temporaries of a decode step: logits, the widest activations, and a little in every layer."""
+    """Return temporaries of a decode step: logits, the widest activations, and a little in every layer."""
     c = job.config
     logits = rows * c.vocab_size * 8 // job.model
     return logits + c.num_layers * (800_000 + rows * 8 * c.hidden_size)
 
 
 def _prefill(job: Job, rows: int, mesh: Mesh, by_slot: bool) -> int:
-    """Temporaries of a call of `job.call` tokens: their hidden states, one layer's keys and values with what they go
-    through on the way into the cache, and one chunk's activations; what the compiler took, at several shapes."""
+    """Return temporaries of a call of `job.call` tokens: their hidden states, one layer's keys and values with what
+    they go through on the way into the cache, and one chunk's activations; what the compiler took, at several
+    shapes.
+    """
     c, size = job.config, jnp.dtype(job.dtype).itemsize
     tokens = -(-min(job.call, job.context) // CHUNK) * CHUNK
     heads, parts = mesh.shape[sharding.HEADS], mesh.shape[sharding.ROWS]
@@ -170,12 +172,14 @@ def _prefill(job: Job, rows: int, mesh: Mesh, by_slot: bool) -> int:
 
 
 def largest_batch(job: Job) -> int:
-    """The most rows of the job's context that fit, in multiples of the mesh's data axis; 0 if not even the first."""
+    """Return the most rows of the job's context that fit, in multiples of the mesh's data axis; 0 if not even the
+    first.
+    """
     return job.data * _most(MOST_ROWS, lambda n: _fits(dataclasses.replace(job, batch=n * job.data)))
 
 
 def largest_context(job: Job) -> int:
-    """The most tokens that the job's rows can hold each, 0 if not even one; exact prefill stays exact."""
+    """Return the most tokens that the job's rows can hold each, 0 if not even one; exact prefill stays exact."""
 
     def fits(tokens: int) -> bool:
         call = tokens if job.call >= job.context else job.call
@@ -189,5 +193,5 @@ def _fits(job: Job) -> bool:
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest n of 1..limit that fits, 0 if none does; more never fits where less does not."""
+    """Return the largest n of 1..limit that fits, 0 if none does; more never fits where less does not."""
     return bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not fits(n))

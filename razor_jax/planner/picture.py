@@ -13,7 +13,7 @@ _PARTS = (("weights", "0.35", ""), ("KV cache", "0.65", ""), ("temporaries", "wh
 
 
 def draw(plan: Plan, file: Path) -> Path:
-    """Stacked bars of GiB on one device, a bar a policy, against the memory that there is; returns the path.
+    """Draw stacked bars of GiB on one device, one bar per policy, against the device's memory; return the path.
 
     Raises ModuleNotFoundError, with the command that installs it, where matplotlib is missing.
     """
@@ -39,5 +39,5 @@ def draw(plan: Plan, file: Path) -> Path:
 
 
 def _parts(row) -> tuple[int, int, int]:
-    """Bytes of weights, cache and what is above them, which together are what the row needs."""
+    """Return the bytes of weights, cache and what is above them, which together are what the row needs."""
     return row.memory.weights, row.memory.kv, max(0, row.needed - row.memory.weights - row.memory.kv)

@@ -48,13 +48,13 @@ class Row:
         return self.headroom >= 0 and not any(step.refused for step in self.compiled.values())
 
     def error(self, step: Step) -> float | None:
-        """The compiler's bytes over the arithmetic's, less 1; None where it was not asked."""
+        """Return the compiler's bytes over the arithmetic's, less 1; None where it was not asked."""
         if step not in self.compiled:
             return None
         return self.compiled[step].needed / self.memory.of(step) - 1
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; bytes are those of one device."""
+        """Return all fields, for JSON; bytes are per device."""
         return {
             "cache": self.cache,
             "setting": self.job.razor.describe() if self.job.razor else "dense",
@@ -104,7 +104,7 @@ class Plan:
 
 
 def policies(razor: RazorConfig | None, split: HeadSplit | None) -> list[tuple[str, RazorConfig | None]]:
-    """Dense beside Razor: in its own type, and in int8 where none was named."""
+    """Return dense beside Razor: in its own type, and in int8 where none was named."""
     rows: list[tuple[str, RazorConfig | None]] = [("dense", None)]
     if razor is None or split is None:
         return rows
@@ -120,7 +120,7 @@ def make_plan(
     compiled: Sequence[Step] = (),
     progress: Callable[[str], None] = lambda words: None,
 ) -> Plan:
-    """Every policy that goes with the job, dense first; the steps `compiled` of each by the compiler as well.
+    """Return every policy that goes with the job, dense first; the steps `compiled` of each by the compiler as well.
 
     Raises as `memory` and `compile_step`.
     """
@@ -137,8 +137,9 @@ def make_plan(
 
 
 def layouts(job: Job) -> dict[str, int]:
-    """KV bytes on each device by either layout of the cache, by head for the split as `balanced` makes it; only by
-    those that model and split allow."""
+    """Return the KV bytes on each device by layout; by head for the split that `balanced` makes, only by slot where it
+    makes none.
+    """
     if job.model == 1 or job.razor is None:
         return {}
     found = {"slot": memory(dataclasses.replace(job, layout="slot")).kv}
@@ -149,8 +150,9 @@ def layouts(job: Job) -> dict[str, int]:
 
 
 def default_split(config: ModelConfig, share: float | None = None) -> HeadSplit:
-    """As many retrieval heads as `select()` would choose, or a share of all, spread evenly over the layers: for a model
-    whose weights nobody has looked at. Bytes depend on the numbers alone."""
+    """Make a split of as many heads as `select()` would choose, or a share of all, spread evenly over the layers, for a
+    model whose weights are not at hand.
+    """
     total = config.num_layers * config.num_kv_heads
     shares = PAPER_SHARES if config.group_size == 1 else GROUPED_SHARES
     wanted = head_count(share, total) if share is not None else sum(head_count(part, total) for part in shares)
@@ -163,7 +165,7 @@ def default_split(config: ModelConfig, share: float | None = None) -> HeadSplit:
 
 
 def why_not_by_head(split: HeadSplit, devices: int) -> str | None:
-    """Why no split like this one goes by head over so many devices; None where `balanced` makes one that does."""
+    """Return why no split of this kind divides by head over `devices`; None where `balanced` makes one that does."""
     if split.num_kv_heads % devices:
         return f"they do not divide the {split.num_kv_heads} KV heads of a layer"
     groups = {len(group.heads) for layer in range(split.num_layers) for group in split.groups(layer)}
@@ -174,8 +176,8 @@ def why_not_by_head(split: HeadSplit, devices: int) -> str | None:
 
 
 def balanced(split: HeadSplit, devices: int) -> HeadSplit:
-    """The split with each layer's count rounded up to a multiple of `devices`, as `select(balanced_over=)` does; one
-    with scopes as it is, where they divide.
+    """Return the split with each layer's count rounded up to a multiple of `devices`, as `select(balanced_over=)` does;
+    one with scopes as it is, where they divide.
 
     Raises ValueError where no such split goes by head.
     """

@@ -24,19 +24,19 @@ _TEXTS += ("chat_template.jinja", "special_tokens_map.json", "razor_model.json",
 
 
 def versions() -> dict[str, str]:
-    """What this process runs."""
+    """Return the versions that this process runs."""
     return {"razor_jax": razor_jax.__version__, "jax": jax.__version__, "platform": jax.default_backend()}
 
 
 def describe(model: Path) -> dict[str, str]:
-    """Digests of a model's files, by name."""
+    """Return digests of a model's files, by name."""
     texts = [model / name for name in _TEXTS if (model / name).is_file()]
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in texts}
     return digests | {"weights": fingerprint(model)}
 
 
 def heads_file(path: str) -> str:
-    """Digest of a razor.json that was named by its path."""
+    """Return the digest of a razor.json that was named by its path."""
     file = Path(path).expanduser()
     file = file / store.NAME if file.is_dir() else file
     # Where it lacks everywhere, `load` says so.
@@ -44,12 +44,14 @@ def heads_file(path: str) -> str:
 
 
 def as_text(options: Mapping[str, Any]) -> dict[str, str]:
-    """Command line options, by name."""
+    """Return command line options as text, by name."""
     return {f"--{name.replace('_', '-')}": json.dumps(value) for name, value in options.items()}
 
 
 def fingerprint(model: Path) -> str:
-    """SHA-256 of names, sizes and samples of the weight files; a change that misses every sample goes unseen."""
+    """Return the SHA-256 of names, sizes and samples of the weight files; a change that misses every sample goes
+    unseen.
+    """
     digest = hashlib.sha256()
     for file in sorted(path for path in model.rglob("*") if path.is_file() and path.name not in _TEXTS):
         if file.suffix == ".safetensors" or "weights" in file.relative_to(model).parts:

@@ -84,7 +84,7 @@ def serve(
 
 @contextlib.contextmanager
 def _alone(output: Path) -> Iterator[None]:
-    """No other run writes to the file meanwhile; the lock goes with the process, however that ends."""
+    """Lock the file against other runs; the lock ends with the process, however that ends."""
     import fcntl  # Windows has none, and every command imports this file
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ class _Work:
         return [self._done, self._total]
 
     def task(self) -> dict[str, Any] | None:
-        """The next batch with an answer missing."""
+        """Return the next batch with an answer missing."""
         while self._at < len(self._batches):
             items = self._batches[self._at]
             if any(self._missing(item) for item in items):
@@ -163,7 +163,7 @@ class _Work:
 
 
 def read(path: Path, max_new_tokens: int) -> list[Item]:
-    """The prompts of a file; raises ValueError that names the line, what is wrong and what is allowed."""
+    """Return the prompts of a file; raises ValueError that names the line, what is wrong and what is allowed."""
     items: dict[str | int, Item] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():

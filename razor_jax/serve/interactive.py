@@ -36,7 +36,7 @@ def _read(lines: Iterable[str], inbox: queue.Queue[str | ValueError]) -> None:
 
 
 def _next(inbox: queue.Queue[str | ValueError], tick: float) -> dict[str, str]:
-    """The next line; nothing where none came in time."""
+    """Return the next line; nothing where none came in time."""
     try:
         line = inbox.get(timeout=tick)
     except queue.Empty:

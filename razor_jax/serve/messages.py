@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 
 def shared(make: Callable[[], Any]) -> Any:
-    """What `make` returns on process 0, the only one that calls it, on every process; JSON values.
+    """Call `make` on process 0 and return its JSON values on every process.
 
     Raises, on every process, the ValueError or OSError that it raises.
     """

@@ -69,7 +69,7 @@ class Chat:
         seed: int = 0,
         stop: str | Sequence[str] = (),
     ) -> Result:
-        """One turn: the user's text in, the answer's `Result` out. Errors leave the conversation as it was."""
+        """Return one turn: the user's text in, the answer's `Result` out. Errors leave the conversation as it was."""
         result = None
         for piece in self.stream(text, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop):
             result = piece.result
@@ -85,7 +85,7 @@ class Chat:
         seed: int = 0,
         stop: str | Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """`send`, piece by piece. Leaving the loop early keeps the part of the answer that was generated."""
+        """Run `send`, piece by piece. Leaving the loop early keeps the part of the answer that was generated."""
         messages = [*self.messages, {"role": "user", "content": text}]
         new = self._new_tokens(messages)
         # A conversation that lost its cache is read again.
@@ -123,7 +123,7 @@ class Chat:
                 self.messages = [*messages, {"role": "assistant", "content": row.text}]
 
     def _new_tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        """What this turn adds to the tokens so far."""
+        """Return the tokens that this turn adds."""
         assets = self._params.assets
         if assets is None:
             raise ValueError("these params carry no tokenizer and no chat template: chat needs both")

@@ -86,7 +86,7 @@ def prefill(
 def read_prompt(
     params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array, chunk: int | None, *, fresh: bool
 ) -> tuple[jax.Array, KVCache]:
-    """Exact prefill in one call, or streaming prefill by calls of `chunk` tokens inside one loop."""
+    """Run exact prefill in one call, or streaming prefill by calls of `chunk` tokens inside one loop."""
     T = tokens.shape[1]
     if chunk is None or chunk >= T:
         logits, cache = extend_known(params, cache, tokens, lengths, "last", fresh=fresh)
@@ -117,7 +117,7 @@ def decode_block(
     *,
     keep: bool,
 ) -> tuple[LoopState, jax.Array, LoopState | None]:
-    """Up to `steps` ≤ BLOCK decode steps; rows freeze at a stop token or after `limit` [B] tokens.
+    """Return up to `steps` ≤ BLOCK decode steps; rows freeze at a stop token or after `limit` [B] tokens.
 
     Returns the state, the new tokens int32 [B, BLOCK] (row b's are the first count' - count), and with
     `keep` a state to go back to: everything that a longer sequence would overwrite.
@@ -149,19 +149,21 @@ def decode_block(
 
 
 def _placed(state: LoopState) -> LoopState:
-    """The state where the host and the next call want it: a constraint in a loop's body does not bind its result."""
+    """Return the state where the host and the next call want it: a constraint in a loop's body does not bind its
+    result.
+    """
     placement = placement_of(state.cache.spec)
     small = {name: placement.replicated(getattr(state, name)) for name in ("token", "count", "done")}
     return state.replace(**small, cache=placement.pin_cache(state.cache))
 
 
 def rewind(state: LoopState, saved: LoopState) -> LoopState:
-    """`saved` as it was: folding cannot be undone, so the windowed groups are the copies."""
+    """Return `saved` as it was: folding cannot be undone, so the windowed groups are the copies."""
     return saved.replace(cache=kv.rollback(state.cache, saved.cache))
 
 
 def _choose(state: LoopState, cache: KVCache, logits, stop_ids, limit, sampling: Sampling) -> LoopState:
-    """Each live row's next token; the others keep what they have."""
+    """Return each live row's next token; the others keep what they have."""
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
     token = jnp.where(state.done, state.token, sample(sampling, logits, keys, state.seen))
     count = state.count + ~state.done

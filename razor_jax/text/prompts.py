@@ -27,7 +27,7 @@ class Prompts:
 
 
 def read(params: Params, prompt: Any, *, continues: bool = False, what: str = "prompt") -> Prompts:
-    """A string, list of strings, chat-message list, list of those, or token array(s), checked.
+    """Return a string, list of strings, chat-message list, list of those, or token array(s), checked.
 
     `continues`: the text follows a cached document, so it gets no beginning-of-text token.
     Raises ValueError or TypeError that names the prompt and the fix.
@@ -48,7 +48,7 @@ def read(params: Params, prompt: Any, *, continues: bool = False, what: str = "p
 
 
 def pad(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded int32 [B, length] and the valid lengths int32 [B]."""
+    """Pad rows on the right: int32 [B, length], and the valid lengths int32 [B]."""
     tokens = np.zeros((len(rows), length), np.int32)
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = row
@@ -56,7 +56,7 @@ def pad(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndar
 
 
 def prompt_bucket(tokens: int) -> int:
-    """Padded prompt length: 16, 64, then powers of two from 256. Padding is memory; it costs no time."""
+    """Return padded prompt length: 16, 64, then powers of two from 256. Padding is memory; it costs no time."""
     for small in (16, 64):
         if tokens <= small:
             return small
@@ -64,14 +64,14 @@ def prompt_bucket(tokens: int) -> int:
 
 
 def capacity_bucket(tokens: int) -> int:
-    """Cache capacity on a ladder from 64: two rungs an octave, eight from 512 on, where slack is real memory."""
+    """Return cache capacity on a ladder from 64: two rungs an octave, eight from 512 on, where slack is real memory."""
     power = max(64, 1 << (tokens - 1).bit_length())
     rung = power // 16 if power > 512 else power // 4
     return max(64, -(-tokens // rung) * rung)
 
 
 def warn_beyond_trained(config: ModelConfig, tokens: int) -> None:
-    """One warning, with both numbers, where positions pass what the checkpoint was trained for."""
+    """Warn once, with both numbers, where positions pass what the checkpoint was trained for."""
     if tokens > config.max_position_embeddings:
         warnings.warn(
             f"{tokens:,} tokens go beyond the {config.max_position_embeddings:,} positions that this checkpoint "
@@ -81,7 +81,7 @@ def warn_beyond_trained(config: ModelConfig, tokens: int) -> None:
 
 
 def _items(prompt: Any, what: str) -> tuple[bool, list[Any]]:
-    """Whether it is one prompt, and the list of prompts."""
+    """Return whether it is one prompt, and the list of prompts."""
     if isinstance(prompt, str) or _is_chat(prompt):
         return True, [prompt]
     if hasattr(prompt, "ndim"):

@@ -73,7 +73,7 @@ class Assets:
 
     @classmethod
     def read(cls, directory: str | pathlib.Path) -> Assets:
-        """The assets of a Hugging Face model folder. Files that are not there are simply missing.
+        """Return the assets of a Hugging Face model folder. Files that are not there are simply missing.
 
         As in transformers, chat_template.jinja wins over the template in tokenizer_config.json,
         generation_config.json over config.json, and tokenizer.json alone says whether a text gets a BOS
@@ -134,7 +134,7 @@ class Assets:
         return self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of a text; `add_special` adds what the checkpoint's post-processor adds, such as BOS."""
+        """Return token ids of a text; `add_special` adds what the checkpoint's post-processor adds, such as BOS."""
         try:
             return self._backend.encode(text, add_special_tokens=add_special).ids
         except TypeError as error:
@@ -144,7 +144,7 @@ class Assets:
             ) from error
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of token ids, without special tokens by default."""
+        """Return text of token ids, without special tokens by default."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def apply_chat(
@@ -153,7 +153,7 @@ class Assets:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Prompt text of a conversation by the checkpoint's chat template.
+        """Return prompt text of a conversation by the checkpoint's chat template.
 
         The template writes its own BOS: encode the result with `add_special=False`. `variables` are more
         names that the template reads, such as `enable_thinking`. Raises ValueError as `chat_template.render`.
@@ -198,7 +198,7 @@ class Detokenizer:
         self._context = 0  # how many of them have been returned as text
 
     def push(self, ids: Iterable[int]) -> str:
-        """Text that these tokens complete, perhaps ""."""
+        """Return text that these tokens complete, perhaps ""."""
         # what decoding drops must not stand between a token and its left neighbour
         printable = [int(i) for i in ids if _printable(self._assets, int(i))]
         self._window += printable
@@ -210,11 +210,11 @@ class Detokenizer:
         return self._take(self._cut(pending)) if pending > MAX_PENDING else ""
 
     def flush(self) -> str:
-        """What is held back, at the end of the sequence."""
+        """Return the text held back, at the end of the sequence."""
         return self._take(len(self._window) - self._context)
 
     def _take(self, count: int) -> str:
-        """Text of the next `count` tokens, decoded behind those before them."""
+        """Return text of the next `count` tokens, decoded behind those before them."""
         before = self._assets.decode(self._window[: self._context])
         end = self._context + count
         text = self._assets.decode(self._window[:end])
@@ -225,7 +225,7 @@ class Detokenizer:
         return text[len(before) :]
 
     def _cut(self, pending: int) -> int:
-        """Pending tokens that no later byte can change, in a stream of bytes that are not UTF-8.
+        """Count the pending tokens that no later byte can change, in a stream of bytes that are not UTF-8.
 
         Where both sides of a place decode as they do together, and a whole character lies behind it, no
         character crosses the place. Of any four neighbouring places one is such.
@@ -239,7 +239,7 @@ class Detokenizer:
 
 
 def find_stop(text: str, stops: Sequence[str], start: int = 0) -> tuple[int | None, int]:
-    """Where the first of `stops` to be complete begins in text (or None), and how much text is safe to show.
+    """Return where the first of `stops` to be complete begins in text (or None), and how much text is safe to show.
 
     Safe is everything before that place, or else everything but an end that may grow into a stop string.
     Only text from character `start` on is searched: what was safe before. The answer does not depend on
@@ -278,14 +278,14 @@ def _printable(assets: Assets, token: int) -> bool:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Named special tokens, which are written as a string or as a dictionary with `content`."""
+    """Read named special tokens, written as a string or as a dictionary with `content`."""
     values = {name: config.get(name) for name in SPECIAL_NAMES}
     contents = {name: value["content"] if isinstance(value, Mapping) else value for name, value in values.items()}
     return tuple((name, str(content)) for name, content in contents.items() if content is not None)
 
 
 def _default_template(template: Any) -> str | None:
-    """The template of a conversation, where there may be several by name."""
+    """Return the template of a conversation, where there may be several by name."""
     if isinstance(template, list):
         template = {each["name"]: each["template"] for each in template}
     if isinstance(template, Mapping):
@@ -294,7 +294,7 @@ def _default_template(template: Any) -> str | None:
 
 
 def _first_of(places: Iterable[Mapping[str, Any]], key: str, assets: Assets) -> tuple[int, ...]:
-    """Token ids under `key` in the first place that has any, else of the tokenizer's own token."""
+    """Return token ids under `key` in the first place that has any, else of the tokenizer's own token."""
     for place in places:
         if (value := place.get(key)) is not None:
             ids = value if isinstance(value, list) else [value]

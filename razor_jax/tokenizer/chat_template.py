@@ -21,7 +21,7 @@ Message = Mapping[str, Any]  # role, content, and what else the template reads
 def render(
     template: str, messages: Sequence[Message], variables: Mapping[str, Any], *, source: str = "chat template"
 ) -> str:
-    """Text of a conversation: `template` rendered with `messages` and `variables`.
+    """Return text of a conversation: `template` rendered with `messages` and `variables`.
 
     `variables` are the special tokens (`bos_token`, …), `add_generation_prompt` and whatever else the
     template reads. Raises ValueError with the template's own message, its line and `source`, the file that
@@ -42,7 +42,7 @@ def render(
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The conversation as plain JSON data, which is all that a template may see. Raises ValueError.
+    """Return the conversation as plain JSON data, which is all that a template may see. Raises ValueError.
 
     A message has a `role` and a `content`: a string or a list of `{"type": "text", "text": …}`. Content may
     be missing where the message carries `tool_calls`.
@@ -107,7 +107,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """transformers' `tojson`: jinja's own escapes HTML, which a prompt must not."""
+    """Return transformers' `tojson`: jinja's own escapes HTML, which a prompt must not."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -116,7 +116,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _line(error: BaseException) -> int:
-    """Line of the template where it failed, 0 if unknown."""
+    """Return the line of the template where it failed, 0 if unknown."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((frame.lineno or 0 for frame in reversed(frames) if frame.filename == "<template>"), 0)
 
