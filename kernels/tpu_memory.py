@@ -1,4 +1,4 @@
-"""Where a kernel's operands lie on TPU."""
+"""Memory spaces of a kernel's operands on TPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 
 def keep_in_hbm(x: jax.Array | None, interpret: Any) -> jax.Array | None:
-    """Return a cache, kept in HBM: the compiler may else move all of it to fast memory, and back where it is written.
+    """Pin a cache to HBM; otherwise the compiler may stage all of it through VMEM.
 
     Kernels load the blocks that they need themselves, and `memory_analysis` does not count such a copy. Only for
     operands of a `pallas_call` under jit; the interpreter has one memory, and refuses the word.

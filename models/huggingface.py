@@ -1,6 +1,6 @@
 """What Hugging Face checkpoints of all families have in common: field spellings, tensor names.
 
-`config.json` is read as transformers 4 and 5 write it, with transformers' own defaults for what a file
+`config.json` is read as transformers 4 and 5 write it, with transformers' defaults for what a file
 leaves out. A field that would change the arithmetic in a way that `transformer.py` does not know is
 refused by name, never ignored.
 """
@@ -187,7 +187,7 @@ def decoder(
 
 
 def refuse_window(hf: Mapping[str, Any], window: int | None) -> None:
-    """Refuse a sliding window that would hide tokens within the model's own context.
+    """Refuse a sliding window that would hide tokens within the model's context.
 
     Such a model never learned to look farther, which heads that keep everything would make it do.
     """

@@ -25,7 +25,7 @@ _CONTRACTED = {"o": 3}
 
 
 class Linear(nn.Module):
-    """y = einsum(x, kernel) + bias; the kernel is int8 where a `scale` lies beside it.
+    """y = einsum(x, kernel) + bias; the kernel is int8 where it has a `scale`.
 
     Attributes:
       shape: of the kernel, contracted dimensions first.

@@ -43,7 +43,7 @@ def fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _sliding_layers(hf: Mapping[str, Any]) -> bool:
-    """Return whether any layer slides: as `layer_types` says, else every layer from `max_window_layers` on."""
+    """Return whether any layer slides: by `layer_types`, otherwise every layer from `max_window_layers` on."""
     if hf.get("layer_types"):
         return "sliding_attention" in hf["layer_types"]
     return hf["max_window_layers"] < (hf.get("num_hidden_layers") or 0)

@@ -29,12 +29,12 @@ class RazorConfig:
 
     Attributes:
       sinks: N0, first tokens that every windowed head keeps.
-      window: W, newest tokens kept; None for the paper's rule, by each row's own prompt.
+      window: W, newest tokens kept; None for the paper's rule, by each row's prompt.
       min_window, window_divisor: the rule's constants, max(min_window, prompt // window_divisor).
       compensation: keep the mean of the dropped keys and values as one token of weight n.
-      kv_dtype: cache type, None for the weights' own. "int8" keeps a float32 scale a token and head, "fp8" (e4m3)
+      kv_dtype: cache type, None for the weights' type. "int8" keeps a float32 scale per token and head, "fp8" (e4m3)
         none.
-      windowed_kv_dtype: the windowed heads' own, None for `kv_dtype`.
+      windowed_kv_dtype: cache type of the windowed heads, None for `kv_dtype`.
       prefill_chunk: None for exact prefill (every head sees the whole prompt, the cache is compressed
         as it is written); a number of tokens for streaming prefill, a stated approximation that
         attends to the compressed cache between chunks.

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, from one process or from many that share a file system."""
+"""Atomic writes of files and folders, from one process or from many that share a file system."""
 
 from __future__ import annotations
 

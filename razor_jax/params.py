@@ -1,8 +1,8 @@
 """Everything a call needs in one pytree: weights, and the static facts about them.
 
-Weights are held with each layer's retrieval heads first, so that the two head groups are static slices
+Weights have each layer's retrieval heads first, so that the two head groups are static slices
 at run time and never gathers. Nobody sees it: splits, scores and saved checkpoints are in the
-checkpoint's own order, and `with_heads(params, None)` gives it back.
+checkpoint's order, and `with_heads(params, None)` restores it.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _samples(maps: Sequence[Mapping[str, jax.Array]], where: NamedSharding | Non
 
 
 def _permutation(now: tuple[int, ...], target: tuple[int, ...]) -> np.ndarray | None:
-    """Return indices that bring heads held as `now` into the order `target`; None where nothing moves."""
+    """Return indices that bring heads from the order `now` into `target`; None where nothing moves."""
     if now == target:
         return None
     place = {head: index for index, head in enumerate(now)}

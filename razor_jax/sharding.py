@@ -1,4 +1,4 @@
-"""Meshes, and where arrays lie on them.
+"""Meshes, and the shardings of arrays on them.
 
 A user's mesh has the axes `data` (rows of the batch) and `model` (everything else). Inside, `model` is two axes,
 `heads` times `rows`: as many devices as divide the KV heads take whole heads, and where there are more devices
@@ -48,7 +48,7 @@ def make_mesh(mesh: MeshLike, num_kv_heads: int, devices: Sequence[Any] | None =
       mesh: "data=2,model=4", the same as a mapping, or a jax Mesh of the axes data and model, in that order.
       devices: what the axes are laid over, all devices of all processes by default.
 
-    On TPUs the axes follow the chips' own rings and grid, as far as jax knows a way.
+    On TPUs the axes follow the chips' rings and grid where JAX can arrange it.
 
     Raises ValueError where the axes do not take all of the devices.
     """
@@ -115,10 +115,10 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(place, tree)
 
 
-# Where a weight lies: its path, and the dimensions that mesh axes split, best choice first. A choice counts where
+# Sharding of a weight: its path, and the dimensions that mesh axes split, best choice first. A choice counts where
 # all of its dimensions divide; where none does, every device holds the whole weight. Keys and values are not split
 # over `rows`: they are 2 % of a 70B (0.17 GiB a chip on 16), and partial sums would have to meet in every layer.
-# An int8 kernel's scales and its bias lie as its outputs do.
+# An int8 kernel's scales and its bias are sharded as its outputs are.
 _Spec = tuple[str | tuple[str, ...] | None, ...]
 WEIGHT_RULES: tuple[tuple[str, tuple[_Spec, ...]], ...] = (
     (r"q/kernel", ((None, HEADS, ROWS, None), (ROWS, HEADS), (None, HEADS))),  # [D, K, G, H]
@@ -136,7 +136,7 @@ WEIGHT_RULES: tuple[tuple[str, tuple[_Spec, ...]], ...] = (
 
 
 def weight_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Return where a weight lies on a mesh (data, heads, rows); `path` is its keys joined by "/"."""
+    """Return the PartitionSpec of a weight on a mesh (data, heads, rows); `path` is its keys joined by "/"."""
     for pattern, choices in WEIGHT_RULES:
         if re.search(rf"(^|/){pattern}$", path):
             for choice in choices:

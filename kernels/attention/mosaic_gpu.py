@@ -8,11 +8,11 @@ memory accelerator; two consume them with tensor cores, whose smallest tile is 6
 
 How far a program's query rows see is two numbers: slots [0, full) are seen by all of them and need no mask, slots
 from `end` on by none and are not loaded. `splits` programs share the slots of a row in equal parts of its real
-length, and XLA merges their sums and the initial state. Caches [B, K, S, H] are read where they lie.
+length, and XLA merges their sums and the initial state. Caches [B, K, S, H] are read in place.
 
 What is known. The interpreter of JAX 0.12.0 runs the whole kernel (ring, barriers, masks, sums), with NaN in all
 that must not be read and its race detector on, and agrees with float64; that of 0.10.2 does with the product of q
-and K replaced, for it lacks transposed operands. The compiler takes it to SASS for sm_90a without spills. No GPU has
+and K replaced, because it lacks transposed operands. It compiles to SASS for sm_90a without spills. No GPU has
 run it: no interpreter shows memory fences, the order of asynchronous copies and products, or what an address past
 the end of an array does. Until a GPU has run it, it is for whoever asks for it by name.
 """

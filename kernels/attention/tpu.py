@@ -11,7 +11,7 @@ so that a length, a causal diagonal and their combination are the same three kin
 over the end of S is filled by Pallas with anything at all, which the masks must and do keep out.
 
 An int8 or float8 cache meets bfloat16 queries in a product of mixed types, and scales touch rows of logits and of
-weights, never tiles. With a block table a page is a block, and the index map looks up where it lies.
+weights, never tiles. With a block table a page is a block, and the index map looks it up.
 
 A cache [B, K, S, H] is read where it lies, never copied. On TPU the compiler lays one with H = 128 out row by
 row, and one with H = 64 slot by slot, as if it were [B, K, H, S]: rows of 64 would fill half of every tile.
@@ -38,7 +38,7 @@ from .state import NEG, State
 
 _LANES = 128
 _HEAD_WIDTHS = (64, 128)
-# Up to so many query rows the loads of K and V are the cost, and a step must be long enough to hide its own
+# Up to this many query rows the loads of K and V are the cost, and a step must be long enough to hide its
 # overhead; above, the arithmetic is, and a step is a tile of logits in fast memory. By the compiler's own
 # schedule, 512 × 1,024 needs a third less time for a logit than 512 × 512; 256 rows would load K and V twice
 # as often, which v5e cannot hide. The same schedule gives the parts of a tile (see `_fold`): 2 × 256 rows take
@@ -136,7 +136,7 @@ def _run(call: _Static, part: Part, start: jax.Array, blocks: Blocks | None):
     if blocks is None:
         blocks = choose_blocks(R, S, H, itemsize, None if table is None else k.shape[2])
     lengths = jnp.clip(lengths.astype(jnp.int32), 0, S)
-    across = H < _LANES  # slots lie along the lanes
+    across = H < _LANES  # slots along the lanes
     if across:
         k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
     reach = functools.partial(_reach, call, blocks.rows, R)
@@ -180,7 +180,7 @@ def _run(call: _Static, part: Part, start: jax.Array, blocks: Blocks | None):
 def _check_page(pool, itemsize: int) -> None:
     """Refuse pages of a pool [P,K,page,H] that are no whole tiles, or that fast memory cannot hold twice over."""
     page, H = pool.shape[2:]
-    # Scales, and a cache of narrow heads, lie along the lanes; else a tile is 32 bytes of one column.
+    # Scales, and a cache of narrow heads, are along the lanes; otherwise a tile is 32 bytes of one column.
     tile = _LANES if H < _LANES or pool.dtype == INT8 else 32 // pool.dtype.itemsize
     longest = 2 * _BYTES_FEW_ROWS // (_LANES * max(itemsize, 2))  # nor the logits of 128 rows, if a slot is small
     if page % tile or page > longest:

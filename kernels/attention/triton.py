@@ -9,7 +9,7 @@ rows sees is two numbers, `full` and `end`:
 
 so that a length, a causal diagonal and their combination are the same three kinds of step. A few query rows (decode)
 are too few programs for the chip: then `splits` of them share the slots of a row, in equal parts of its real length,
-and a second kernel merges their states. Caches [B, K, S, H] are read where they lie. Masked slots are not loaded, so S
+and a second kernel merges their states. Caches [B, K, S, H] are read in place. Masked slots are not loaded, so S
 is a multiple of nothing.
 
 Pallas-Triton is deprecated since JAX 0.11. Whatever needs it is in this file, and without it `unsupported` says so.

@@ -12,7 +12,7 @@ class GroupArrays(NamedTuple):
 
     Attributes:
       k, v: [B, K, S, H] in the cache's type.
-      k_scale, v_scale: float32 [B, K, 1, S] of an int8 cache, else None.
+      k_scale, v_scale: float32 [B, K, 1, S] of an int8 cache, or None.
       k_mean, v_mean: float32 [B, K, 1, H] over the dropped tokens, unread while none is dropped; None where a group
         has no compensation token.
     """

@@ -24,12 +24,12 @@ def write(
 ) -> GroupArrays:
     """Return the group with tokens 0 … counts[b]-1 of `new` appended to row b, which has seen lengths[b] tokens.
 
-    Position p of a full group goes to slot p; of a windowed one to slot p below N0, else to slot
+    Position p of a full group goes to slot p; of a windowed group to slot p below N0, otherwise to slot
     N0 + (p - N0) mod W_b, and what it evicts joins the means. Donated arrays are written in place.
 
     Args:
       held: the group, [B,K,S,H].
-      new: T tokens in the cache's own type, [B,K,T,H] and scales [B,K,1,T]; no means.
+      new: T tokens in the cache's type, [B,K,T,H] and scales [B,K,1,T]; no means.
       lengths, counts: int32 [B]; a row of count 0 stays bit-identical.
       window: int32 [B], W of each row; None for a group that keeps every token.
       sinks: N0, an int or, where it is known at run time only, an int32 scalar.

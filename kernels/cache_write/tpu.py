@@ -1,4 +1,4 @@
-"""Cache writes as Pallas TPU kernels: in place, whole tiles at a time, nothing else of the cache touched.
+"""Cache writes as Pallas TPU kernels: in place, whole tiles at a time, the rest of the cache untouched.
 
 The smallest piece of TPU memory that can be written is a tile, and a token is one line of it, so both kernels
 read tiles, change lines and write them back over themselves (`input_output_aliases`):
@@ -8,7 +8,7 @@ read tiles, change lines and write them back over themselves (`input_output_alia
 
 Means are folded by XLA, from the line that came back or by sums over what leaves, exactly as the reference does.
 
-Slots lie along the sublanes of a tile for H = 128, and along its lanes for H = 64, where the compiler keeps
+Slots are along the sublanes of a tile for H = 128, and along its lanes for H = 64, where the compiler keeps
 [B,K,S,64] as if it were [B,K,64,S] (see `kernels/attention/tpu.py`), and for scales [B,K,1,S].
 """
 
@@ -34,7 +34,7 @@ from .xla import ordered_after
 _LANES = 128
 _HEAD_WIDTHS = (64, 128)
 _TYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"), *EIGHT_BIT)
-_LONGEST = 1024  # slots a step of a chunk: some hundred KiB of each array, which hides a step's own cost
+_LONGEST = 1024  # Slots per step of a chunk: some hundred KiB of each array, which hides the cost of a step.
 
 
 def unsupported(held: GroupArrays) -> str | None:
@@ -78,7 +78,7 @@ def _write(
     return _write_chunk(held, new, lengths, counts, window, sinks, block, interpret)
 
 
-# jit of its own: `stay` is no word outside of one.
+# Jitted here because memory-space constraints are only valid under jit.
 _compiled = jax.jit(_write, static_argnames=("sinks", "block", "interpret"))
 _compiled_for_any_sinks = jax.jit(_write, static_argnames=("block", "interpret"))
 

@@ -2,7 +2,7 @@
 
 A full group holds position p in slot p. A windowed one holds `sinks` first tokens and a ring:
 
-    position p < N0 in slot p, else in slot N0 + (p - N0) mod W_b;   n = max(0, length - N0 - W_b) dropped
+    position p < N0 in slot p, otherwise in slot N0 + (p - N0) mod W_b;   n = max(0, length - N0 - W_b) dropped
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def write(
 
     Args:
       held: the group, [B,K,S,H].
-      new: T tokens in the cache's own type, [B,K,T,H] and scales [B,K,1,T]; no means.
+      new: T tokens in the cache's type, [B,K,T,H] and scales [B,K,1,T]; no means.
       lengths, counts: int32 [B]; a row of count 0 stays bit-identical.
       window: int32 [B], W of each row; None for a group that keeps every token.
       sinks: N0, an int or an int32 scalar.
@@ -50,7 +50,7 @@ def dropped(lengths: jax.Array, window: jax.Array, sinks: jax.Array | int) -> ja
 def _write_full(held: GroupArrays, new: GroupArrays, lengths, counts) -> GroupArrays:
     T, S = new.k.shape[2], held.k.shape[2]
     tokens = jnp.arange(T, dtype=jnp.int32)
-    # Invalid tokens aim past the end, each at a slot of its own, and are dropped.
+    # Invalid tokens aim past the end, each at another slot, and are dropped.
     return _scatter(held, jnp.where(tokens < counts[:, None], lengths[:, None], S) + tokens, new)
 
 

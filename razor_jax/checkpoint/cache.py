@@ -157,7 +157,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _all(values: Any, kind: type, count: int) -> bool:
-    """Return whether it is a list of so many of just this type."""
+    """Return whether it is a list of `count` values of exactly this type."""
     return isinstance(values, list) and len(values) == count and all(type(value) is kind for value in values)
 
 

@@ -44,8 +44,8 @@ def read(
       progress: called after every tensor with bytes read and bytes in all.
       mesh: the devices that hold the weights, as `sharding.make_mesh` takes it; None for the default device.
       weights: "int8" to hold kernels as int8 with a scale an output channel (`models/linear.py`).
-      split: the order in which heads are held, as by `with_heads`, but then nothing moves; None for the checkpoint's
-        own. Whether it was made for these weights is for `with_heads` to say.
+      split: the order of heads, as `with_heads` would make it, but nothing moves afterwards; None for the checkpoint's
+        order. `with_heads` checks whether it was made for these weights.
 
     Raises FileNotFoundError or ValueError that says what is wrong with which file; all missing, unexpected and
     mis-shaped tensors come in one ValueError. ValueError also, before any weight is read, for a mesh that does not
@@ -77,8 +77,8 @@ def save(
     """Write weights, config and tokenizer to a folder that `read` reads back exactly, on any mesh.
 
     Heads are written in the checkpoint's order. "huggingface" loads in transformers too, and is split into
-    files of at most `shard_bytes` (a larger tensor is a file of its own); host memory is one such file. "orbax" is
-    written by all processes at once, each its own shards. Every process of a run calls this; the first one calls
+    files of at most `shard_bytes` (a larger tensor gets its own file); host memory is one such file. "orbax" is
+    written by all processes at once, each its shards. Every process of a run calls this; process 0 calls
     `beside`, which may write more files into the folder before it takes its place.
 
     Raises FileExistsError where `directory` holds something and `overwrite` is not given.

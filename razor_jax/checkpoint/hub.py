@@ -57,21 +57,17 @@ def load(
 ) -> Params:
     """Return a model ready for `generate`.
 
-    Args:
-      model: "razor-mini" or "razor-mini-qwen3" (packaged), a checkpoint folder, or a Hub id "owner/name".
-      dtype: type of the weights, None for the checkpoint's own.
-      heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, else the
-        user's cache folder, else probes once and remembers; or a HeadSplit, the path of a razor.json, or
-        None for dense attention only.
-      implementation: of attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None for the
-        device's own kernels where they take the model's shapes, else XLA.
-      mesh: the devices that the model lies on: "data=2,model=4" (two groups of four, each with half of the batch and
-        all weights), a mapping of the same, or a jax Mesh with these axes; None for one device. Every process of a
-        run loads the same, and reads only its own part.
-      weights: "int8" holds kernels as int8 with a scale an output channel: half of bfloat16's bytes. Embeddings and
-        norms stay.
-      progress: called with ("read", bytes done, bytes to do), then, where heads have to be probed, with
-        ("probed", layers done, layers to do).
+    Args: model: "razor-mini" or "razor-mini-qwen3" (packaged), a checkpoint folder, or a Hub id "owner/name".
+    dtype: type of the weights, None for the checkpoint's type. heads: which KV heads keep the whole cache.
+    "auto" takes `razor.json` beside the model, else the user's cache folder, otherwise probes once and
+    remembers; or a HeadSplit, the path of a razor.json, or None for dense attention only. implementation: of
+    attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None for the device's kernels
+    where they take the model's shapes, otherwise XLA. mesh: the devices that the model is spread over:
+    "data=2,model=4" (two groups of four, each with half of the batch and all weights), a mapping of the same, or
+    a jax Mesh with these axes; None for one device. Every process of a run loads the same and reads only its
+    part. weights: "int8" holds kernels as int8 with a scale an output channel: half of bfloat16's bytes.
+    Embeddings and norms stay. progress: called with ("read", bytes done, bytes to do), then, where heads have to
+    be probed, with ("probed", layers done, layers to do).
 
     Raises FileNotFoundError, PermissionError or ConnectionError where there is no such model (FileNotFoundError also
     where heads would have to be probed in a run of several processes), ValueError
@@ -79,7 +75,7 @@ def load(
     devices, or the weights do not fit into them.
     """
     if implementation is not None:
-        choose(implementation, lambda name: None)  # before gigabytes are read: a name, and a device for it
+        choose(implementation, lambda name: None)  # Check the name, and a device for it, before gigabytes are read.
     directory = find(model)
     config = checkpoint.read_config(directory)
     found = _given(directory, heads)
@@ -214,7 +210,7 @@ def _download(name: str) -> Path:
 
 
 def _given(directory: Path, heads: str | os.PathLike[str] | HeadSplit | None) -> store.HeadFile | None:
-    """Return the split that is known before the weights are, None where there is none."""
+    """Return the split that is known before the weights are loaded, None without one."""
     if heads is None:
         return None
     if isinstance(heads, HeadSplit):

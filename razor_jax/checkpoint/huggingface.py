@@ -171,7 +171,7 @@ def _head_name(config: ModelConfig) -> str:
 def _equal(found: _Found, one: str, other: str, rows: int = 4096) -> bool:
     """Return whether two stored matrices hold the same values; a block of rows in memory at a time."""
     a, b = found[one].get_slice(one), found[other].get_slice(other)
-    # Anything else is `_check`'s to complain about.
+    # `_check` reports anything else.
     if a.get_shape() != b.get_shape() or len(a.get_shape()) != 2 or {a.get_dtype(), b.get_dtype()} - _FLOATS.keys():
         return False
     total = a.get_shape()[0]
@@ -204,7 +204,7 @@ def _bytes(slices: Mapping[str, Any], stored: CheckpointTensor) -> int:
 
 
 def _dtype(asked: Any, hf: Mapping[str, Any], stored: str) -> np.dtype:
-    """Return the type to load into: as asked, else as config.json declares, else as the embedding is stored."""
+    """Return the type to load into: the requested one, config.json's, or that of the stored embedding."""
     declared = hf.get("dtype") or hf.get("torch_dtype")
     return float_type(
         asked if asked is not None else str(declared or _FLOATS.get(stored, stored)).removeprefix("torch.")
@@ -240,7 +240,7 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
         arrays = {}
         for name in names:
             parts = [stored.to_stored(_on_host(x)) for stored, x in tensors[name]]
-            # Joining turned tensors may leave them turned, and safetensors writes memory as it lies.
+            # Joining transposed tensors may leave them transposed, and safetensors writes raw memory.
             arrays[name] = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
         # transformers reads only files that say which framework's layout they hold.
         if jax.process_index() == 0:

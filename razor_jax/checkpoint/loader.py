@@ -91,7 +91,7 @@ class Loader:
         self._hold(name, array if split is None else in_order(name, array, split, self.placement))
 
     def params(self, split: HeadSplit | None) -> Params:
-        """Return all of them, held in the order of `split`."""
+        """Return all weights, heads in the order of `split`."""
         origin = self._origin
         if self._quantizes:
             origin = fingerprint(np.concatenate([self._samples[name] for name in sampled(self.config)]))

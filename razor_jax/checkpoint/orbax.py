@@ -1,4 +1,4 @@
-"""Orbax checkpoints: the weights in Orbax' own folder, and beside it a record of what it cannot know."""
+"""Orbax checkpoints: the weights in Orbax's folder, and a record of the rest beside it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def write(params: Params, folder: Path) -> None:
-    """Record and weights into `folder`; every process writes its own shards."""
+    """Write record and weights into `folder`; every process writes its shards."""
     record = {
         "version": _VERSION,
         "dtype": params.dtype.name,

@@ -1,4 +1,4 @@
-"""The `razor-jax` program: commands, each in its own file.
+"""The `razor-jax` program: one file per command.
 
 Answers go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
 """

@@ -321,7 +321,7 @@ def _shares(option: str, text: str) -> tuple[float, ...]:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 0,50,100", param_hint=option) from None
 
 
-# Commands in files of their own, which use the groups above.
+# A command in another file that uses the groups above.
 from . import longbench  # noqa: E402
 
 app.command()(longbench.longbench)

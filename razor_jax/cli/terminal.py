@@ -57,7 +57,7 @@ class Commands(typer.core.TyperGroup):
         except (typer.Abort, BrokenPipeError):
             raise
         except Exception as error:
-            # typer's own exceptions (usage, exit) bring their exit code
+            # typer's exceptions (usage, exit) have an exit code.
             if hasattr(error, "exit_code") or ctx.params.get("debug"):
                 raise
             fail(f"{error}" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""RazorAttention taken apart, as one table: what each part is worth on the same held-out tokens.
+"""Ablations of RazorAttention in one table: the worth of each part on the same held-out tokens.
 
     python -m razor_jax.evals.ablations [--model razor-mini] [--tokens 2048] [--documents 16] [--output FILE]
 

@@ -146,7 +146,7 @@ class Agreement:
       sure, sure_agreement: the counted whose given token the reference holds for likelier than all others together, and
         the same share of them: where it hardly prefers one token, which it prefers says little.
       perplexity, reference_perplexity: of the given text, on the counted tokens.
-      parted: of each passage, counted tokens before the first disagreement; None where there is none.
+      parted: per passage, counted tokens before the first disagreement; None without one.
       finite: whether every logit was.
     """
 

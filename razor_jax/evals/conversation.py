@@ -1,4 +1,4 @@
-"""One growing conversation about a document: the cache goes from turn to turn, the model's own answers in it.
+"""One growing conversation about a document: the cache, with the model's answers, goes from turn to turn.
 
 The other way to ask many questions, a copy of the document's cache for each, is what `protocol.run` does by itself.
 """
@@ -18,7 +18,7 @@ from ..tokenizer.assets import Assets
 from .protocol import Cut, Example, Form, Options, Setting, Stopwatch, batches, cut
 from .table import Answered
 
-_MARK = "razor-jax-turn"  # with a number: stands for a turn's text while a template is asked what it writes around it
+_MARK = "razor-jax-turn"  # With a number: placeholder for a turn's text while the template is rendered.
 
 
 @dataclasses.dataclass(frozen=True)

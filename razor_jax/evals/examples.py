@@ -1,4 +1,4 @@
-"""What is asked: documents with the questions that share them, and how they are put."""
+"""Documents with the questions that share them, and how the questions are put."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Form = Literal["chat", "user", "plain", "raw"]
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is asked of a document.
+    """A question about a document.
 
     Attributes:
       answers: the references that `metric`, a name in `metrics.METRICS`, scores by.
@@ -43,7 +43,7 @@ class Options:
       question_inside_prefill: the second column: one prefill of document and question together.
       form: "chat": by the chat template, the document as system message where it knows one; "user": document and
         question are one user message, joined as they are; "plain": "Question: … Answer:" after the document; "raw": as
-        they are, no template. None: chat where the model has a template, else plain.
+        they are, no template. None: chat where the model has a template, otherwise plain.
       batch: rows of a call.
       stop: strings that end an answer.
     """

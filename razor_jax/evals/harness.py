@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on a compressed cache.
 
-The harness (0.4.13) looks `--model` up in a table of its own, which no installed package can add to. So this module
+The harness (0.4.13) looks `--model` up in a table that no installed package can add to. So this module
 puts `razor_jax` there and runs the harness's command line, with all its options:
 
     python -m razor_jax.evals.harness --model razor_jax --model_args pretrained=FOLDER,window=4096 --tasks …
@@ -134,14 +134,14 @@ class RazorLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text that has no context: BOS, or else what ends a text, as in transformers."""
+        """The token before a text without context: BOS, or the end-of-text token, as in transformers."""
         names, bos = dict(self.assets.special_tokens), self.assets.bos_id
         if "bos_token" in names or ("eos_token" not in names and bos is not None):
             return self._special("bos_token", (bos,) if bos is not None else ())
         return self.eot_token_id
 
     def _special(self, name: str, otherwise: Sequence[int]) -> int:
-        """Return the tokenizer's own token of that name, as in transformers, before that of the generation config."""
+        """Return the tokenizer's token of that name, or that of the generation config, as in transformers."""
         content = dict(self.assets.special_tokens).get(name)
         ids = otherwise if content is None else self.assets.encode(content, add_special=False)
         if len(ids) != 1:

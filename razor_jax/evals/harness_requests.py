@@ -12,7 +12,7 @@ from ..params import Params
 from ..text.sampling import Sampling
 
 Tokens = list[int]
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # a penalty would not see what is cached
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # A penalty would not see cached tokens.
 
 
 @dataclasses.dataclass(frozen=True)

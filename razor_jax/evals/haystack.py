@@ -1,4 +1,4 @@
-"""The text that facts are hidden in: razor-mini's held-out documents, or a folder of one's own `.txt` files."""
+"""The text that facts are hidden in: razor-mini's held-out documents, or a folder of `.txt` files."""
 
 from __future__ import annotations
 

@@ -30,23 +30,23 @@ def score(name: str, answer: str, references: Sequence[str]) -> float:
 
 @metric("contains_all")
 def contains_all(answer: str, references: Sequence[str]) -> float:
-    """Return 1 if every reference stands in the answer, as written."""
+    """Return 1 if the answer contains every reference, as written."""
     return float(all(reference in answer for reference in references))
 
 
 @metric("contains_any")
 def contains_any(answer: str, references: Sequence[str]) -> float:
-    """Return 1 if at least one reference stands in the answer, as written."""
+    """Return 1 if the answer contains at least one reference, as written."""
     return float(any(reference in answer for reference in references))
 
 
 @metric("string_match_all")
 def string_match_all(answer: str, references: Sequence[str]) -> float:
-    """Return RULER's: the share of the references that stand in the answer, upper and lower case alike."""
+    """Return RULER's metric: the share of references that the answer contains, in upper or lower case."""
     return sum(reference.lower() in answer.lower() for reference in references) / len(references)
 
 
 @metric("string_match_part")
 def string_match_part(answer: str, references: Sequence[str]) -> float:
-    """Return RULER's for questions with several right answers: 1 if one of them stands in the answer."""
+    """Return RULER's metric for several right answers: 1 if the answer contains one of them."""
     return float(any(reference.lower() in answer.lower() for reference in references))

@@ -38,7 +38,7 @@ class Grid:
 
     Attributes:
       lengths: tokens of everything that is read and generated.
-      depths: 0 to 1; where the single needle lies, and what the facts of the other variants are counted under.
+      depths: 0 to 1; the place of the single needle, and the bins for facts of the other variants.
       documents: of each length, and for `single` of each depth.
       facts: in a document of the variants with many.
     """
@@ -100,7 +100,7 @@ def _example(
     rng: np.random.Generator,
 ) -> Example:
     facts, asked = _facts(variant, grid, rng)
-    # Evenly spread, each somewhere in its own stretch; in random order, so that depth tells nothing.
+    # Evenly spread, each at a random place of its stretch; in random order, so that depth gives nothing away.
     spread = (np.arange(len(facts)) + rng.random(len(facts))) / len(facts)
     depths = np.full(1, depth) if depth is not None else spread
     count = counter(params)
@@ -123,7 +123,7 @@ def _example(
 
 
 def _facts(variant: Variant, grid: Grid, rng: np.random.Generator) -> tuple[list[tasks.Fact], list[tasks.Question]]:
-    """Return facts in the order in which they are planted, and what is asked about them."""
+    """Return facts in the order in which they are planted, and the questions about them."""
     if variant == "single":
         facts = tasks.make_facts(rng, 1, _SPLIT)
     elif variant == "multi-key":

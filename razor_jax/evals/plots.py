@@ -50,7 +50,7 @@ def grid(table: Table, row: Row) -> tuple[list[int], list[float], np.ndarray, np
 def _draw(pyplot: Any, row: Row, lengths: list[int], depths: list[float], right: np.ndarray, asked: np.ndarray) -> Any:
     share = np.divide(right, asked, out=np.full(right.shape, np.nan), where=asked > 0)
     figure, axes = pyplot.subplots(figsize=(1.8 + 0.75 * len(lengths), 1.2 + 0.4 * len(depths)))
-    # Light is right: a miss stands out, and the figures in the cells stay readable.
+    # Light means right: misses are visible, and the figures in the cells stay readable.
     image = axes.imshow(100 * share, cmap="Greys_r", aspect="auto", vmin=0, vmax=100)
     for (y, x), value in np.ndenumerate(share):
         text = "none" if np.isnan(value) else f"{100 * value:.0f}"
@@ -59,7 +59,7 @@ def _draw(pyplot: Any, row: Row, lengths: list[int], depths: list[float], right:
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
     axes.set(xlabel="tokens", ylabel="depth of the fact, %")
-    # Cells that are all right are white: lines between them show that they are there.
+    # Cells that are all right are white: lines between them show the grid.
     axes.set_xticks(np.arange(len(lengths) - 1) + 0.5, minor=True)
     axes.set_yticks(np.arange(len(depths) - 1) + 0.5, minor=True)
     axes.grid(which="minor", color="0.8", linewidth=0.6)

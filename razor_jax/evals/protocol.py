@@ -36,13 +36,13 @@ from .journal import Journal, key_of
 from .table import Answered, Row, Table
 
 Progress = Callable[[str, int, int], None]
-_QUESTION = "razor-jax-question"  # stands for the question while a template is asked what it writes around it
+_QUESTION = "razor-jax-question"  # Placeholder for the question while the template is rendered.
 _ROUND = 64  # tokens that a cache's capacity is rounded up to
 
 
 @typing.runtime_checkable
 class System(typing.Protocol):
-    """Anything that answers: `Setting` for our own caches; write another for a library to compare with."""
+    """Anything that answers: `Setting` for our caches; write another one for a library to compare with."""
 
     @property
     def name(self) -> str:
@@ -78,7 +78,7 @@ def run(
     """Put the same questions to every setting, one setting after the other.
 
     Args:
-      resume: a file of records; what it holds of this very setting, text and options is not computed again.
+      resume: a file of records; records of the same setting, text and options are not computed again.
       progress: called with (setting, questions answered, questions).
 
     Returns a `Table` of every question's score under every setting. Raises ValueError on bad input, before anything is
@@ -246,7 +246,7 @@ def cut(params: Params, example: Example, form: Form | None = None) -> Cut:
 
 
 class Stopwatch:
-    """Wall seconds of what stands inside, compilation apart."""
+    """Wall seconds of a block, without compilation."""
 
     seconds = 0.0
 

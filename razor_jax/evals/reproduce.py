@@ -94,7 +94,7 @@ def reproduce(params: Params, weights: Path, preset: Preset, journal: Journal, s
 
 
 class Recorded:
-    """`recorded(name, compute, …)`: what the journal holds under these names, else computed and kept."""
+    """Return what the journal has under a name; otherwise compute and record it."""
 
     def __init__(self, journal: Journal, base: dict[str, Any]):
         self._journal, self._base = journal, base
@@ -256,7 +256,7 @@ def short(params: Params, preset: Preset, recorded: Recorded, say: Say):
         return {"tokens": tokens, "difference": float(np.abs(a.losses - b.losses).max())}
 
     stage = recorded("short", compute)
-    # Sums in another order: half the heads of a layer are another array.
+    # Sums in another order: half of a layer's heads are in another array.
     measured = 0.0 if stage["difference"] < 1e-3 else stage["difference"]
     return stage, [exactly("short", measured, f"{stage['difference']:.1e}, of which less than 1e-3 is rounding")]
 

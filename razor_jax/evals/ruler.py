@@ -48,7 +48,7 @@ class Parts:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task of the table: how it is made, how long its answers get, and RULER's metric for it."""
+    """A task: how it is made, how long its answers are, and RULER's metric for it."""
 
     make: Callable[[Haystack, Pool | None], Make]
     new_tokens: int

@@ -1,4 +1,4 @@
-"""Questions and paragraphs of SQuAD and HotpotQA, from the user's own JSON files."""
+"""Questions and paragraphs of SQuAD and HotpotQA, from JSON files of the user."""
 
 from __future__ import annotations
 

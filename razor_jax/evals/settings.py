@@ -20,7 +20,7 @@ def settings(
     all_windowed: bool = False,
     seed: int = 1,
 ) -> list[Setting]:
-    """Return dense first, then the params' own split under `policy`, then what is asked for.
+    """Return dense first, then the split of the params under `policy`, then the requested settings.
 
     `random_heads` is how many splits of as many heads, chosen at random, are tried. Raises ValueError for a model whose
     heads are not split.

@@ -40,7 +40,7 @@ def paired_bootstrap(
     Args:
       scores_a, scores_b: [questions], in the same order.
       clusters: [questions], the document of each; documents are drawn with replacement, questions never apart.
-        None: every question is its own.
+        None: every question is its own cluster.
 
     Where not one question differs the interval is [0, 0]: read it with the number of questions.
     Raises ValueError for empty or unequal input.

@@ -1,4 +1,4 @@
-"""Scores of several settings on the same questions, with what their caches held: for people, and as JSON."""
+"""Scores of several settings on the same questions, with their caches: for people, and as JSON."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Row:
 
     @property
     def engaged(self) -> float:
-        """Share of the documents of which something was dropped."""
+        """Share of documents from which tokens were dropped."""
         return float(np.mean([found.kv.engaged for found in self.answered]))
 
     @property

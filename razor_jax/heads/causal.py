@@ -1,4 +1,4 @@
-"""Which heads matter, by trying: window KV heads and measure the loss of held-out retrieval questions.
+"""Causal importance of heads: window KV heads and measure the loss of held-out retrieval questions.
 
 Documents are read once, into a dense cache and into one whose heads are all windowed: exact prefill is dense whatever
 the split, so any split's cache is a choice, head by head, between the two. A question and its answer are then one call
@@ -74,7 +74,7 @@ class Outcome:
 def needle_tasks(
     params: Params, *, documents: int = 16, tokens: int = 1024, facts: int = 4, seed: int = 1
 ) -> list[Task]:
-    """Return held-out documents of about `tokens` tokens with `facts` planted facts, each asked for on its own."""
+    """Return held-out documents of about `tokens` tokens with `facts` planted facts and a question about each."""
     assets = params.assets
     if assets is None or assets.tokenizer_json is None:
         raise ValueError("retrieval tasks are text: they need a model with a tokenizer.json")
@@ -158,12 +158,12 @@ def causal_heads(
 
     Args:
       documents: of four questions each, for each seed.
-      razor: policy of the windowed head; None for the checkpoint's recommendation, else the paper's.
+      razor: policy of the windowed head; None for the checkpoint's recommendation, or the paper's.
     """
     policy = razor or params.razor or RazorConfig()
     total, risen = len(seeds) * params.config.num_layers * params.config.num_kv_heads, []
     for number, seed in enumerate(seeds):
-        # Documents of their own: 1 and 2 are what evaluations draw.
+        # Seeds apart from 1 and 2, which evaluations draw.
         tasks = needle_tasks(params, documents=documents, tokens=tokens, seed=1000 + int(seed))
         ablation = Ablation(params, tasks, policy)
         step = None if progress is None else lambda done, n=number: progress(n * total // len(seeds) + done, total)
@@ -192,7 +192,7 @@ def greedy(
 ) -> list[tuple[frozenset[Head], float]]:
     """Find sets of kept heads one head at a time; return `steps` + 1 sets with the loss of each.
 
-    `grow`: from no head, always add the one that lowers the loss most. Else from all heads, always window the one that
+    `grow`: from no head, always add the one that lowers the loss most. Otherwise from all heads, window the one that
     raises it least.
     """
     steps = check_int("steps", steps, 0, math.prod(ablation.shape))

@@ -140,7 +140,7 @@ def _mass(q: jax.Array, log_total: jax.Array, k: jax.Array, targets: jax.Array, 
     total = jnp.zeros(log_total.shape, jnp.float32)
     for copy in range(targets.shape[-1]):
         target = targets[..., copy]
-        # Where there is none, any key does: its mass is not counted.
+        # Without a target any key will do: its mass is not counted.
         keys = jax.vmap(lambda row, at: row[:, at])(k, jnp.maximum(target, 0) + shift)
         logits = (q * keys[:, :, :, None].astype(jnp.float32)).sum(axis=-1)
         total += jnp.where((target >= 0)[:, None, :, None], jnp.exp(logits - log_total), 0.0)

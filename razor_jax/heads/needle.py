@@ -35,7 +35,7 @@ def needle_heads(
     that; means over tokens, documents and seeds.
 
     Args:
-      documents: so many for each seed, with other prose, facts and depths.
+      documents: per seed, with other prose, facts and depths.
       tokens: length of a document; None for 2,048, or what the model's positions allow.
       chunk, devices, progress: as in `find_heads`; `devices` share the documents of a seed.
 

@@ -47,7 +47,7 @@ def draw(study: Study, folder: Path, suffix: str = "png") -> list[Path]:
 def heat_map(pyplot: Any, title: str, values: np.ndarray, split: HeadSplit) -> Any:
     """Return layers × KV heads of values [L, K], darker is more; the split's retrieval heads are boxed.
 
-    Few heads get their value written in; many are told apart by shade alone.
+    Few heads get their value printed; many are distinguished by shade.
     """
     L, K = values.shape
     figure, axes = pyplot.subplots(figsize=(1.2 + 0.62 * K, 1.0 + 0.34 * L))
@@ -104,7 +104,7 @@ def accuracy_curve(pyplot: Any, study: Study) -> Any:
     """Return answers right, and loss, by the number of KV heads kept, for each way to choose them; shares and bytes
     below.
 
-    Sizes stand evenly spaced, for all that happens happens at few heads; curves stand a little apart, not to hide.
+    Sizes are evenly spaced because everything happens at few heads; curves are shifted a little so that none is hidden.
     """
     assert study.causal is not None
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7.2, 6.4), sharex=True)

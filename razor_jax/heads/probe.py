@@ -22,14 +22,14 @@ from .scores import HeadScores, ProbeMeta
 
 log = logging.getLogger("razor_jax")
 
-BLOCK, REPEATS = 2500, 4  # the paper's K_p, and how often the block stands in the probe
+BLOCK, REPEATS = 2500, 4  # The paper's K_p, and how often the block is repeated.
 VENDOR_IDS = (10_000, 12_500)  # inclusive
 _VENDOR_NOTE = "ids drawn with replacement: about 63 % of the tokens have a duplicate inside the block"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where things stand in a probe."""
+    """Positions in a probe."""
 
     block: int  # K_p
     repeats: int = REPEATS
@@ -137,7 +137,7 @@ def _plan(params: Params, preset: str) -> tuple[int, np.ndarray, int, str]:
     if bos is None:
         if not usable.size:
             raise ValueError("the vocabulary has no ordinary ids: there is nothing to probe with")
-        # The first ordinary id stands in for BOS, so it must not come again.
+        # The first ordinary id replaces BOS, so it must not be drawn.
         bos, usable = int(usable[0]), usable[1:]
     if preset == "paper":
         return (bos, usable, *_paper_block(params.config, usable))

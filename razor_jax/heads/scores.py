@@ -33,7 +33,7 @@ class ProbeMeta:
       architecture, weights: fingerprints of the model that was probed.
       head_dim: H of that model, 0 if unknown.
       dtype: type of its weights, so of its cache unless a policy says otherwise; "" if unknown.
-      note: what people should know, e.g. why the block is shorter than the paper's.
+      note: for people, such as why the block is shorter than the paper's.
     """
 
     preset: str

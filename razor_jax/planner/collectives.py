@@ -26,7 +26,7 @@ class Collective(NamedTuple):
       op: as XLA names it.
       bytes: of the result on one device, of a single one.
       count: how many a run makes, or a turn of the loop if `in_loop`.
-      in_loop: in a loop of which only run time knows how often it turns.
+      in_loop: in a loop whose trip count is known at run time only.
     """
 
     op: str
@@ -38,7 +38,7 @@ class Collective(NamedTuple):
 def read(text: str) -> list[Collective]:
     """Return the collectives of a program, `compiled.as_text()`, in the order of their bytes, most first.
 
-    Raises ValueError for a text that is none.
+    Raises ValueError for text that is not HLO.
     """
     computations, entry = _computations(text)
     found: dict[tuple[str, int, bool], int] = {}
@@ -97,7 +97,7 @@ def _bytes(match: re.Match[str]) -> int:
     """Return the bytes of a result, an array or several."""
     arrays = [(int(bits or 8), shape) for _, bits, shape in _ARRAY.findall(match["type"])]
     if match["start"] and match["op"] != "all-reduce":
-        # An operand and a result each, then scalars of the compiler's own.
+        # An operand and a result each, then scalars of the compiler.
         arrays = [(bits, shape) for bits, shape in arrays if shape]
         arrays = arrays[len(arrays) // 2 :]
     return sum(bits * math.prod(int(n) for n in shape.split(",") if n) // 8 for bits, shape in arrays)

@@ -1,6 +1,6 @@
 """The real prefill and decode step through the real TPU compiler, on a machine without a TPU.
 
-libtpu reads its environment once, before JAX starts, so each program compiles in a process of its own:
+libtpu reads its environment once, before JAX starts, so each program compiles in a separate process:
 
     python -m razor_jax.planner.compiler < pickled (job, step)   prints one line of JSON
 """
@@ -134,7 +134,7 @@ def _compile(job: Job, step: Step) -> Compiled:
 
 
 def _lower(job: Job, step: Step, mesh: Mesh) -> Any:
-    """Return the jitted step on shapes that lie where the arrays would, the cache donated."""
+    """Return the jitted step on shapes with the arrays' shardings, the cache donated."""
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32, at: NamedSharding = everywhere) -> jax.ShapeDtypeStruct:

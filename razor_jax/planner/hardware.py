@@ -38,7 +38,7 @@ _GPUS = {
     "h200": 139 * GIB,
     "b200": 191_514_411_008,
 }
-GPU_SHARE = 0.95  # of a card that JAX is told to take: XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 where nobody says
+GPU_SHARE = 0.95  # Share of a card that JAX takes: XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 by default.
 
 
 @dataclasses.dataclass(frozen=True)

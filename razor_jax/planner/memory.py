@@ -1,7 +1,7 @@
 """Bytes of a model, its cache and its steps on each device, by arithmetic alone.
 
 Weights and cache are exact: the rules by which `sharding` lays weights out, and `CacheSpec`, by which a cache is
-allocated. What a step needs above them is an estimate, whose form and numbers are those of the TPU compiler's own
+allocated. What a step needs above them is an estimate, whose form and numbers are those of the TPU compiler's
 answers (docs/planning.md).
 """
 
@@ -75,7 +75,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, of which every device has as much."""
+    """Bytes on one device, the same on every device."""
 
     weights: int
     kv: int
@@ -94,7 +94,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class _Device:
-    """Stands in for a device that is not here: all that a mesh asks of one."""
+    """Stand-in for a device that is not here: the attributes that a mesh reads."""
 
     id: int
     platform: str
@@ -163,7 +163,7 @@ def _prefill(job: Job, rows: int, mesh: Mesh, by_slot: bool) -> int:
     width = c.num_heads * c.head_dim
     chunk = rows * CHUNK * (3 * c.intermediate_size * size + 5 * width * 4) // job.model
     if job.model == 1:
-        # Hidden states are copied between layers; and the widest of attention's weights is laid out anew, unless int8.
+        # Hidden states are copied between layers, and the layout of attention's widest weight changes, unless int8.
         relaid = 0 if job.weights == "int8" else c.hidden_size * width * size
         return max(2 * hidden, hidden + 2 * kv) + chunk + relaid
     # By slot each device sends the others theirs, one part of them where `parts` devices hold the same keys and values.

@@ -35,12 +35,12 @@ class Row:
 
     @property
     def needed(self) -> int:
-        """Bytes on each device at the worst moment: as the compiler says where it was asked, else by arithmetic."""
+        """Bytes on each device at the worst moment: the compiler's figure where it was asked, otherwise arithmetic."""
         return max(self.compiled[step].needed if step in self.compiled else self.memory.of(step) for step in STEPS)
 
     @property
     def headroom(self) -> int:
-        """Bytes left on each device; below zero what is lacking."""
+        """Bytes left on each device; negative if some are missing."""
         return self.job.hardware.hbm - self.needed
 
     @property
@@ -104,7 +104,7 @@ class Plan:
 
 
 def policies(razor: RazorConfig | None, split: HeadSplit | None) -> list[tuple[str, RazorConfig | None]]:
-    """Return dense beside Razor: in its own type, and in int8 where none was named."""
+    """Return dense and Razor: in the weights' type, and in int8 where no type was named."""
     rows: list[tuple[str, RazorConfig | None]] = [("dense", None)]
     if razor is None or split is None:
         return rows

@@ -47,11 +47,11 @@ def serve(
     run: Mapping[str, Any],
     progress: Progress = lambda done, total: None,
 ) -> int:
-    """Answer what is not answered yet; how many that was. Every process of a run calls it.
+    """Answer the prompts that have no answer yet and return how many. Every process of a run calls it.
 
     Args:
       answer: called by every process with as many prompts as `batch` each time, so that it compiles once.
-      max_new_tokens: for lines that say nothing else.
+      max_new_tokens: for lines that name no limit.
       run: JSON values that decide answers beside the prompt: model, policy, sampling.
       progress: called with the prompts finished and those in all.
 
@@ -172,7 +172,7 @@ def read(path: Path, max_new_tokens: int) -> list[Item]:
             item = _item(json.loads(line), max_new_tokens)
             if item.id in items:
                 raise ValueError(f"id {item.id!r} stands in an earlier line, too: each prompt needs its own")
-        except ValueError as error:  # JSON's and UTF-8's own are ValueErrors
+        except ValueError as error:  # Errors of JSON and UTF-8 are ValueErrors.
             raise ValueError(f"{path}, line {number}: {error}") from error
         items[item.id] = item
     if not items:

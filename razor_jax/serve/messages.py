@@ -34,7 +34,7 @@ def shared(make: Callable[[], Any]) -> Any:
 def _broadcast(message: dict[str, Any]) -> dict[str, Any]:
     data = json.dumps(message).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    # Few sizes, for each is a program of its own.
+    # Few sizes, because each is a program.
     padded = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)
     if jax.process_index() == 0:
         padded[:size] = np.frombuffer(data, np.uint8)

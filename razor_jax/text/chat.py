@@ -17,7 +17,7 @@ from .session import Piece, Session, pieces
 
 log = logging.getLogger("razor_jax")
 
-# Stands for an answer while a template is asked what it writes after one.
+# Placeholder for an answer while the template is rendered.
 _ANSWER = "razor-jax-answer"
 
 

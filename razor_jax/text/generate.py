@@ -36,7 +36,7 @@ def generate(
         those, or token ids ([T], [B, T] or a list of such). With `cache` it follows what is cached: a string gets no
         beginning-of-text token; messages are a separate conversation (`questions.split` cuts one in two).
       max_new_tokens: limit for each prompt.
-      razor: cache policy; None for dense attention; "auto" for the checkpoint's recommendation, else the
+      razor: cache policy; None for dense attention; "auto" for the checkpoint's recommendation, or the
         paper's setting.
       sampling: greedy if None.
       seed: of the draws; row i of a batch draws from the stream folded with i.

@@ -17,7 +17,7 @@ Policy = RazorConfig | None | Literal["auto"]
 
 
 def choose_policy(params: Params, razor: Policy) -> RazorConfig | None:
-    """Return the policy of a call: "auto" is the checkpoint's recommendation, else the paper's setting.
+    """Return the policy of a call: "auto" is the checkpoint's recommendation, or the paper's setting.
 
     Raises ValueError or TypeError for anything else, or where the params carry no head split.
     """

@@ -1,4 +1,4 @@
-"""From what people pass as a prompt to padded token arrays on a short ladder of shapes."""
+"""Prompts in any form as padded token arrays on a short ladder of shapes."""
 
 from __future__ import annotations
 

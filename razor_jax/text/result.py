@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclasses.dataclass(frozen=True)
 class KVReport:
-    """What a cache holds and what it saves.
+    """A cache's size, its policy, and what it saves.
 
     Attributes:
       setting: the policy in words.
@@ -26,7 +26,7 @@ class KVReport:
       dense_bytes: a bfloat16 dense cache of the same batch and capacity, the denominator of every ratio.
       dropped_tokens: tokens that each windowed head has folded away, one number a row.
       implementation: of attention and cache writes.
-      devices: of the mesh that the cache lies on; 1 without one.
+      devices: of the cache's mesh; 1 without one.
       device_bytes: of the cache on each of them.
       layout: on a mesh "slot" or "head" (`mesh.MeshPlacement`).
     """

@@ -164,7 +164,7 @@ def sample(
 ) -> Int[Array, " B"]:
     """Return the next token int32 [B] of each row of float32 logits [B, V].
 
-    Each row is drawn with its own key, so it does not depend on its batch-mates. `seen` marks the tokens
+    Each row is drawn with its key, so it does not depend on its batch-mates. `seen` marks the tokens
     of the row's prompt and output; only a penalised rule reads it. A greedy rule ignores `keys`.
     """
     scores = process_logits(sampling, logits, seen)

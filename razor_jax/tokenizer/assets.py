@@ -18,7 +18,7 @@ from .chat_template import Message, render
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not (yet) UTF-8
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # one byte of a character that the vocabulary lacks
 UTF8_BYTES = 4  # of the longest character; a token is at least a byte, so it ends within as many tokens
-MAX_PENDING = 16  # tokens that are held back before a place to cut is searched
+MAX_PENDING = 16  # Tokens to hold back before a place to cut is searched.
 TEMPLATE_FILE = "chat_template.jinja"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -30,9 +30,9 @@ class Assets:
     Two readings of a folder are equal, so as static data of a jit argument they share one compilation.
 
     Attributes:
-      tokenizer_json: text of tokenizer.json; None where there is none: only token ids work then.
+      tokenizer_json: text of tokenizer.json; None without one: only token ids work then.
       chat_template: jinja template, None if the checkpoint has none.
-      bos_id: the token that starts a text, None if there is none.
+      bos_id: the token that starts a text, None without one.
       eos_ids: tokens that end an answer.
       special_tokens: (name, content) pairs such as ("bos_token", "<s>"), which the template may use.
       tokenizer_config: text of tokenizer_config.json, which `write` gives back; no part of equality.
@@ -199,7 +199,7 @@ class Detokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         """Return text that these tokens complete, perhaps ""."""
-        # what decoding drops must not stand between a token and its left neighbour
+        # A token that decoding drops must not be between a token and its left neighbour.
         printable = [int(i) for i in ids if _printable(self._assets, int(i))]
         self._window += printable
         pending = len(self._window) - self._context
@@ -227,7 +227,7 @@ class Detokenizer:
     def _cut(self, pending: int) -> int:
         """Count the pending tokens that no later byte can change, in a stream of bytes that are not UTF-8.
 
-        Where both sides of a place decode as they do together, and a whole character lies behind it, no
+        Where both sides of a place decode as they do together, and a whole character follows it, no
         character crosses the place. Of any four neighbouring places one is such.
         """
         whole = self._assets.decode(self._window)
@@ -241,7 +241,7 @@ class Detokenizer:
 def find_stop(text: str, stops: Sequence[str], start: int = 0) -> tuple[int | None, int]:
     """Return where the first of `stops` to be complete begins in text (or None), and how much text is safe to show.
 
-    Safe is everything before that place, or else everything but an end that may grow into a stop string.
+    Everything before that place is safe; without one, everything except an end that may grow into a stop string.
     Only text from character `start` on is searched: what was safe before. The answer does not depend on
     how the text was cut into pieces.
     """
@@ -294,7 +294,7 @@ def _default_template(template: Any) -> str | None:
 
 
 def _first_of(places: Iterable[Mapping[str, Any]], key: str, assets: Assets) -> tuple[int, ...]:
-    """Return token ids under `key` in the first place that has any, else of the tokenizer's own token."""
+    """Return token ids under `key` in the first place that has any, otherwise the tokenizer's token."""
     for place in places:
         if (value := place.get(key)) is not None:
             ids = value if isinstance(value, list) else [value]

@@ -15,7 +15,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-Message = Mapping[str, Any]  # role, content, and what else the template reads
+Message = Mapping[str, Any]  # Role, content, and other fields that the template reads.
 
 
 def render(
@@ -107,7 +107,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Return transformers' `tojson`: jinja's own escapes HTML, which a prompt must not."""
+    """Return transformers' `tojson`: jinja's escapes HTML, which a prompt must not."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .assets import Assets
 
-_QUESTION = "razor-jax-question"  # stands for the question while a template is asked what it writes around it
+_QUESTION = "razor-jax-question"  # Placeholder for the question while the template is rendered.
 
 
 @dataclasses.dataclass(frozen=True)
