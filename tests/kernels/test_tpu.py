@@ -237,5 +237,5 @@ def test_a_forced_backend_that_cannot_run_says_why(shape, dtype, reason, monkeyp
 
 def test_an_unknown_implementation_is_named(unchecked):
     x = jnp.zeros((1, 1, 4, 128))
-    with pytest.raises(ValueError, match="implementation='cuda': one of xla, pallas_tpu"):
+    with pytest.raises(ValueError, match="implementation='cuda' is unknown: use one of xla, pallas_tpu"):
         dispatch.attend(x, x, x, jnp.zeros(1, jnp.int32), scale=1.0, implementation="cuda")
