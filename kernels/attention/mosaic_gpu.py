@@ -179,7 +179,8 @@ def _merge(acc, m, l, state: State | None) -> State:
 def _shared(tiles: int, H: int, dtype) -> _Shared:
     """Return the allocations.
 
-    With one tile the consumers take turns, and each must meet the same stages of the ring, so the number of stages is even.
+    With one tile the consumers take turns, and each must always meet the same stages of the ring. The number of stages
+    is therefore even.
     """
     stages = (4 if tiles == 1 else 3) * 128 // H
     swizzle = plgpu.SwizzleTransform(128)

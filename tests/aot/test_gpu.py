@@ -3,9 +3,8 @@
     pip install -e '.[cuda]' nvidia-cuda-nvcc
     JAX_PLATFORMS=cpu pytest -m 'slow or not slow' tests/aot/test_gpu.py -s
 
-Every chip compiles in a process of its own, for XLA reads its flags once. ptxas then says of each kernel how many
-registers it takes and whether it spills, and the list of launches how much shared memory. `memory_analysis` shows a
-cache that was copied, to be read or to be written.
+Every chip compiles in its own process, because XLA reads its flags once. ptxas then reports the registers and spills of
+each kernel, and the list of launches its shared memory. `memory_analysis` shows a cache that was copied.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from razor_jax.kernels.attention import triton
-from razor_jax.kernels.cache_write import GroupArrays, xla as cache
+from razor_jax.kernels.cache_write import CacheWrite, GroupArrays, xla as cache
 
 chip, target, cases, folder = json.loads(sys.argv[1])
 topology = topologies.get_topology_desc(platform="cuda", topology_name=chip, target_config=target, topology="1x1x1")
@@ -87,13 +86,13 @@ def attend_causal(part, carries, start):
 def groups(parts, carries, start):
     return triton.attend_groups(parts, scale=0.1, return_state=carries)
 
-def step(held, part, new, window):
+def step(groups, part, new, window):
     # One decode step of a full group and of a ring: attend, then write in place.
     outs, after = [], []
-    for x, of_window in zip(held, (None, window)):
+    for x, of_window in zip(groups, (None, window)):
         out = triton.attend(part._replace(k=x.k, v=x.v, k_scale=x.k_scale, v_scale=x.v_scale), scale=0.1)
         outs.append(out)
-        after.append(cache.write(x, new, part.lengths, jnp.ones_like(part.lengths), of_window, 4))
+        after.append(cache.write(CacheWrite(x, new, part.lengths, jnp.ones_like(part.lengths), of_window, 4)))
     return outs, after
 
 found = []
@@ -114,13 +113,13 @@ with jax.set_mesh(mesh):
             mean = array((B, K, 1, H), jnp.float32)
             one = part(B, K, R, 1, H, q, kv, False)
             ring = part(B, K, R, 4100, H, q, kv, False)
-            held = [
+            stored = [
                 GroupArrays(x.k, x.v, x.k_scale, x.v_scale, *means)
                 for x, means in ((shape, ()), (ring, (mean, mean)))
             ]
             new = GroupArrays(one.k, one.v, one.k_scale, one.v_scale)
             alone = shape._replace(k=None, v=None, k_scale=None, v_scale=None)
-            arguments = (held, alone, new, array((B,), jnp.int32))
+            arguments = (stored, alone, new, array((B,), jnp.int32))
         options = {"xla_dump_to": f"{folder}/{index}"}
         traced = jax.jit(run, static_argnums=static, donate_argnums=donated).trace(*arguments)
         memory = traced.lower(lowering_platforms=("cuda",)).compile(options).memory_analysis()

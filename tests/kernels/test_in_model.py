@@ -128,7 +128,8 @@ def test_a_forced_implementation_needs_its_device():
         functional.init_cache(params, batch=1, capacity=8, razor=None)
     with pytest.raises(ValueError, match=r"'pallas_tpu' cannot run here: the device is a cpu"):
         razor_jax.load("no such folder", implementation="pallas_tpu")  # said before anything is read
-    with pytest.raises(ValueError, match=r"implementation='cuda' is unknown: use one of xla, pallas_tpu, pallas_gpu, mosaic_gpu"):
+    names = "xla, pallas_tpu, pallas_gpu, mosaic_gpu"
+    with pytest.raises(ValueError, match=f"implementation='cuda' is unknown: use one of {names}"):
         razor_jax.load("razor-mini", implementation="cuda")
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from razor_jax.kernels import INT8
 from razor_jax.kernels.attention import tpu, xla
+from razor_jax.kernels.attention.launch import visible_slots
 from razor_jax.kernels.cache_write import dequantize, quantize
 
 from ..support.kernel_inputs import NAN, by_arguments, literal, random
@@ -163,9 +164,8 @@ def test_entries_past_the_last_valid_page_are_never_followed():
     lengths = np.array([0, 1, page, page + 1, 4 * page])
     table = np.arange(len(lengths) * pages) + 100
     blocks = tpu.Blocks(4, page)
-    call = tpu._Static(None, 1.0, False, True)
-    reach = functools.partial(tpu._reach, call, blocks.rows, 4)
-    _, slots, scales, _ = tpu._specs(reach, blocks, 128, False, pages)
+    visible = functools.partial(visible_slots, None, blocks.rows, 4)
+    _, slots, scales, _ = tpu._specs(visible, blocks, 128, False, pages)
     for b, length in enumerate(lengths):
         for spec in (slots, scales):
             read = [spec.index_map(b, 0, 0, j, lengths, [0], table) for j in range(pages)]

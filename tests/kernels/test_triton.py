@@ -361,7 +361,8 @@ def test_what_it_cannot_take_has_a_reason(width, q, k, v, slots, reason, uncheck
 def test_float8_needs_a_gpu_that_converts_it(monkeypatch, unchecked):
     x = jax.ShapeDtypeStruct((1, 1, 4, 128), "bfloat16")
     k = jax.ShapeDtypeStruct((1, 1, 4, 128), "float8_e4m3fn")
-    for capability, reason in (("8.0", "compute capability 8.0, and converting float8 needs 8.9"), ("9.0", None), ("10.0", None)):
+    refused = "compute capability 8.0, and converting float8 needs 8.9"
+    for capability, reason in (("8.0", refused), ("9.0", None), ("10.0", None)):
         device = type("Device", (), {"compute_capability": capability})()
         monkeypatch.setattr(jax, "local_devices", lambda backend, device=device: [device])
         got = triton.unsupported(x, k, k)
