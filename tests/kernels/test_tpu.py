@@ -13,21 +13,17 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from razor_jax.kernels import attention as kernel
 from razor_jax.kernels.attention import dispatch, tpu, xla
 
 from ..support import oracle
+from ..support.kernel_cases import BLOCK, COPIES, EDGES, SCALE, H, S, compensation, inputs
 from ..support.kernel_inputs import NAN, by_arguments, literal, poison, random
 
 backend = by_arguments(tpu.attend)
 backend_causal = by_arguments(tpu.attend_causal)
 xla_attend = by_arguments(xla.attend)
 
-BLOCK, S, H = 16, 40, 128  # the block does not divide S
 BLOCKS = tpu.Blocks(8, BLOCK)
-EDGES = np.array([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, S], np.int32)
-COPIES = np.array([37, 0, 1, 1_000_000, 0, 37], np.int32)
-SCALE = H**-0.5
 LIMIT = {"float32": 2e-6, "bfloat16": 8e-3}
 
 attend = jax.jit(functools.partial(backend, scale=SCALE, interpret=True), static_argnames=("return_state", "blocks"))
@@ -35,12 +31,6 @@ attend_causal = jax.jit(
     functools.partial(backend_causal, scale=SCALE, interpret=True),
     static_argnames=("group_size", "return_state", "blocks"),
 )
-compensation = jax.jit(kernel.compensation, static_argnames="scale")
-
-
-def inputs(B, K, R, S, dtype, seed=0, H=H):
-    shapes = ((B, K, R, H), (B, K, S, H), (B, K, S, H))
-    return tuple(random(*shape, seed=seed + i, dtype=dtype) for i, shape in enumerate(shapes))
 
 
 def check(got, want, dtype):

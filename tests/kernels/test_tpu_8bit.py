@@ -17,8 +17,8 @@ from razor_jax.kernels.attention import tpu, xla
 from razor_jax.kernels.attention.launch import visible_slots
 from razor_jax.kernels.cache_write import dequantize, quantize
 
+from ..support.kernel_cases import BLOCK, COPIES, EDGES, SCALE, H, S, compensation, inputs
 from ..support.kernel_inputs import NAN, by_arguments, literal, random
-from .test_tpu import BLOCK, COPIES, EDGES, SCALE, H, S, compensation, inputs
 
 backend = by_arguments(tpu.attend)
 backend_causal = by_arguments(tpu.attend_causal)

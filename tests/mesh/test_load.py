@@ -37,8 +37,7 @@ MESHES = ("model=8", "data=2,model=4", "data=8", "data=4,model=2")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Checkpoints in a folder each."""
-    from ..models import test_baichuan
-    from ..support import hf
+    from ..support import baichuan, hf
 
     root = tmp_path_factory.mktemp("checkpoints")
     for name, (family, fields, size) in FOLDERS.items():
@@ -46,7 +45,7 @@ def folders(tmp_path_factory):
         if size != "5GB":
             hf.oracle(root / name).save_pretrained(root / name, max_shard_size=size)
             (root / name / "model.safetensors").unlink()
-    test_baichuan._write(root / "baichuan", 4)
+    baichuan.write(root / "baichuan", 4)
     return root
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import jax
@@ -18,53 +17,12 @@ from razor_jax.kernels import attention
 from razor_jax.models import read_config, write_config
 from razor_jax.models.alibi import slopes
 
+from ..support import baichuan
+from ..support.baichuan import D, L, V
+
 PROMPT, STEPS = 48, 64
 LONG = PROMPT + STEPS
-V, D, F, L = 101, 48, 80, 2
 torch.set_num_threads(1)
-
-
-def _config(heads: int) -> dict:
-    """The fields of Baichuan2-13B-Chat's config.json, small."""
-    return {
-        "architectures": ["BaichuanForCausalLM"],
-        "model_type": "baichuan",
-        "vocab_size": V,
-        "hidden_size": D,
-        "intermediate_size": F,
-        "num_hidden_layers": L,
-        "num_attention_heads": heads,
-        "hidden_act": "silu",
-        "model_max_length": 128,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-    }
-
-
-def _write(directory, heads: int):
-    generator = torch.Generator().manual_seed(heads)
-
-    def noise(*shape, scale):
-        return scale * torch.randn(shape, generator=generator)
-
-    tensors = {"model.embed_tokens.weight": noise(V, D, scale=0.35), "model.norm.weight": 1 + noise(D, scale=0.2)}
-    tensors["lm_head.weight"] = noise(V, D, scale=1.0) * torch.linspace(0.2, 5.0, V)[:, None]
-    for i in range(L):
-        shapes = {
-            "self_attn.W_pack": (3 * D, D),
-            "self_attn.o_proj": (D, D),
-            "mlp.gate_proj": (F, D),
-            "mlp.up_proj": (F, D),
-            "mlp.down_proj": (D, F),
-        }
-        layer = {name: noise(*shape, scale=1.2 / shape[1] ** 0.5) for name, shape in shapes.items()}
-        layer |= {name: 1 + noise(D, scale=0.2) for name in ("input_layernorm", "post_attention_layernorm")}
-        tensors |= {f"model.layers.{i}.{name}.weight": x for name, x in layer.items()}
-    directory.mkdir(exist_ok=True)
-    safetensors.torch.save_file(tensors, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(_config(heads)))
-    return tensors
 
 
 def _published_slopes(n: int) -> list[float]:
@@ -102,7 +60,7 @@ def _logits(w: dict[str, torch.Tensor], heads: int, tokens) -> np.ndarray:
 
 @pytest.mark.parametrize("heads", [4, 6, 1])
 def test_logits_and_greedy_tokens_equal_torch(tmp_path, heads, record_property):
-    weights = _write(tmp_path, heads)
+    weights = baichuan.write(tmp_path, heads)
     params = checkpoint.read(tmp_path)
     assert (params.config.alibi, params.config.norm_head) == (True, True)
     lengths = np.asarray([PROMPT, 17, 1], np.int32)
@@ -128,7 +86,7 @@ def test_logits_and_greedy_tokens_equal_torch(tmp_path, heads, record_property):
 
 def test_the_order_of_calls_changes_nothing(tmp_path):
     """A chunked prefill past CHUNK, small calls and single tokens see the same distances."""
-    _write(tmp_path, 6)
+    baichuan.write(tmp_path, 6)
     params = checkpoint.read(tmp_path)
     tokens = np.random.default_rng(1).integers(0, V, (1, 300), np.int32)
     cache = functional.init_cache(params, batch=1, capacity=300, razor=None)
@@ -141,7 +99,7 @@ def test_the_order_of_calls_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("format", ["huggingface", "orbax"])
 def test_a_saved_model_is_read_back_exactly(tmp_path, format):
-    weights = _write(tmp_path / "a", 6)
+    weights = baichuan.write(tmp_path / "a", 6)
     params = checkpoint.read(tmp_path / "a")
     checkpoint.save(params, tmp_path / "b", format)
     back = checkpoint.read(tmp_path / "b")
@@ -160,16 +118,16 @@ def test_slopes_are_the_published_ones(n):
 
 
 def test_which_baichuan_is_read():
-    config = read_config(_config(6))
+    config = read_config(baichuan.config(6))
     assert read_config(write_config(config)) == config
-    assert not read_config(_config(6) | {"vocab_size": 64_000}).norm_head  # Baichuan 1
+    assert not read_config(baichuan.config(6) | {"vocab_size": 64_000}).norm_head  # Baichuan 1
     for field, value in (("max_position_embeddings", 4096), ("hidden_size", 4096), ("rope_theta", 1e4)):
         with pytest.raises(ValueError, match=f"{field}=.*7B, with rotary embedding"):
-            read_config(_config(6) | {field: value})
+            read_config(baichuan.config(6) | {field: value})
     with pytest.raises(ValueError, match="one KV head a query head"):
-        read_config(_config(6) | {"num_key_value_heads": 2})
+        read_config(baichuan.config(6) | {"num_key_value_heads": 2})
     with pytest.raises(ValueError, match="output head of its own"):
-        read_config(_config(6) | {"tie_word_embeddings": True})
+        read_config(baichuan.config(6) | {"tie_word_embeddings": True})
 
 
 @pytest.mark.parametrize("lengths", [[700, 300], [1, 0]])

@@ -16,9 +16,8 @@ from razor_jax.heads import alibi, store
 from razor_jax.models.linear import Linear, dequantize, is_kernel, quantize, quantize_tree, scale_of
 from razor_jax.params import abstract_weights, architecture_fingerprint, weights_fingerprint
 
-from ..core.test_functional import CONFIG, weights
-from ..support import hf
-from . import test_baichuan
+from ..support import baichuan, hf
+from ..support.small import CONFIG, weights
 
 SPLIT = HeadSplit(((1,), ()), 2)
 
@@ -48,7 +47,7 @@ def _logits(params: Params, tokens: np.ndarray) -> np.ndarray:
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     if request.param == "baichuan":
-        test_baichuan._write(path, 4)
+        baichuan.write(path, 4)
         return path
     return hf.write(path, request.param, tie_word_embeddings=request.param == "qwen3")
 
@@ -156,7 +155,7 @@ def test_embeddings_and_norms_stay_and_bytes_are_counted(folder):
 
 
 def test_theorem_1_reads_int8_weights(tmp_path):
-    test_baichuan._write(tmp_path, 4)
+    baichuan.write(tmp_path, 4)
     params = checkpoint.read(tmp_path, weights="int8")
     np.testing.assert_allclose(alibi.logit_bound(params), alibi.logit_bound(_floats(params)), rtol=1e-5)
 

@@ -8,7 +8,7 @@ import pytest
 
 from razor_jax import RazorConfig, functional
 
-from ..kernels import test_in_model as kernels
+from ..support import interpreted as kernels
 from ..support.meshes import on
 
 B, T, CAPACITY = 3, 20, 64
