@@ -39,7 +39,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"model_type={model_type!r} is not supported: use {_SUPPORTED}")
     architectures = hf.get("architectures") or []
     if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
-        raise ValueError(f"architectures={architectures} is not a language model: use a …ForCausalLM")
+        raise ValueError(f"architectures={architectures} is not a language model: use one that ends in ForCausalLM")
     return FAMILIES[model_type].config(hf)
 
 

@@ -124,9 +124,9 @@ def test_which_baichuan_is_read():
     for field, value in (("max_position_embeddings", 4096), ("hidden_size", 4096), ("rope_theta", 1e4)):
         with pytest.raises(ValueError, match=f"{field}=.*7B, with rotary embedding"):
             read_config(baichuan.config(6) | {field: value})
-    with pytest.raises(ValueError, match="one KV head a query head"):
+    with pytest.raises(ValueError, match="one KV head per query head"):
         read_config(baichuan.config(6) | {"num_key_value_heads": 2})
-    with pytest.raises(ValueError, match="output head of its own"):
+    with pytest.raises(ValueError, match="does not tie its output head"):
         read_config(baichuan.config(6) | {"tie_word_embeddings": True})
 
 
