@@ -227,7 +227,9 @@ def test_wrong_inputs_name_the_argument():
         "implementation='pallas_tpu' cannot run here: the device is a cpu": lambda: call(
             q, k, k, lengths, implementation="pallas_tpu"
         ),
-        "implementation='cuda' is unknown: use one of xla, pallas_tpu": lambda: call(q, k, k, lengths, implementation="cuda"),
+        "implementation='cuda' is unknown: use one of xla, pallas_tpu": lambda: call(
+            q, k, k, lengths, implementation="cuda"
+        ),
         "4 rows per KV head: must be a multiple of group_size=3": lambda: attention.attend_causal(
             q, k, k, lengths, start=0, group_size=3, scale=1.0
         ),
