@@ -1,4 +1,4 @@
-"""The cache-write kernels through the real TPU compiler: nothing but a donated cache is written, and none is copied.
+"""The cache-write kernels through the real TPU compiler: they write donated caches in place, and copy none.
 
 `test_tpu.py` says how to run this, and why every topology compiles in its own process.
 """
@@ -105,5 +105,5 @@ def test_caches_are_written_in_place(topology):
         print(topology, *case, f"cache {given} aliased {alias} temporaries {temporary} copies {copies}")
         assert alias >= given, case
         assert copies == 0, case
-        # Queries, means and lines of the call's own tokens, in tiles.
+        # Temporaries are queries, means and the call's tokens, in tiles.
         assert temporary < B * K * 64 * 128 * 4 + (1 << 20), case

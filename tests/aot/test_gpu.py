@@ -22,14 +22,14 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-# Compute capability, multiprocessors, bytes: bandwidth a second, L2, memory, shared memory a core and a block.
+# Compute capability, multiprocessors, bandwidth (bytes/s), and bytes of L2, memory, shared memory per core and block.
 CHIPS = {
     "a100": (8, 0, 108, 2.039e12, 40 << 20, 80 << 30, 167936, 166912),
     "h100": (9, 0, 132, 3.35e12, 50 << 20, 80 << 30, 233472, 232448),
     "h200": (9, 0, 132, 4.8e12, 50 << 20, 141 << 30, 233472, 232448),
     "b200": (10, 0, 148, 8.0e12, 126 << 20, 180 << 30, 233472, 232448),
 }
-REGISTERS = 65536  # of a multiprocessor
+REGISTERS = 65536  # per multiprocessor
 FULL, RING = 32768, 4100
 
 # kind, B, K, R, S, H, query type, cache type, state in and out
@@ -129,24 +129,24 @@ print(json.dumps(found))
 
 
 def missing() -> str | None:
-    """Why the GPU compiler is not here, or None."""
+    """Return why the GPU compiler cannot run here, or None if it can."""
     if importlib.util.find_spec("jax_plugins") is None or not any(
         importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)
     ):
         return "the GPU compiler is in JAX's CUDA plugin: pip install -e '.[cuda]' nvidia-cuda-nvcc"
     if assembler() is None:
-        return "there is no ptxas: pip install nvidia-cuda-nvcc"
+        return "ptxas is not installed: pip install nvidia-cuda-nvcc"
     return None
 
 
 def assembler() -> str | None:
-    """ptxas: of the wheels, or of the machine."""
+    """Return the path of ptxas, from the wheels or the system."""
     wheels = (Path(folder) / "nvidia" for folder in sys.path)
     return next((str(path) for wheel in wheels for path in wheel.glob("*/bin/ptxas")), None) or shutil.which("ptxas")
 
 
 def target(chip: str) -> str:
-    """The chip as a GpuTargetConfigProto in text form."""
+    """Return the chip as a GpuTargetConfigProto in text form."""
     major, minor, cores, bandwidth, l2, memory, shared, shared_block = CHIPS[chip]
     extension = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""
@@ -164,12 +164,12 @@ platform_name: "CUDA"
 
 
 def kernels(folder: Path, chip: str) -> dict[str, dict[str, int]]:
-    """Of each kernel of ours in an XLA dump: registers, bytes spilt, bytes of shared memory, threads."""
+    """Return registers, bytes spilt, bytes of shared memory and threads of each of our kernels in an XLA dump."""
     major, minor = CHIPS[chip][:2]
     architecture = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
     found = {}
     for path in folder.glob("*.ptx"):
-        if "razor" not in path.read_text():  # one of XLA's own, or empty
+        if "razor" not in path.read_text():  # a kernel of XLA, or empty
             continue
         command = [assembler(), "-v", "-arch", architecture, str(path), "-o", os.devnull]
         run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
@@ -197,7 +197,7 @@ def test_kernels_fit_their_registers_and_copy_no_cache(chip, tmp_path):
         "XLA_FLAGS": "--xla_gpu_autotune_level=0",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    # Below 8.9 the compiler does not refuse to convert float8: it ends the process. `unsupported` says so before.
+    # Below 8.9 converting float8 crashes the compiler. `unsupported` prevents that in the package.
     cases = [case for case in CASES if CHIPS[chip][:2] >= (8, 9) or case[7] != "float8_e4m3fn"]
     command = [sys.executable, "-c", COMPILE, json.dumps([chip, target(chip), cases, str(tmp_path)])]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
@@ -213,7 +213,7 @@ def test_kernels_fit_their_registers_and_copy_no_cache(chip, tmp_path):
             assert kernel["spilt"] == 0, (case, found)
             assert kernel["registers"] * kernel["threads"] <= REGISTERS, (case, found)
             assert kernel["shared"] <= CHIPS[chip][7], (case, found)
-        # The states of the splits, which are less than one of the two arrays of a cache.
+        # The temporaries are states of the splits, less than one of the two arrays of a cache.
         itemsize = {"float32": 4, "bfloat16": 2}.get(kv, 1)
         assert temporary < B * K * S * H * itemsize, (case, temporary)
         if kind == "step":

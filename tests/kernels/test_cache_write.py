@@ -266,7 +266,7 @@ def test_steps_visit_what_is_touched_and_load_what_survives():
     ("H", "dtype", "reason"),
     [(96, "float32", "head width H=96"), (128, "float16", "cache is float16"), (64, "int8", None)],
 )
-def test_what_the_kernel_cannot_write_is_said(H, dtype, reason):
+def test_unsupported_groups_have_a_reason(H, dtype, reason):
     x = jax.ShapeDtypeStruct((1, 1, 32, H), dtype)
     said = tpu.unsupported(GroupArrays(x, x))
     assert said is reason is None or reason in said
