@@ -1,12 +1,12 @@
-"""Dense decode attention by others, beside which `benchmarks.attention` stands.
+"""Dense attention by others, for comparison in `benchmarks.attention`.
 
-Those of JAX are functions. Those of torch (SDPA, flash-attn, FlashInfer) run in a process of their own, before JAX
-takes the device's memory; it prints one JSON row a line:
+JAX peers are functions. Torch peers (SDPA, flash-attn, FlashInfer) run in their own process, before JAX takes the
+device's memory. That process prints one JSON row per line:
 
     python -m benchmarks.attention_peers '{"shapes": [[8, 131072]], "heads": [8, 4, 128], "layers": 32, "repeats": 7}'
 
-Every peer is first held to a float64 softmax at a small size. B batch, K KV heads, G query heads a KV head, H head
-width, S slots.
+Every peer is first checked against a float64 softmax at a small size. B batch, K KV heads, G query heads per KV head,
+H head width, S slots.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ TOLERANCE = 8e-3
 
 
 class Peer(NamedTuple):
-    """A dense attention: `call(q [B,K,G,H], k, v, lengths) -> [B,K,G,H]`, k and v in its own layout."""
+    """A dense attention, `call(q [B,K,G,H], k, v, lengths) -> [B,K,G,H]`, with k and v in its own layout."""
 
     name: str
     call: Callable[..., Any]
     slots_first: bool  # k and v are [B,S,K,H], not [B,K,S,H]
-    ragged: bool = True  # takes lengths; else every row is full
+    ragged: bool = True  # takes lengths; otherwise every row is full
 
 
 def lengths_of(batch: int, context: int, ragged: bool) -> np.ndarray:
-    """Return int32 [B]: all full, or evenly from an eighth to full, the last row the longest."""
+    """Return the lengths of the rows, int32 [B]: all full, or evenly from an eighth to full, ascending."""
     first = context // 8 if ragged else context
     return np.linspace(first, context, batch).astype(np.int32) if batch > 1 else np.full(1, context, np.int32)
 
 
 def layers_that_fit(layer_bytes: int, most: int, memory: int) -> int:
-    """Return layers of a dense cache to time, so that a copy of one and the rest of a run still fit."""
+    """Return how many dense layers to time, so that a copy of one layer and the rest of a run still fit."""
     return min(most, max(0, int(0.75 * memory) // layer_bytes - 1))
 
 
 def softmax_oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Compute literal float64 attention, q [B,K,G,H] over slots [0, lengths[b]) of k, v [B,K,S,H]."""
+    """Return attention in float64, q [B,K,G,H] over slots [0, lengths[b]) of k, v [B,K,S,H]."""
     logits = np.einsum("bkgh,bksh->bkgs", q.astype(np.float64), k.astype(np.float64)) / np.sqrt(q.shape[-1])
     valid = np.arange(k.shape[2]) < lengths[:, None, None, None]
     weights = np.where(valid, np.exp(logits - logits.max(-1, keepdims=True)), 0.0)
@@ -59,13 +59,13 @@ def softmax_oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: np.ndar
 
 
 def error_of(a: Any, b: Any) -> float:
-    """Return max|a-b| / max|b|, in NumPy; NaN where anything is NaN."""
+    """Return max|a-b| / max|b|, computed in NumPy; NaN if any value is NaN."""
     a, b = (np.asarray(x, np.float64) for x in (a, b))
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
 def small_case(heads: tuple[int, int, int], ragged: bool, slots: int = 2048) -> tuple[np.ndarray, ...]:
-    """Draw normal q [2,K,G,H], k, v [2,K,S,H] and lengths for a check."""
+    """Return random q [2,K,G,H], k, v [2,K,S,H] and lengths for a check."""
     K, G, H = heads
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, K, *shape, H)).astype(np.float32) for shape in ((G,), (slots,), (slots,)))
@@ -76,8 +76,9 @@ def small_case(heads: tuple[int, int, int], ragged: bool, slots: int = 2048) -> 
 
 
 def _dot_product(implementation: str, packed: bool) -> Callable[..., jax.Array]:
-    """Run `jax.nn.dot_product_attention`; packed: a group's heads as query tokens of one head, so K and V are read
-    once.
+    """Return a call of `jax.nn.dot_product_attention`.
+
+    If `packed`, the query heads of a KV head are passed as tokens of one head, so that K and V are read once.
     """
 
     def call(q, k, v, lengths):
@@ -103,7 +104,7 @@ def _pallas_gqa(q, k, v, lengths):
 
 
 def _pallas_mqa(q, k, v, lengths):
-    """Return the kernel under `gqa`, given the layout that it wants: no transposed copy of the cache."""
+    """Run the kernel under `gqa` in the layout that it wants, which avoids a transposed copy of the cache."""
     from jax.experimental.pallas.ops.gpu import decode_attention
 
     B, K, _, H = q.shape
@@ -112,7 +113,7 @@ def _pallas_mqa(q, k, v, lengths):
 
 
 def jax_peers() -> tuple[Peer, ...]:
-    """Return dense attention that a JAX program can call; some of it only on an NVIDIA GPU."""
+    """Return the dense peers that a JAX program can call; some run on NVIDIA GPUs only."""
     return (
         Peer("cuDNN", _dot_product("cudnn", packed=False), slots_first=True),
         Peer("cuDNN, heads packed", _dot_product("cudnn", packed=True), slots_first=True),
@@ -133,22 +134,22 @@ def check_jax(peer: Peer, heads: tuple[int, int, int]) -> float:
 
 
 def cudnn_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Run one-shot causal prefill, q [B,T,N,H], k and v [B,T,K,H]."""
+    """Run causal prefill in one call, q [B,T,N,H], k and v [B,T,K,H]."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
 def xla_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Return the same without cuDNN: only for a run at tiny sizes elsewhere."""
+    """Run the same without cuDNN, for runs at tiny sizes on other devices."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
 
 
-# --- torch, in a process of its own
+# --- torch, in its own process
 
 
 def torch_rows(request: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
-    """Run the torch peers of `request` in a process; what it had printed after `seconds` counts.
+    """Run the torch peers of `request` in a process, and return the rows that it printed within `seconds`.
 
-    Rows have name, batch, context, ragged, layers, and seconds a layer with error, or a note why not.
+    A row has name, batch, context, ragged, layers, and either seconds per layer and error, or a note with the reason.
     """
     command = [sys.executable, "-m", "benchmarks.attention_peers", json.dumps(request)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -159,7 +160,7 @@ def torch_rows(request: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
             failure = f"stopped after {seconds:.0f} s"
         out.seek(0)
         err.seek(0)
-        # A stopped process may leave half a line.
+        # A stopped process may leave an incomplete line.
         lines = [line for line in out if line.endswith("}\n")]
         last = (err.read().strip().splitlines() or [""])[-1]
     rows = [json.loads(line) for line in lines]
@@ -167,30 +168,30 @@ def torch_rows(request: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
 
 
 def main(request: dict[str, Any]) -> None:
-    """Time every torch peer on every shape, printing rows as they come."""
+    """Time every torch peer on every shape, and print each row when it is done."""
 
-    def tell(**row: Any) -> None:
+    def print_row(**row: Any) -> None:
         print(json.dumps(row), flush=True)
 
     if importlib.util.find_spec("torch") is None:
-        tell(name="torch", note="torch is not installed")
+        print_row(name="torch", note="torch is not installed")
         return
     import torch
 
     device = request.get("device", "cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        tell(name="torch", note=f"torch {torch.__version__} has no CUDA here")
+        print_row(name="torch", note=f"torch {torch.__version__} has no CUDA here")
         return
     memory = torch.cuda.mem_get_info()[0] if device == "cuda" else 2**30
     K, G, H = heads = tuple(request["heads"])
-    for peer in _torch_peers(tell):
+    for peer in _torch_peers(print_row):
         try:
             error = _check_torch(peer, heads, device)
         except Exception as problem:
-            tell(name=peer.name, note=f"failed: {_first_line(problem)}")
+            print_row(name=peer.name, note=f"failed: {_first_line(problem)}")
             continue
         if not error <= TOLERANCE:
-            tell(name=peer.name, error=error, note="refused: wrong result")
+            print_row(name=peer.name, error=error, note="refused: wrong result")
             continue
         for batch, context in request["shapes"]:
             layers = layers_that_fit(batch * context * K * 2 * H * 2, request["layers"], memory)
@@ -203,17 +204,17 @@ def main(request: dict[str, Any]) -> None:
                     if device == "cuda":
                         torch.cuda.empty_cache()
                     total = _time_torch(peer, (batch, K, G, context, H), layers, lengths, request["repeats"], device)
-                    tell(**row, seconds=total / layers, error=error)
+                    print_row(**row, seconds=total / layers, error=error)
                 except Exception as problem:
-                    tell(**row, note=f"failed: {_first_line(problem)}")
+                    print_row(**row, note=f"failed: {_first_line(problem)}")
 
 
 def _first_line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:200]
 
 
-def _torch_peers(tell: Callable[..., None]) -> Iterator[Peer]:
-    """Return the peers whose packages are installed, and report the others."""
+def _torch_peers(print_row: Callable[..., None]) -> Iterator[Peer]:
+    """Yield the peers whose packages are installed, and print a row for the others."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -233,12 +234,12 @@ def _torch_peers(tell: Callable[..., None]) -> Iterator[Peer]:
 
     for module, make in (("flash_attn", _flash_attn), ("flashinfer", _flashinfer)):
         if importlib.util.find_spec(module) is None:
-            tell(name=module, note=f"{module} is not installed")
+            print_row(name=module, note=f"{module} is not installed")
             continue
         try:
             yield make()
         except Exception as problem:
-            tell(name=module, note=f"cannot be imported: {_first_line(problem)}")
+            print_row(name=module, note=f"cannot be imported: {_first_line(problem)}")
 
 
 def _flash_attn() -> Peer:
@@ -252,7 +253,7 @@ def _flash_attn() -> Peer:
 
 
 def _flashinfer(page: int = 16) -> Peer:
-    """Run paged decode, planned once for a set of lengths as a server does for all layers of a step."""
+    """Return paged decode, planned once per set of lengths, as a server does for all layers of a step."""
     import flashinfer  # pyright: ignore[reportMissingImports]
     import torch
 
@@ -295,7 +296,7 @@ def _check_torch(peer: Peer, heads: tuple[int, int, int], device: str) -> float:
 
 
 def _time_torch(peer: Peer, shape: tuple[int, ...], layers: int, lengths, repeats: int, device: str) -> float:
-    """Return median seconds of all layers in sequence, each layer's query waiting for the last one's output."""
+    """Return the median seconds of all layers in sequence. Each query waits for the output of the layer before."""
     import torch
 
     B, K, G, S, H = shape
@@ -322,7 +323,7 @@ def _time_torch(peer: Peer, shape: tuple[int, ...], layers: int, lengths, repeat
         for _ in range(2):
             step()
         run: Callable[[], Any] = step
-        # Not every peer can be captured; then its launches are part of its time.
+        # A peer that cannot be captured is timed with its launches.
         with contextlib.suppress(RuntimeError):
             run = _captured(step) if on_gpu else step
         wait()
@@ -341,7 +342,7 @@ def _time_torch(peer: Peer, shape: tuple[int, ...], layers: int, lengths, repeat
 
 
 def _captured(step: Callable[[], Any]) -> Callable[[], None]:
-    """Return the step as one CUDA graph, as a server replays it: no time between launches."""
+    """Return the step as one CUDA graph, which a server replays without time between launches."""
     import torch
 
     graph = torch.cuda.CUDAGraph()

@@ -1,6 +1,6 @@
-"""What `benchmarks.attention` runs: caches full of noise, the timed programs, and the checks before timing.
+"""The programs of `benchmarks.attention`: caches full of noise, the timed calls, and the checks before timing.
 
-B batch, K KV heads, G query heads a KV head, R query rows (G·T, t-major), H head width, S slots, T tokens.
+B batch, K KV heads, G query heads per KV head, R query rows (G·T, t-major), H head width, S slots, T tokens.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from razor_jax.models.config import ModelConfig
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def noise(seed: jax.Array | int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Make reproducible numbers of variance 1 (int8: all bytes) by hashing the index: one write, no memory beside
-    it.
+    """Return reproducible numbers of variance 1 (int8: all bytes), by hashing the index.
+
+    The array is written once, and no other memory is needed.
     """
     x = jnp.full(shape, jnp.uint32(seed) * jnp.uint32(0x9E3779B9))
     for axis, stride in enumerate(np.cumprod([1, *shape[:0:-1]])[::-1]):
@@ -45,7 +46,7 @@ def noise(seed: jax.Array | int, shape: tuple[int, ...], dtype: Any) -> jax.Arra
 
 @functools.cache
 def uneven_split(model: ModelConfig, kept: int, seed: int = 0) -> HeadSplit:
-    """Draw `kept` KV heads over the layers: one layer with all heads, one with none, the rest as they fall."""
+    """Return a random split with `kept` KV heads: all heads of one layer, no head of another, the rest at random."""
     L, K = model.num_layers, model.num_kv_heads
     rng = np.random.default_rng([seed, kept])
     full, empty = rng.permutation(L)[:2]
@@ -56,7 +57,7 @@ def uneven_split(model: ModelConfig, kept: int, seed: int = 0) -> HeadSplit:
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """One batch of caches as the library allocates them, and what a decode step must read of them."""
+    """One batch of caches as the library allocates them, and the bytes that a decode step must read."""
 
     spec: kv.CacheSpec
     lengths: np.ndarray  # int32 [B]
@@ -65,8 +66,9 @@ class Cache:
     def of(
         cls, model: ModelConfig, kept: int | None, razor: RazorConfig | None, lengths: np.ndarray, dtype: str
     ) -> Cache:
-        """Make a cache where `kept` KV heads keep everything, None for dense; the capacity is the longest of
-        `lengths`.
+        """Return a cache in which `kept` KV heads keep everything; None for a dense one.
+
+        The capacity is the largest of `lengths`.
         """
         split = HeadSplit.all(model.num_layers, model.num_kv_heads) if kept is None else uneven_split(model, kept)
         if razor is not None:
@@ -75,17 +77,17 @@ class Cache:
 
     @property
     def window(self) -> np.ndarray:
-        """W int32 [B]: each row's own, by its length."""
+        """W of each row by its length, int32 [B]."""
         razor = self.spec.razor
         return self.lengths if razor is None else np.asarray([kv.ring_length(razor, int(n)) for n in self.lengths])
 
     def valid(self, windowed: bool) -> np.ndarray:
-        """Return int32 [B], slots that hold a token."""
+        """Return how many slots hold a token, int32 [B]."""
         return np.minimum(self.lengths, self.spec.sinks + self.window) if windowed else self.lengths
 
     @property
     def dropped(self) -> np.ndarray:
-        """n int32 [B]."""
+        """n, int32 [B]."""
         return np.maximum(0, self.lengths - self.valid(True)).astype(np.int32)
 
     @property
@@ -115,7 +117,7 @@ class Cache:
         k, v = (noise(seed + 2 * i, (batch, heads, slots, H), dtype) for i in (0, 1))
         scales = means = (None, None)
         if dtype == jnp.int8:
-            # Bytes of deviation 74: values of variance 1, a fifth more or less from token to token.
+            # The bytes have deviation 74, so the values have variance 1, and vary by a fifth between tokens.
             scales = tuple(
                 (1 + 0.12 * noise(seed + 4 + i, (batch, heads, 1, slots), jnp.dtype("float32"))) / 74 for i in (0, 1)
             )
@@ -124,8 +126,8 @@ class Cache:
         return GroupArrays(k, v, *scales, *means)
 
     @property
-    def extra(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Lengths of full and windowed groups, and n: int32 [B] each."""
+    def row_counts(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Valid slots of full groups, valid slots of windowed groups, and n: int32 [B] each."""
         return tuple(jnp.asarray(x, jnp.int32) for x in (self.valid(False), self.valid(True), self.dropped))
 
 
@@ -133,9 +135,9 @@ class Cache:
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "return_state"))
-def attend_group(rows, group: GroupArrays, extra, implementation: str, return_state: bool = False):
-    """Attend with rows [B,K,R,H] to one head group: its compensation token if it has one, then its slots."""
-    full, windowed, dropped = extra
+def attend_group(rows, group: GroupArrays, row_counts, implementation: str, return_state: bool = False):
+    """Attend with rows [B,K,R,H] to one head group: its compensation token, if it has one, and its slots."""
+    full, windowed, dropped = row_counts
     scale = 1 / math.sqrt(rows.shape[-1])
     state = None
     if group.k_mean is not None:
@@ -147,7 +149,7 @@ def attend_group(rows, group: GroupArrays, extra, implementation: str, return_st
         full if group.k_mean is None else windowed,
         scale=scale,
         state=state,
-        # Only where there are any: so that a kernel that knows no 8-bit caches is timed on the others.
+        # Passed only if there are any, so that a kernel without 8-bit caches is timed on the others.
         **({} if group.k_scale is None else {"k_scale": group.k_scale, "v_scale": group.v_scale}),
         return_state=return_state,
         implementation=implementation,
@@ -155,49 +157,50 @@ def attend_group(rows, group: GroupArrays, extra, implementation: str, return_st
 
 
 @dataclasses.dataclass(frozen=True)
-class Ours:
-    """A layer of ours: (rows [B,K,G,H], groups, extra) -> [B,K,G,H]."""
+class RazorLayer:
+    """Attention of one layer by our kernels: (rows [B,K,G,H], groups, row_counts) -> [B,K,G,H]."""
 
     implementation: str
 
-    def __call__(self, rows, layer: tuple[GroupArrays, ...], extra):
+    def __call__(self, rows, layer: tuple[GroupArrays, ...], row_counts):
         outs, first = [], 0
         for group in layer:
             heads = slice(first, first + group.k.shape[1])
             first = heads.stop
-            outs.append(attend_group(rows[:, heads], group, extra, self.implementation))
+            outs.append(attend_group(rows[:, heads], group, row_counts, self.implementation))
         return jnp.concatenate(outs, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Theirs:
-    """A layer of a dense peer, its k and v in its own layout."""
+class PeerLayer:
+    """Attention of one layer by a dense peer, with k and v in the peer's layout."""
 
     peer: peers.Peer
 
-    def __call__(self, rows, layer, extra):
-        return self.peer.call(rows, *layer, extra[0])
+    def __call__(self, rows, layer, row_counts):
+        return self.peer.call(rows, *layer, row_counts[0])
 
 
 @functools.partial(jax.jit, static_argnames=("attend_layer", "probe"))
-def chain(q, layers, extra, *, attend_layer: Callable[..., jax.Array], probe: int):
-    """Return all layers in sequence, each on q + the last one's output; with what layer `probe` was asked and
-    answered.
+def chain(q, layers, row_counts, *, attend_layer: Callable[..., jax.Array], probe: int):
+    """Run all layers in sequence, each on q plus the output of the layer before.
+
+    Returns the last rows, and the rows and output of layer `probe`.
     """
     rows, probed = q, None
     for index, layer in enumerate(layers):
         # Some peers answer in float32.
-        out = attend_layer(rows, layer, extra).astype(q.dtype)
+        out = attend_layer(rows, layer, row_counts).astype(q.dtype)
         probed = (rows, out) if index == probe else probed
         rows = q + out
     return rows, probed
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "window", "sinks", "implementation"))
-def stream(q, k, v, held: tuple[GroupArrays, ...], *, chunk: int, window: int, sinks: int, implementation: str):
-    """Run streaming prefill of one layer: for each chunk, attend to the cache and to the chunk, then write.
+def stream(q, k, v, groups: tuple[GroupArrays, ...], *, chunk: int, window: int, sinks: int, implementation: str):
+    """Run streaming prefill of one layer: per chunk, attend to the cache and to the chunk, then write.
 
-    q [B,K,G·T,H], k, v [B,K,T,H], the layer's empty groups: the outputs [B,K,G·T,H] and the groups.
+    Takes q [B,K,G·T,H], k, v [B,K,T,H] and the layer's empty groups. Returns the outputs [B,K,G·T,H] and the groups.
     """
     B, _, T, H = k.shape
     G = q.shape[2] // T
@@ -211,12 +214,12 @@ def stream(q, k, v, held: tuple[GroupArrays, ...], *, chunk: int, window: int, s
     def body(index, carry):
         out, groups = carry
         length = jnp.full((B,), index * chunk, jnp.int32)
-        held_slots = jnp.minimum(length, sinks + window)
+        valid = jnp.minimum(length, sinks + window)
         rows = lax.dynamic_slice_in_dim(q, index * chunk * G, chunk * G, axis=2)
         new = [lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis=2) for x in (k, v)]
-        extra = (length, held_slots, length - held_slots)
+        row_counts = (length, valid, length - valid)
         states = [
-            attend_group(rows[:, heads], group, extra, implementation, return_state=True)
+            attend_group(rows[:, heads], group, row_counts, implementation, return_state=True)
             for heads, group in zip(heads_of(groups), groups, strict=True)
         ]
         state = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *states)
@@ -236,12 +239,12 @@ def stream(q, k, v, held: tuple[GroupArrays, ...], *, chunk: int, window: int, s
         )
         return lax.dynamic_update_slice_in_dim(out, answer, index * chunk * G, axis=2), groups
 
-    return lax.fori_loop(0, T // chunk, body, (jnp.zeros_like(q), held))
+    return lax.fori_loop(0, T // chunk, body, (jnp.zeros_like(q), groups))
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "implementation"))
 def exact(q, k, v, lengths, *, group_size: int, implementation: str):
-    """Compute causal attention of a whole prompt, q [B,K,G·T,H] and k, v [B,K,T,H]."""
+    """Run causal attention over a whole prompt, q [B,K,G·T,H] and k, v [B,K,T,H]."""
     scale = 1 / math.sqrt(q.shape[-1])
     return attend_causal(q, k, v, lengths, start=0, group_size=group_size, scale=scale, implementation=implementation)
 
@@ -250,13 +253,14 @@ def exact(q, k, v, lengths, *, group_size: int, implementation: str):
 
 
 def float32(x: Any) -> Any:
-    """Return every bfloat16 array of a tree as float32, which changes no value."""
+    """Return the tree with bfloat16 arrays as float32, which changes no value."""
     return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, x)
 
 
 def check_decode(implementation: str, dtype: str) -> float:
-    """Return the error of one layer of both groups against XLA in float32: ragged rows, NaN in all that must not be
-    read.
+    """Return the error of one layer with both groups, compared with XLA in float32.
+
+    Rows are ragged, and everything that must not be read is NaN.
     """
     model = ModelConfig("llama", 64, 4096, 64, 3, 16, 4, 128, 4096)
     lengths = np.asarray([5, 700, 2048], np.int32)
@@ -286,12 +290,12 @@ def check_decode(implementation: str, dtype: str) -> float:
     layer = tuple(poison(group) for group in groups)
     q = noise(99, (3, 4, 4, 128), jnp.dtype("bfloat16"))
     with jax.default_matmul_precision("highest"):
-        want = Ours("xla")(float32(q), tuple(plain(group) for group in layer), cache.extra)
-    return peers.error_of(float32(Ours(implementation)(q, layer, cache.extra)), want)
+        want = RazorLayer("xla")(float32(q), tuple(plain(group) for group in layer), cache.row_counts)
+    return peers.error_of(float32(RazorLayer(implementation)(q, layer, cache.row_counts)), want)
 
 
 def check_causal(implementation: str) -> float:
-    """Return the error of a causal call against XLA in float32, two rows of 640 and 200 tokens."""
+    """Return the error of a causal call over rows of 640 and 200 tokens, compared with XLA in float32."""
     T, lengths = 640, jnp.asarray([640, 200], jnp.int32)
     q, k, v = (noise(i, (2, 4, n, 128), jnp.dtype("bfloat16")) for i, n in enumerate((4 * T, T, T)))
     unread = (jnp.arange(T) >= lengths[:, None])[:, None, :, None]
@@ -304,7 +308,7 @@ def check_causal(implementation: str) -> float:
 
 
 def check_stream(implementation: str) -> float:
-    """Return the error of a streaming prefill of four chunks against XLA in float32, outputs and means."""
+    """Return the error of outputs and means of a streaming prefill of four chunks, compared with XLA in float32."""
     T, chunk, window = 1024, 256, 300
     q, k, v = (noise(i, (1, 4, n, 128), jnp.dtype("bfloat16")) for i, n in enumerate((4 * T, T, T)))
     options = {"chunk": chunk, "window": window, "sinks": 4}
@@ -314,19 +318,19 @@ def check_stream(implementation: str) -> float:
         means = (jnp.zeros((1, heads, 1, 128)) for _ in range(2)) if windowed else (None, None)
         return GroupArrays(k, v, None, None, *means)
 
-    def held(dtype):
+    def groups_of(dtype):
         return empty(1, T, False, dtype), empty(3, window + 4, True, dtype)
 
-    got, groups = stream(q, k, v, held(jnp.bfloat16), **options, implementation=implementation)
+    got, groups = stream(q, k, v, groups_of(jnp.bfloat16), **options, implementation=implementation)
     with jax.default_matmul_precision("highest"):
-        want, wanted = stream(*float32((q, k, v)), held(jnp.float32), **options, implementation="xla")
+        want, wanted = stream(*float32((q, k, v)), groups_of(jnp.float32), **options, implementation="xla")
     return max(peers.error_of(float32(got), want), peers.error_of(groups[1].k_mean, wanted[1].k_mean))
 
 
 def check_head(rows, out, group: GroupArrays, valid: int, n: int) -> float:
-    """Return the error of the last row's last head of a group at the timed size, against a float64 softmax on the host.
+    """Return the error of the last head of the last row at the timed size, compared with a float64 softmax on the host.
 
-    rows, out [B,K,G,H], this group's heads only; `valid` slots and `n` dropped tokens of that row.
+    rows and out [B,K,G,H] have the heads of this group only. The row has `valid` slots and `n` dropped tokens.
     """
 
     def host(x: Any, scale: Any = None) -> np.ndarray:

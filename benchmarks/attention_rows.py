@@ -1,4 +1,4 @@
-"""What `benchmarks.attention` measures, and one figure of it."""
+"""The sizes that `benchmarks.attention` measures, and the record of one measurement."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ K32, K128 = 32_768, 131_072
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured. `shapes` are (context, batch), the most telling first; `kept` KV heads of all layers."""
+    """Sizes to measure. `shapes` are (context, batch), the most informative first; `kept` counts retrieval heads."""
 
     model: ModelConfig
     shapes: tuple[tuple[int, int], ...]
     kept: tuple[int, ...]
     policies: tuple[tuple[str, RazorConfig], ...]
-    exact: tuple[int, ...]  # prompts of the exact prefill
-    stream: int  # prompt of the streaming prefill
+    exact: tuple[int, ...]  # prompt lengths of the exact prefill
+    stream: int  # prompt length of the streaming prefill
     stream_policy: RazorConfig
-    contexts: tuple[int, ...]  # of the whole step
+    contexts: tuple[int, ...]  # of the whole decode step
     copy_bytes: int
     matrix: int  # rows and columns of the matrix product
-    room: int  # decode steps that a cache of the whole step has left
+    room: int  # free slots of the cache in the whole decode step
     repeats: int = 7
     sample_seconds: float = 0.05
     smoke: bool = False
@@ -65,17 +65,17 @@ SMOKE = Sizes(
 
 
 @dataclasses.dataclass
-class Row:
-    """One figure. `bytes`, `flops` and seconds are of one `unit`; `layers` were run in sequence.
+class ResultRow:
+    """One measurement. `bytes`, `flops` and seconds are per `unit`; `layers` layers ran in sequence.
 
     Attributes:
-      bytes, flops: what must be read, and done.
-      alone: bytes on the device that the case needs at once.
-      predicted_seconds: a unit, by the ceilings of this run, before measuring.
-      error: the larger of the small and the timed size, max|a-b| / max|b|.
+      bytes, flops: the bytes that must be read, and the operations that must be done.
+      alone: bytes that the case needs on the device at once.
+      predicted_seconds: seconds per unit by the ceilings of this run, predicted before measuring.
+      error: max|a-b| / max|b|, the larger of the errors at the small and at the timed size.
       speedup, byte_ratio: over the best dense peer of the same batch, context and lengths.
-      goals: [{"name", "goal", "value", "met"}]; empty where none holds.
-      note: why there is no figure, or what to know about it.
+      goals: [{"name", "goal", "value", "met"}]; empty if the row has no goals.
+      note: why the row has no time, or what to know about it.
     """
 
     section: str
@@ -102,7 +102,7 @@ class Row:
     note: str = ""
 
     def goal(self, name: str, goal: float, value: float) -> None:
-        """Name a goal that is met from `goal` on."""
+        """Add a goal, which is met if `value` is at least `goal`."""
         self.goals.append({"name": name, "goal": goal, "value": value, "met": bool(value >= goal)})
 
     @property
@@ -116,11 +116,11 @@ class Row:
 
 @dataclasses.dataclass
 class Case:
-    """A row before its measurement, and what fills it in; None where it is filled in already."""
+    """A row before its measurement, and the function that fills it in; None if it is filled in already."""
 
-    row: Row
-    measure: Callable[[Row], None] | None
+    row: ResultRow
+    measure: Callable[[ResultRow], None] | None
 
 
-class Refused(Exception):
-    """A kernel whose result is wrong is not timed."""
+class WrongResult(Exception):
+    """The result of a kernel is wrong, so its time does not count."""

@@ -1,4 +1,4 @@
-"""The sections of `benchmarks.attention`: what each measures, in which order, and beside which goals."""
+"""The sections of `benchmarks.attention`: their cases, in order, and their goals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import razor_jax
 from benchmarks import attention_peers as peers
 from benchmarks import attention_programs as programs
 from benchmarks.attention_programs import Cache, noise
-from benchmarks.attention_rows import GIB, Case, Refused, Row
+from benchmarks.attention_rows import GIB, Case, ResultRow, WrongResult
 from razor_jax import Params, RazorConfig
 from razor_jax import cache as kv
 from razor_jax.kernels.cache_write import GroupArrays
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from benchmarks.attention import Bench
 
 
-GOAL_BYTES = 64e6  # goals of decode hold from so many bytes a layer on
-L2_BYTES = 64 * 2**20  # at least that of an H200
+GOAL_BYTES = 64e6  # decode has goals if a layer has at least this many bytes
+L2_BYTES = 64 * 2**20  # at least the L2 of an H200
 
 
 def copy_section(bench: Bench) -> Iterator[Case]:
@@ -40,8 +40,8 @@ def copy_section(bench: Bench) -> Iterator[Case]:
     def big() -> jax.Array:
         return noise(1, (size // 2**16, 2**15), jnp.dtype("bfloat16"))
 
-    def copied(function: Callable[[jax.Array], jax.Array]) -> Callable[[Row], None]:
-        def measure(row: Row) -> None:
+    def copied(function: Callable[[jax.Array], jax.Array]) -> Callable[[ResultRow], None]:
+        def measure(row: ResultRow) -> None:
             x, call = big(), jax.jit(function)
             bench.time(row, lambda: call(x))
             assert row.seconds is not None
@@ -50,7 +50,7 @@ def copy_section(bench: Bench) -> Iterator[Case]:
 
         return measure
 
-    def multiplied(row: Row) -> None:
+    def multiplied(row: ResultRow) -> None:
         a, b = (noise(i, (n, n), jnp.dtype("bfloat16")) for i in (2, 3))
         product = jax.jit(lambda a, b: (a @ b).astype(jnp.bfloat16))
         bench.time(row, lambda: product(a, b))
@@ -59,18 +59,18 @@ def copy_section(bench: Bench) -> Iterator[Case]:
         row.extra["flops_per_second"] = bench.matrix_rate
 
     rates: list[float] = []
-    yield Case(Row("copy", "copy", "copy", bytes=2 * size), copied(jnp.copy))
-    yield Case(Row("copy", "negation", "copy", bytes=2 * size), copied(jnp.negative))
+    yield Case(ResultRow("copy", "copy", "copy", bytes=2 * size), copied(jnp.copy))
+    yield Case(ResultRow("copy", "negation", "copy", bytes=2 * size), copied(jnp.negative))
     if rates:
-        # The faster of the two, which is the harder ceiling.
+        # The faster of the two is the harder ceiling.
         bench.copy_rate = max(rates)
         bench.machine["copy_bytes_per_second"] = bench.copy_rate
-    yield Case(Row("copy", "sum: read only", "read", bytes=size), copied(lambda x: jnp.sum(x, dtype=jnp.float32)))
-    yield Case(Row("copy", f"bf16 product {n}³", "product", flops=2 * n**3), multiplied)
+    yield Case(ResultRow("copy", "sum: read only", "read", bytes=size), copied(lambda x: jnp.sum(x, dtype=jnp.float32)))
+    yield Case(ResultRow("copy", f"bf16 product {n}³", "product", flops=2 * n**3), multiplied)
 
 
 def decode_section(bench: Bench) -> Iterator[Case]:
-    """Yield one token a row over every layer's cache."""
+    """Yield decode attention: one token per row over the caches of all layers."""
     sizes, model = bench.sizes, bench.sizes.model
     for row in bench.torch:
         yield Case(_torch_row(bench, row), None)
@@ -80,7 +80,7 @@ def decode_section(bench: Bench) -> Iterator[Case]:
             lengths = peers.lengths_of(batch, context, ragged)
             for peer in bench.peers:
                 yield _dense_case(bench, lengths, ragged, peer)
-            # Without a kernel only at one shape, for the difference that it makes.
+            # XLA runs at one shape only, to show the difference.
             others = ("xla",) if (context, batch) == sizes.shapes[0] else ()
             for implementation in dict.fromkeys((bench.implementation, *others)):
                 yield _ours_case(bench, "decode", Cache.of(model, None, None, lengths, "bfloat16"), implementation)
@@ -92,11 +92,11 @@ def decode_section(bench: Bench) -> Iterator[Case]:
 
 
 def int8_section(bench: Bench) -> Iterator[Case]:
-    """Yield 8-bit caches against bfloat16 of the same heads and window."""
+    """Yield 8-bit caches, compared with bfloat16 caches of the same heads and window."""
     sizes, (kept, (window, razor)) = bench.sizes, (bench.sizes.kept[0], bench.sizes.policies[0])
     for context, batch in sizes.shapes:
         lengths = peers.lengths_of(batch, context, False)
-        wide: Row | None = None
+        wide: ResultRow | None = None
         for dtype in ("bfloat16", "int8", "fp8"):
             cache = Cache.of(sizes.model, kept, razor, lengths, dtype)
             case = _ours_case(bench, "int8", cache, bench.implementation, kept, window)
@@ -111,22 +111,22 @@ def int8_section(bench: Bench) -> Iterator[Case]:
                     case.row.goal("× bfloat16", 1.7, case.row.speedup)
 
 
-def _torch_row(bench: Bench, found: dict[str, Any]) -> Row:
-    """Return a row that the torch process measured."""
+def _torch_row(bench: Bench, measured: dict[str, Any]) -> ResultRow:
+    """Return the row of a measurement of the torch process."""
     model = bench.sizes.model
-    row = Row("decode", found["name"], note=found.get("note", ""), error=found.get("error"))
-    if "batch" in found:
-        lengths = peers.lengths_of(found["batch"], found["context"], found["ragged"])
+    row = ResultRow("decode", measured["name"], note=measured.get("note", ""), error=measured.get("error"))
+    if "batch" in measured:
+        lengths = peers.lengths_of(measured["batch"], measured["context"], measured["ragged"])
         cache = Cache.of(model, None, None, lengths, "bfloat16")
-        row.batch, row.context, row.ragged = found["batch"], found["context"], found["ragged"]
-        row.layers, row.bytes = found["layers"], cache.step_bytes // model.num_layers
-        row.seconds = found.get("seconds")
+        row.batch, row.context, row.ragged = measured["batch"], measured["context"], measured["ragged"]
+        row.layers, row.bytes = measured["layers"], cache.step_bytes // model.num_layers
+        row.seconds = measured.get("seconds")
         _remember(bench, row)
     return row
 
 
-def _remember(bench: Bench, row: Row) -> None:
-    """Keep the best dense peer of a batch, context and kind of lengths."""
+def _remember(bench: Bench, row: ResultRow) -> None:
+    """Remember the best dense peer of a batch, context and kind of lengths."""
     assert row.batch is not None
     assert row.context is not None
     where = (row.batch, row.context, row.ragged)
@@ -135,17 +135,17 @@ def _remember(bench: Bench, row: Row) -> None:
 
 
 def _dense_case(bench: Bench, lengths: np.ndarray, ragged: bool, peer: peers.Peer) -> Case:
-    """Return a JAX peer over as many dense layers as fit."""
+    """Return the case of a JAX peer over as many dense layers as fit."""
     model = bench.sizes.model
     cache = Cache.of(model, None, None, lengths, "bfloat16")
     batch, context = len(lengths), int(lengths.max())
     layer_bytes = cache.spec.kv_bytes(batch) // model.num_layers
     layers = peers.layers_that_fit(layer_bytes, model.num_layers, bench.memory)
-    row = Row("decode", peer.name, batch=batch, context=context, ragged=ragged, layers=layers)
+    row = ResultRow("decode", peer.name, batch=batch, context=context, ragged=ragged, layers=layers)
     row.bytes, row.alone = cache.step_bytes // model.num_layers, max(layers, 2) * layer_bytes
     _note_small(bench, row)
 
-    def measure(row: Row) -> None:
+    def measure(row: ResultRow) -> None:
         heads = (model.num_kv_heads, model.group_size, model.head_dim)
         bench.verify(row, peer.name, lambda: peers.check_jax(peer, heads))
         K, G, H = heads
@@ -154,11 +154,11 @@ def _dense_case(bench: Bench, lengths: np.ndarray, ragged: bool, peer: peers.Pee
         stored = tuple(tuple(noise(2 * i + j, shape, bf16) for j in (0, 1)) for i in range(layers))
         q = noise(99, (batch, K, G, H), bf16)
         step = functools.partial(
-            programs.chain, q, stored, cache.extra, attend_layer=programs.Theirs(peer), probe=layers - 1
+            programs.chain, q, stored, cache.row_counts, attend_layer=programs.PeerLayer(peer), probe=layers - 1
         )
         _, (rows, out) = bench.time(row, step)
         k, v = (x[-1:, :, -1:].swapaxes(1, 2) if peer.slots_first else x[-1:, -1:] for x in stored[-1])
-        bench.hold(row, programs.check_head(rows, out, GroupArrays(k, v), int(lengths[-1]), 0))
+        bench.check_error(row, programs.check_head(rows, out, GroupArrays(k, v), int(lengths[-1]), 0))
         _remember(bench, row)
 
     return Case(row, measure)
@@ -167,32 +167,33 @@ def _dense_case(bench: Bench, lengths: np.ndarray, ragged: bool, peer: peers.Pee
 def _ours_case(
     bench: Bench, section: str, cache: Cache, implementation: str, kept: int | None = None, window: str | None = None
 ) -> Case:
-    """Make the case of our kernel over a cache: dense (as many layers as fit), or Razor (all layers, each has its
-    shapes).
+    """Return the case of our kernel over a cache.
+
+    A dense cache has as many layers as fit. A Razor cache has all layers, because each has its own shapes.
     """
     model, batch, context = bench.sizes.model, len(cache.lengths), int(cache.lengths.max())
     layers = model.num_layers
     if kept is None:
-        # Without a kernel a layer takes the compiler seconds, so a few must do.
+        # Without a kernel the compiler needs seconds per layer, so a few layers must do.
         most = layers if implementation == bench.implementation else 4
         layers = peers.layers_that_fit(cache.spec.kv_bytes(batch) // layers, most, bench.memory)
     ragged = bool((cache.lengths != context).any())
     name = f"razor_jax {implementation}, {'dense' if kept is None else 'Razor'}"
-    row = Row(section, name, batch=batch, context=context, ragged=ragged, kept=kept, window=window, layers=layers)
+    row = ResultRow(section, name, batch=batch, context=context, ragged=ragged, kept=kept, window=window, layers=layers)
     row.dtype = {"float8_e4m3fn": "fp8"}.get(cache.spec.dtype, cache.spec.dtype)
     row.bytes = cache.step_bytes // model.num_layers
     row.alone = cache.spec.kv_bytes(batch) * max(layers, 2) // model.num_layers
     _note_small(bench, row)
 
-    def measure(row: Row) -> None:
+    def measure(row: ResultRow) -> None:
         check = functools.partial(programs.check_decode, implementation, row.dtype)
         bench.verify(row, f"{implementation} {row.dtype}", check)
         stored = cache.layers(layers)
-        # A layer with both groups, where there is one.
+        # A layer with both groups, if any has both.
         probe = max(range(layers), key=lambda i: (len(stored[i]), i))
         q = noise(99, (batch, model.num_kv_heads, model.group_size, model.head_dim), jnp.dtype("bfloat16"))
         step = functools.partial(
-            programs.chain, q, stored, cache.extra, attend_layer=programs.Ours(implementation), probe=probe
+            programs.chain, q, stored, cache.row_counts, attend_layer=programs.RazorLayer(implementation), probe=probe
         )
         _, (rows, out) = bench.time(row, step)
         first = 0
@@ -202,17 +203,17 @@ def _ours_case(
             windowed = group.k_mean is not None
             n = int(cache.dropped[-1]) if windowed else 0
             valid = int(cache.valid(windowed)[-1])
-            bench.hold(row, programs.check_head(rows[:, heads], out[:, heads], group, valid, n))
+            bench.check_error(row, programs.check_head(rows[:, heads], out[:, heads], group, valid, n))
         if section == "decode" and implementation == bench.implementation:
             _decode_goals(bench, row, dense_bytes=int(cache.lengths.sum(dtype=np.int64)) * _token_bytes(model))
 
     return Case(row, measure)
 
 
-def _note_small(bench: Bench, row: Row) -> None:
-    """Report where a step's caches are not well beyond what the chip keeps from the step before."""
+def _note_small(bench: Bench, row: ResultRow) -> None:
+    """Add a note if the caches of a step are so small that the chip keeps part of them from the step before."""
     if row.bytes * row.layers < 8 * L2_BYTES and not bench.sizes.smoke:
-        row.note = "less than 8 × L2 in all, so partly served from it; "
+        row.note = "less than 8 × L2 in total, so L2 serves part of it; "
 
 
 def _token_bytes(model: ModelConfig) -> int:
@@ -220,8 +221,8 @@ def _token_bytes(model: ModelConfig) -> int:
     return 2 * model.num_kv_heads * model.head_dim * 2
 
 
-def _decode_goals(bench: Bench, row: Row, dense_bytes: int) -> None:
-    """Compare a row of ours with the best dense peer and with the copy bandwidth."""
+def _decode_goals(bench: Bench, row: ResultRow, dense_bytes: int) -> None:
+    """Compare our row with the best dense peer and with the copy bandwidth."""
     assert row.seconds is not None
     assert row.batch is not None
     assert row.context is not None
@@ -241,15 +242,15 @@ def _decode_goals(bench: Bench, row: Row, dense_bytes: int) -> None:
 
 
 def _causal_case(bench: Bench, section: str, tokens: int) -> Case:
-    """Make the case of cuDNN's causal attention of a whole prompt in one layer."""
+    """Return the case of cuDNN's causal attention over a whole prompt in one layer."""
     model, name = bench.sizes.model, "XLA causal" if bench.on_cpu and not bench.plan else "cuDNN causal"
     K, G, H = model.num_kv_heads, model.group_size, model.head_dim
-    row = Row(section, name, batch=1, context=tokens, flops=_causal_flops(model, tokens))
+    row = ResultRow(section, name, batch=1, context=tokens, flops=_causal_flops(model, tokens))
     row.bytes = tokens * (_token_bytes(model) + 4 * K * G * H)
     row.alone = 2 * row.bytes
     causal = jax.jit(peers.xla_causal if bench.on_cpu else peers.cudnn_causal)
 
-    def measure(row: Row) -> None:
+    def measure(row: ResultRow) -> None:
         q, k, v = (noise(i, (1, tokens, n, H), jnp.dtype("bfloat16")) for i, n in enumerate((K * G, K, K)))
         bench.time(row, lambda: causal(q, k, v))
         assert row.seconds is not None
@@ -259,12 +260,12 @@ def _causal_case(bench: Bench, section: str, tokens: int) -> Case:
 
 
 def _causal_flops(model: ModelConfig, tokens: int) -> int:
-    """Count multiplications and additions of causal attention in one layer."""
+    """Return the multiplications and additions of causal attention in one layer."""
     return 4 * model.num_heads * model.head_dim * tokens * (tokens + 1) // 2
 
 
 def prefill_section(bench: Bench) -> Iterator[Case]:
-    """Yield a whole prompt of one layer in one call."""
+    """Yield exact prefill: a whole prompt in one call, one layer."""
     model = bench.sizes.model
     K, G, H = model.num_kv_heads, model.group_size, model.head_dim
     for tokens in bench.sizes.exact:
@@ -272,7 +273,7 @@ def prefill_section(bench: Bench) -> Iterator[Case]:
         yield case
         peer = case.row
 
-        def measure(row: Row, tokens: int = tokens, peer: Row = peer) -> None:
+        def measure(row: ResultRow, tokens: int = tokens, peer: ResultRow = peer) -> None:
             bench.verify(row, "causal", functools.partial(programs.check_causal, bench.implementation))
             shapes = ((1, K, tokens * G, H), (1, K, tokens, H), (1, K, tokens, H))
             q, k, v = (noise(i, shape, jnp.dtype("bfloat16")) for i, shape in enumerate(shapes))
@@ -281,8 +282,8 @@ def prefill_section(bench: Bench) -> Iterator[Case]:
                 programs.exact, q, k, v, lengths, group_size=G, implementation=bench.implementation
             )
             out = bench.time(row, call)
-            # The last token's rows see everything, as a decode step does.
-            bench.hold(row, programs.check_head(q[:, :, -G:], out[:, :, -G:], GroupArrays(k, v), tokens, 0))
+            # The rows of the last token see everything, as in a decode step.
+            bench.check_error(row, programs.check_head(q[:, :, -G:], out[:, :, -G:], GroupArrays(k, v), tokens, 0))
             assert row.seconds is not None
             row.extra["flops_per_second"] = row.flops / row.seconds
             if peer.seconds:
@@ -294,7 +295,7 @@ def prefill_section(bench: Bench) -> Iterator[Case]:
 
 
 def streaming_section(bench: Bench) -> Iterator[Case]:
-    """Yield a long prompt by chunks: each kind of layer by itself, then the sum over the model's layers."""
+    """Yield a long prompt by chunks: each kind of layer, then the sum over the model's layers."""
     sizes, model = bench.sizes, bench.sizes.model
     tokens, razor, kept = sizes.stream, sizes.stream_policy, sizes.kept[0]
     assert razor.prefill_chunk is not None
@@ -305,37 +306,39 @@ def streaming_section(bench: Bench) -> Iterator[Case]:
     spec = Cache.of(model, kept, razor, np.asarray([tokens], np.int32), "bfloat16").spec
     K, G, H = model.num_kv_heads, model.group_size, model.head_dim
     dense = _causal_flops(model, tokens) // K
-    # A windowed head: at most sinks and window of the cache, half the chunk on average, and the mean.
+    # A windowed head sees at most the sinks and the window, half a chunk on average, and the mean.
     narrow = 4 * G * H * tokens * (min(sinks + window, tokens) + chunk // 2 + 1)
 
-    def measure(row: Row) -> None:
+    def measure(row: ResultRow) -> None:
         bench.verify(row, "streaming", functools.partial(programs.check_stream, bench.implementation))
         layer = spec.heads.counts.index(row.extra["retrieval_heads"])
         shapes = ((1, K, tokens * G, H), (1, K, tokens, H), (1, K, tokens, H))
         q, k, v = (noise(i, shape, jnp.dtype("bfloat16")) for i, shape in enumerate(shapes))
-        held = []
+        groups = []
         for heads, windowed, _ in spec.groups(layer):
             slots = [jnp.zeros((1, len(heads), spec.slots(windowed), H), jnp.bfloat16) for _ in range(2)]
             means = [jnp.zeros((1, len(heads), 1, H)) if windowed else None for _ in range(2)]
-            held.append(GroupArrays(*slots, None, None, *means))
+            groups.append(GroupArrays(*slots, None, None, *means))
         options = {"chunk": chunk, "window": window, "sinks": sinks, "implementation": bench.implementation}
-        bench.time(row, lambda: programs.stream(q, k, v, tuple(held), **options))
+        bench.time(row, lambda: programs.stream(q, k, v, tuple(groups), **options))
 
     rows = []
     for count in sorted(set(spec.heads.counts)):
-        row = Row("streaming", f"razor_jax {bench.implementation}, {count} of {K} heads kept", batch=1, context=tokens)
+        row = ResultRow(
+            "streaming", f"razor_jax {bench.implementation}, {count} of {K} heads kept", batch=1, context=tokens
+        )
         row.extra.update(retrieval_heads=count, model_layers=spec.heads.counts.count(count))
         row.flops = count * dense + (K - count) * narrow
         row.alone, row.window = peer.row.alone * 2, f"{window:,}, chunk {chunk:,}"
         row.kept = count
         rows.append(row)
         yield Case(row, measure)
-    total = Row("streaming", f"razor_jax {bench.implementation}, all layers", "prompt", 1, tokens, kept=kept)
+    total = ResultRow("streaming", f"razor_jax {bench.implementation}, all layers", "prompt", 1, tokens, kept=kept)
     total.window, total.layers = f"{window:,}, chunk {chunk:,}", len(spec.heads.counts)
     total.flops = sum(row.flops * row.extra["model_layers"] for row in rows)
     if all(row.seconds for row in rows):
         total.seconds = sum(row.seconds * row.extra["model_layers"] for row in rows if row.seconds)
-        total.note = "the sum of the rows above, each times the layers of its kind"
+        total.note = "the sum of the rows above, each times its number of layers"
         if peer.row.seconds:
             total.speedup = len(spec.heads.counts) * peer.row.seconds / total.seconds
             total.goal(f"× one-shot {peer.row.name}", 2.0, total.speedup)
@@ -343,7 +346,7 @@ def streaming_section(bench: Bench) -> Iterator[Case]:
 
 
 def step_section(bench: Bench) -> Iterator[Case]:
-    """Yield a whole decode step with random weights: tokens a second, memory, the largest batch."""
+    """Yield a whole decode step with random weights: tokens per second, memory, the largest batch."""
     sizes, model = bench.sizes, bench.sizes.model
     split = programs.uneven_split(model, sizes.kept[0])
     weights = abstract_weights(model, jnp.bfloat16)
@@ -354,13 +357,13 @@ def step_section(bench: Bench) -> Iterator[Case]:
     policies[f"{narrow} int8"] = dataclasses.replace(compact, kv_dtype="int8")
     params = functools.cache(lambda: Params(_random_weights(weights), model, split))
 
-    def row_of(name: str, batch: int, context: int) -> Row:
+    def row_of(name: str, batch: int, context: int) -> ResultRow:
         razor = policies[name]
         kept = None if razor is None else sizes.kept[0]
         dtype = "bfloat16" if razor is None or razor.kv_dtype is None else razor.kv_dtype
-        row = Row("step", name, "step", batch, context, kept=kept, window=name, dtype=dtype)
+        row = ResultRow("step", name, "step", batch, context, kept=kept, window=name, dtype=dtype)
         cache = Cache.of(model, kept, razor, np.full(batch, context, np.int32), dtype)
-        # Of the embedding table a step reads a line a row.
+        # A step reads one line of the embedding table per row.
         row.bytes = weight_bytes - embedding + cache.step_bytes
         row.alone = weight_bytes + cache.spec.kv_bytes(batch)
         return row
@@ -375,14 +378,14 @@ def step_section(bench: Bench) -> Iterator[Case]:
         most = {name: largest(name, context) for name in policies}
         plan = [("dense", most["dense"]), (narrow, most["dense"]), (narrow, most[narrow]), (wide, most[wide])]
         plan += [(f"{narrow} int8", most[f"{narrow} int8"]), ("dense", 1), (narrow, 1)]
-        dense: dict[int, Row] = {}
+        dense: dict[int, ResultRow] = {}
         for name, batch in dict.fromkeys(plan):
             if batch < 1:
-                yield Case(Row("step", name, "step", 1, context, window=name, note="not one row fits"), None)
+                yield Case(ResultRow("step", name, "step", 1, context, window=name, note="not one row fits"), None)
                 continue
 
-            def measure(row: Row, context: int = context, dense: dict[int, Row] = dense) -> None:
-                # By arithmetic the batch fits; what the compiler needs besides is only known now.
+            def measure(row: ResultRow, context: int = context, dense: dict[int, ResultRow] = dense) -> None:
+                # The batch fits by arithmetic, but the compiler's temporaries are only known now.
                 for _ in range(3):
                     assert row.batch is not None
                     try:
@@ -408,7 +411,7 @@ def step_section(bench: Bench) -> Iterator[Case]:
 
 
 def _random_weights(weights: Any) -> Any:
-    """Return weights of these shapes, small enough that the residual stream stays in range; norms 1."""
+    """Return random weights of these shapes, small enough to keep the residual stream in range. Norms are 1."""
 
     def fill(index: int, a: jax.ShapeDtypeStruct) -> jax.Array:
         if len(a.shape) == 1:
@@ -420,7 +423,7 @@ def _random_weights(weights: Any) -> Any:
 
 
 def _noisy_cache(params: Params, batch: int, capacity: int, razor: RazorConfig | None, prompt: int) -> kv.KVCache:
-    """Return the library's cache of `batch` prompts, filled with noise, nothing allocated twice."""
+    """Return the library's cache of `batch` prompts, filled with noise. Nothing is allocated twice."""
     lengths = np.full(batch, prompt, np.int32)
     names: list[str] = []
     trees = []
@@ -441,8 +444,8 @@ def _noisy_cache(params: Params, batch: int, capacity: int, razor: RazorConfig |
     return jax.tree.unflatten(trees[0], leaves)
 
 
-def _time_step(bench: Bench, row: Row, params: Params, razor: RazorConfig | None, context: int) -> None:
-    """Time decode steps on a cache that is full of noise, each on the token that the last one chose."""
+def _time_step(bench: Bench, row: ResultRow, params: Params, razor: RazorConfig | None, context: int) -> None:
+    """Time decode steps on a cache full of noise. Each step takes the token that the step before chose."""
     assert row.batch is not None
     batch, prompt = row.batch, context - bench.sizes.room
     cache = _noisy_cache(params, batch, context, razor, prompt)
@@ -464,7 +467,7 @@ def _time_step(bench: Bench, row: Row, params: Params, razor: RazorConfig | None
         jax.block_until_ready(token)
         samples.append((time.perf_counter() - started) / calls)
     if np.asarray(cache.overflow).any() or not np.isfinite(np.asarray(largest)):
-        raise Refused("the cache overflowed, or the logits are not finite")
+        raise WrongResult("the cache overflowed, or the logits are not finite")
     row.seconds = statistics.median(samples[1:])
     memory, stats = program.memory_analysis(), bench.device.memory_stats() or {}
     row.extra |= {

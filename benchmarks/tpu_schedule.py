@@ -1,28 +1,27 @@
-"""What the TPU compiler makes of the attention kernels, on a machine without a TPU, beside public kernels.
+"""The TPU compiler's schedule of the attention kernels, compared with public kernels. No TPU is needed.
 
     pip install -e '.[aot]'
     python -m benchmarks.tpu_schedule [--topology v5e:2x2] [--case decode] [--side razor] [--json PATH] [--peers DIR]
 
-libtpu compiles each kernel to VLIW bundles and dumps that final schedule: one bundle is about one cycle. The
-compute of a step is therefore its bundles over the clock; the step is hidden behind its loads where that is less
-than the time in which the memory delivers the bytes it must read, 2·H·itemsize for a slot of a KV head.
+libtpu compiles each kernel to VLIW bundles and dumps that final schedule. One bundle takes about one cycle, so the
+compute time of a step is its bundles over the clock. Loads hide the compute if that is less than the time in which
+memory delivers the bytes that the step must read: 2·H·itemsize per slot and KV head.
 
-    ratio = bundles / clock / (bytes / bandwidth)      below 1 is bound by memory, as decode should be
-    pass  = at most so much for a pass over the cache: every step, the last one masked, and what runs around a step
-    MXU   = flops of the step / (its compute · peak flops a second)      for prefill, which is bound by arithmetic
+    ratio = bundles / clock / (bytes / bandwidth)      below 1 the step is bound by memory, as decode should be
+    pass  = upper bound of the ratio for a pass over the cache: all steps, the last one masked, and the code around them
+    MXU   = flops of the step / (its compute time · peak flops per second)     for prefill, bound by arithmetic
 
-How the hot region is found. The dump brackets the schedule in numbered regions: the body of every loop and of every
-branch. A bundle belongs to the smallest region round it. Regions that own at least half as much matrix work as the
-region with the most are the attention steps; the one with the fewest bundles is the step without a mask, the one
-with the most the masked one. What else is in the loop round them (starting loads, first and last steps) is counted
-in `pass` as if all of it ran with every step, which is too much. A region that loads less than the block's K and V
-is no whole step, and an error.
-tests/aot/test_schedule.py halves the block, which must halve the bundles.
+How the steps are found. The dump brackets the schedule in numbered regions: the body of every loop and of every branch.
+A bundle belongs to the smallest region around it. The attention steps are the regions with at least half as much matrix
+work as the region with the most. Among them, the one with the fewest bundles is the unmasked step, the one with the
+most is the masked step. All other code in the loop around them (starting loads, first and last steps) counts in `pass`
+as if it ran with every step, which is an upper bound. A region that loads less than the block's K and V is not a whole
+step, and is an error. tests/aot/test_schedule.py halves the block, which must halve the bundles.
 
-What it cannot show: stalls of the memory system, the start of a kernel, and DMA that is not as fast as published.
-The compiler also spaces matrix products closer than v5e's and 7x's arrays can take them, so the MXU figure of a
-kernel bound by them is up to a third too good. Peers: kernels that ship with JAX, and tpu-inference
-(`pip install --no-deps --target DIR tpu-inference`); one that is absent is reported as not installed.
+Limits. The schedule shows neither stalls of the memory system, nor the start of a kernel, nor DMA that is slower than
+published. The compiler also schedules matrix products closer together than the arrays of v5e and 7x can run them, so
+the MXU figure of a kernel that is bound by them is up to a third too good. Peers are kernels that ship with JAX, and
+tpu-inference (`pip install --no-deps --target DIR tpu-inference`); an absent peer is reported as not installed.
 """
 
 from __future__ import annotations
@@ -49,17 +48,17 @@ import numpy as np
 import typer
 
 RESULTS = Path(__file__).parent / "results" / "tpu_schedule.json"
-VECTOR_REGISTER = 4096  # bytes that one load can bring
+VECTOR_REGISTER = 4096  # bytes that one load reads at most
 ITEMSIZE = {"bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One JAX device: a chip, on 7x half of one.
+    """One JAX device: a chip, or on 7x half a chip.
 
-    Memory (bytes/s) and peak (bfloat16 flops/s) are those of cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. The clock
-    (Hz) of v5e is published (jax-ml.github.io/scaling-book/tpus); the others are the peak over the flops of a cycle:
-    2·128² a MXU on v5p (4 a core), 2·2·256² on v6e and 7x (2 a core).
+    Memory (bytes/s) and peak (bfloat16 flops/s) are from cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. The clock (Hz)
+    of v5e is published (jax-ml.github.io/scaling-book/tpus). The other clocks are the peak over the flops per cycle:
+    2·128² per MXU on v5p (4 per core), 2·2·256² per core on v6e and 7x (2 per core).
     """
 
     name: str
@@ -79,7 +78,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A shape: `rows` query rows of each of K KV heads over S slots; `kind` is decode, causal or chunk."""
+    """A shape to compile: `rows` query rows per KV head over S slots; `kind` is decode, causal or chunk."""
 
     name: str
     kind: str = "decode"
@@ -89,7 +88,7 @@ class Case:
     H: int = 128
     K: int = 8
     G: int = 4
-    block: int | None = None  # slots of a step; None leaves it to the kernel
+    block: int | None = None  # slots per step; None lets the kernel choose
 
     @property
     def slot_bytes(self) -> int:
@@ -97,13 +96,13 @@ class Case:
         return 2 * self.H * ITEMSIZE[self.dtype]
 
     def goal(self, chip: str) -> float | None:
-        """Return the ratio to stay below."""
+        """Return the ratio that the case must stay below, or None."""
         if self.kind != "decode" or self.dtype == "float8_e4m3fn":
             return None
         return 1.1 if chip == "7x" else 0.8 if (chip, self.dtype) == ("v5p", "int8") else 0.7
 
 
-# Llama-3-8B's K = 8, G = 4, H = 128. The ring is 4 sinks and a window of 4,096, in whole tiles of 32.
+# Llama-3-8B has K = 8, G = 4, H = 128. The ring is 4 sinks and a window of 4,096, in whole tiles of 32.
 CASES = (
     Case("decode bf16"),
     Case("decode int8", dtype="int8"),
@@ -122,10 +121,14 @@ CASES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """A kernel to compile: `kernel` matches its name; a step is `rows` query rows by `slots` slots, over all its heads.
+class KernelCall:
+    """A kernel to compile.
 
-    `rows` and `slots` None: read from the windows of the compiled kernel. `parallel`: both cores of v5p share the work.
+    Attributes:
+      function, arguments: the call, on abstract arrays.
+      kernel: the start of the kernel's name in the dump.
+      rows, slots: query rows and slots of a step, over all its heads; None reads them from the compiled kernel.
+      parallel: whether both cores of v5p share the work.
     """
 
     function: Callable
@@ -136,21 +139,22 @@ class Call:
     parallel: bool = True
 
 
-class Refused(Exception):
-    """The kernel does not take the case."""
+class Unsupported(Exception):
+    """The kernel cannot run the case."""
 
 
-# ---- the kernels: each builds its call for a case; `array` makes an abstract argument on the device ----
+# ---- the kernels: each function returns the call of a case; `array` makes an abstract array on the device ----
 
 
-def razor(case: Case, array, chip: Chip) -> Call:
+def razor(case: Case, array, chip: Chip) -> KernelCall:
+    """Return our kernel's call."""
     import jax.numpy as jnp
 
     from razor_jax.kernels.attention import Part, tpu
 
     q, k = array((1, case.K, case.rows, case.H), "bfloat16"), array((1, case.K, case.S, case.H), case.dtype)
     if reason := tpu.unsupported(q, k, k):
-        raise Refused(reason)
+        raise Unsupported(reason)
     stats = array(q.shape[:3], "float32")
     state = (array(q.shape, "float32"), stats, stats)
     fixed: dict[str, Any] = {"scale": case.H**-0.5}
@@ -163,17 +167,17 @@ def razor(case: Case, array, chip: Chip) -> Call:
             part = Part(q, k, v, lengths, state)
             return tpu.attend_causal(part, start=jnp.int32(0), group_size=case.G, **fixed)
 
-        return Call(causal, (q, k, k, lengths, state), "razor_attend")
+        return KernelCall(causal, (q, k, k, lengths, state), "razor_attend")
     scales = (array((1, case.K, 1, case.S), "float32"),) * 2 if case.dtype == "int8" else ()
 
     def attend(q, k, v, lengths, state, *scales):
         return tpu.attend(Part(q, k, v, lengths, state, *scales), **fixed)
 
-    return Call(attend, (q, k, k, lengths, state, *scales), "razor_attend")
+    return KernelCall(attend, (q, k, k, lengths, state, *scales), "razor_attend")
 
 
-def jax_paged(case: Case, array, chip: Chip) -> Call:
-    """Return JAX's paged decode attention, one query token, blocks of `slots`."""
+def jax_paged(case: Case, array, chip: Chip) -> KernelCall:
+    """Return JAX's paged decode attention for one query token, in blocks of `slots`."""
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
     page, slots = 128, 2048
@@ -184,21 +188,21 @@ def jax_paged(case: Case, array, chip: Chip) -> Call:
         paged_attention, pages_per_compute_block=slots // page, megacore_mode="kv_head" if megacore else None
     )
     arguments = (q, pages, pages, array((1,), "int32"), array((1, case.S // page), "int32"))
-    return Call(function, arguments, "paged", case.rows, slots)
+    return KernelCall(function, arguments, "paged", case.rows, slots)
 
 
-def jax_flash(case: Case, array, chip: Chip) -> Call:
-    """Return JAX's flash attention: causal prefill of as many KV heads as query heads, in our tiles."""
+def jax_flash(case: Case, array, chip: Chip) -> KernelCall:
+    """Return JAX's flash attention: causal prefill with one KV head per query head, in our tiles."""
     from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
 
     x = array((1, case.K, case.S, case.H), case.dtype)
     blocks = BlockSizes(block_q=512, block_k_major=1024, block_k=1024, block_b=1)
     function = functools.partial(flash_attention, causal=True, sm_scale=case.H**-0.5, block_sizes=blocks)
-    return Call(function, (x, x, x), "flash", 512, 1024)
+    return KernelCall(function, (x, x, x), "flash", 512, 1024)
 
 
-def jax_splash(case: Case, array, chip: Chip) -> Call:
-    """Return JAX's splash attention: causal prefill, a KV head shared by G query heads, in our tiles."""
+def jax_splash(case: Case, array, chip: Chip) -> KernelCall:
+    """Return JAX's splash attention: causal prefill with G query heads per KV head, in our tiles."""
     import jax
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -208,47 +212,47 @@ def jax_splash(case: Case, array, chip: Chip) -> Call:
     blocks = splash.BlockSizes(block_q=512, block_kv=1024, block_kv_compute=1024)
 
     def run(q, k, v):
-        # Made while tracing, so that the arrays of its mask are constants and not arrays on a device that is not here.
+        # Made while tracing, so that the arrays of its mask are constants, not arrays on an absent device.
         kernel = splash.make_splash_mqa(mask=mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
         return jax.vmap(kernel)(q, k, v)
 
-    return Call(run, (q, k, k), "splash", 512, 1024)
+    return KernelCall(run, (q, k, k), "splash", 512, 1024)
 
 
-def tpu_inference(case: Case, array, chip: Chip) -> Call:
-    """Run tpu-inference's ragged paged attention, version 3, with the blocks that it chooses."""
-    home = next((Path(p) / "tpu_inference" for p in sys.path if (Path(p) / "tpu_inference").is_dir()), None)
-    if home is None:
-        raise Refused("not installed")
-    # Its package starts a server's machinery on import; the kernel needs none of it.
+def tpu_inference(case: Case, array, chip: Chip) -> KernelCall:
+    """Return tpu-inference's ragged paged attention, version 3, with its own choice of blocks."""
+    root = next((Path(p) / "tpu_inference" for p in sys.path if (Path(p) / "tpu_inference").is_dir()), None)
+    if root is None:
+        raise Unsupported("not installed")
+    # On import the package starts a server, which the kernel does not need.
     package = types.ModuleType("tpu_inference")
-    package.__path__ = [str(home)]
+    package.__path__ = [str(root)]
     sys.modules["tpu_inference"] = package
     name = "kernel" if case.H == 128 else "kernel_hd64"
     kernel: Any = importlib.import_module(f"tpu_inference.kernels.ragged_paged_attention.v3.{name}")
     generation = int(re.findall(r"\d", chip.name)[0])
-    kernel.get_tpu_version = lambda: generation  # it asks for the machine's own device
+    kernel.get_tpu_version = lambda: generation  # it would ask the device of this machine
     page, tokens = 128, 1 if case.kind == "decode" else case.rows // case.G
-    # Its steps unroll all KV heads, and 8 of them with a chunk's rows compile for more than five minutes: one does.
+    # Its steps unroll all KV heads. With the rows of a chunk, 8 heads compile for more than five minutes, so take one.
     if tokens > 1:
         case = dataclasses.replace(case, K=1)
     heads = case.K * case.G
     cache = kernel.get_kv_cache_shape(case.S // page, page, case.K, case.H, array((), case.dtype).dtype)
     new = array((tokens, case.K, case.H), case.dtype)
     scales = {} if case.dtype == "bfloat16" else {"k_scale": 1.0, "v_scale": 1.0}
-    # One call compiles a kernel for decode and one for chunks; the one that is not looked at gets the least blocks.
+    # A call compiles one kernel for decode and one for chunks. The one that is not measured gets the smallest blocks.
     unused = {f"{'md'[tokens > 1]}_block_sizes": (1, page, 1, page)}
     function = functools.partial(kernel.ragged_paged_attention, sm_scale=case.H**-0.5, **scales, **unused)
     q = array((tokens, heads, case.H), "bfloat16")
     index = [array(shape, "int32") for shape in ((1,), (case.S // page,), (2,), (3,))]
     arguments = (q, new, new, array(cache, case.dtype), *index)
-    # Its innermost loop takes all KV heads and loaded query rows with `bkv_csz` slots.
+    # Its innermost loop takes all KV heads and all loaded query rows, with `bkv_csz` slots.
     blocks = kernel.get_default_block_sizes(
         *(q.dtype, new.dtype, heads, case.K, case.H, page, tokens, 1, case.S // page),
         case=kernel.RpaCase.DECODE if tokens == 1 else kernel.RpaCase.MIXED,
     )
     rows = case.G * blocks["bq_sz"]
-    return Call(function, arguments, f"RPA{'dm'[tokens > 1]}", rows, case.K * blocks["bkv_csz"], parallel=False)
+    return KernelCall(function, arguments, f"RPA{'dm'[tokens > 1]}", rows, case.K * blocks["bkv_csz"], parallel=False)
 
 
 SIDES = {
@@ -265,26 +269,27 @@ SIDES = {
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A kernel's final bundles: `use` [bundles, units] of `capacity` [units], regions and loops as (first, last)."""
+    """The final bundles of a kernel: `use` [bundles, units] out of `capacity` [units], and regions as (first, last)."""
 
     units: list[str]
     capacity: np.ndarray
     use: np.ndarray
     regions: list[tuple[int, int]]
     loops: set[int]
-    windows: list[tuple[tuple[int, ...], ...]]  # (window, whole) of each operand that is loaded by blocks
+    windows: list[tuple[tuple[int, ...], ...]]  # (block shape, full shape) of each operand that is loaded by blocks
 
     def total(self, unit: str, bundles: np.ndarray) -> int:
+        """Return how often these bundles use a unit."""
         return int(self.use[bundles, self.units.index(unit)].sum())
 
 
 def read(folder: Path, kernel: str) -> Schedule:
-    """Return the schedule of the kernel whose name starts with `kernel` in libtpu's dump."""
+    """Return the schedule of the kernel whose name starts with `kernel`, from libtpu's dump."""
 
     def only(ending: str) -> str:
         found = list(folder.glob(f"*-{kernel}*-[0-9]*-{ending}"))
         if len(found) != 1:
-            raise ValueError(f"{len(found)} dumps of {kernel!r} that end in {ending}: one was compiled")
+            raise ValueError(f"libtpu dumped {len(found)} files of {kernel!r} that end in {ending}, expected one")
         return found[0].read_text()
 
     lines = only("final_hlo-static-per-bundle-utilization.txt").splitlines()
@@ -292,7 +297,7 @@ def read(folder: Path, kernel: str) -> Schedule:
     text = only("final_bundles.txt")
     starts = list(re.finditer(r"^ *(0x[0-9a-f]+|0) +(LB)?[^:\n]*:", text, re.M))
     if len(starts) != len(use):
-        raise ValueError(f"{len(starts)} bundles, but the use of {len(use)}: libtpu's dump has another form")
+        raise ValueError(f"{len(starts)} bundles but {len(use)} lines of use: the format of libtpu's dump has changed")
     opened: dict[str, int] = {}
     regions = []
     ends = [*(match.start() for match in starts[1:]), len(text)]
@@ -311,15 +316,16 @@ def read(folder: Path, kernel: str) -> Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Bundles of the unmasked step and of the masked one (the same where there is one body)."""
+    """Bundles of the unmasked and of the masked step; the same if the kernel has one body."""
 
     hot: np.ndarray
     masked: np.ndarray
-    around: int | None  # bundles of the loop that belong to no step, at most so many run with each; None: no loop found
+    around: int | None  # other bundles of the loop, an upper bound per step; None: no loop found
 
 
 def find_steps(schedule: Schedule) -> Steps:
-    regions = sorted(schedule.regions, key=lambda region: region[0] - region[1])  # the longest first
+    """Return the attention steps of a schedule, found as the head of this file says."""
+    regions = sorted(schedule.regions, key=lambda region: region[0] - region[1])  # longest first
     owner = np.full(len(schedule.use), -1)
     for index, (first, last) in enumerate(regions):
         owner[first : last + 1] = index
@@ -328,27 +334,27 @@ def find_steps(schedule: Schedule) -> Steps:
     steps = np.flatnonzero(owned >= owned.max() / 2)
     bundles = sorted((np.flatnonzero(owner == step) for step in steps), key=len)
     inside, outside = bundles[0][0], bundles[0][-1]
-    round_it = [
+    around_steps = [
         (first, last)
         for index, (first, last) in enumerate(regions)
         if first in schedule.loops and index not in steps and first <= inside and outside <= last
     ]
     around = None
-    if round_it:
-        first, last = round_it[-1]  # the shortest
+    if around_steps:
+        first, last = around_steps[-1]  # the smallest
         around = int((~np.isin(owner[first : last + 1], steps)).sum())
     return Steps(bundles[0], bundles[-1], around)
 
 
 def measure(case: Case, call: dict, schedule: Schedule, chip: Chip) -> dict:
-    """Return the figures of one compiled kernel; `call` holds what the worker says of it."""
+    """Return the figures of one compiled kernel; `call` is what `worker` returned."""
     steps = find_steps(schedule)
     hot = steps.hot
     rows = call["rows"] or _window(schedule, case.K * case.rows * case.H) // case.H
     slots = call["slots"] or _window(schedule, case.K * case.S * case.H) // case.H
     loaded = schedule.total("VLOAD", hot) * VECTOR_REGISTER
     if loaded < 0.9 * slots * case.slot_bytes:
-        raise ValueError(f"the region found loads {loaded} bytes, a step's block has {slots * case.slot_bytes}")
+        raise ValueError(f"the region found loads {loaded} bytes, the block of a step has {slots * case.slot_bytes}")
     cores = chip.cores if call["parallel"] else 1
     dma = slots * case.slot_bytes / chip.memory
     compute = len(hot) / chip.clock / cores
@@ -377,17 +383,17 @@ def measure(case: Case, call: dict, schedule: Schedule, chip: Chip) -> dict:
     if case.kind == "decode" and steps.around is not None:
         count = math.ceil(case.K * case.S / slots)
         heads = max(1, slots // case.S)
-        last = math.ceil(case.K / heads) if slots < case.K * case.S else 1  # one masked step a pass over a head
+        last = math.ceil(case.K / heads) if slots < case.K * case.S else 1  # one masked step per pass over a head
         bundles = (count - last) * len(hot) + last * len(steps.masked) + count * steps.around
         row["pass"] = round(bundles / chip.clock / cores / (case.K * case.S * case.slot_bytes / chip.memory), 3)
     return row
 
 
 def _window(schedule: Schedule, whole: int) -> int:
-    """Return the elements of the block of the operand that has `whole` elements."""
+    """Return the elements in a block of the operand that has `whole` elements."""
     sizes = {math.prod(window) for window, full in schedule.windows if math.prod(full) == whole}
     if len(sizes) != 1:
-        raise ValueError(f"operands of {whole} elements have blocks of {sizes} elements: expected one size")
+        raise ValueError(f"operands of {whole} elements have blocks of {sizes} elements, expected one size")
     return sizes.pop()
 
 
@@ -395,7 +401,7 @@ def _window(schedule: Schedule, whole: int) -> int:
 
 
 def worker(side: str, case: Case, topology: str) -> dict:
-    """Compile one kernel in this process, which libtpu dumps as its environment says."""
+    """Compile one kernel in this process; the environment makes libtpu dump it. Returns the call's static fields."""
     import jax
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -410,24 +416,24 @@ def worker(side: str, case: Case, topology: str) -> dict:
     with jax.set_mesh(mesh):
         try:
             call = SIDES[side][0](case, array, CHIPS[topology])
-        except (Refused, ModuleNotFoundError) as refused:
-            return {"refused": str(refused)}
+        except (Unsupported, ModuleNotFoundError) as reason:
+            return {"refused": str(reason)}
         try:
             jax.jit(call.function).trace(*call.arguments).lower(lowering_platforms=("tpu",)).compile()
-        except Exception as error:  # a kernel that the compiler refuses is a line of the table
+        except Exception as error:  # a kernel that does not compile is a line of the table
             return {"refused": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
     return {"kernel": call.kernel, "rows": call.rows, "slots": call.slots, "parallel": call.parallel}
 
 
 def compile_and_measure(side: str, case: Case, topology: str, peers: str | None = None) -> dict:
-    """Return one row of the table, from a process of its own: libtpu reads its environment once."""
+    """Return one row of the table. It is compiled in its own process, because libtpu reads its environment once."""
     row = {"topology": topology, "side": side, "case": case.name, "dtype": case.dtype}
     with tempfile.TemporaryDirectory() as dump:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            # Without the pattern it dumps the seventy passes before the final one too.
+            # Without the pattern libtpu also dumps the seventy passes before the final one.
             "LIBTPU_INIT_ARGS": (
                 f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.*"
             ),
@@ -436,10 +442,10 @@ def compile_and_measure(side: str, case: Case, topology: str, peers: str | None 
         environment.pop("XLA_FLAGS", None)
         job = json.dumps([side, dataclasses.asdict(case), topology])
         command = [sys.executable, "-m", "benchmarks.tpu_schedule", "--worker", job]
-        home = Path(__file__).parents[1]
+        root = Path(__file__).parents[1]
         try:
             done = subprocess.run(
-                command, env=environment, cwd=home, capture_output=True, text=True, timeout=300, check=False
+                command, env=environment, cwd=root, capture_output=True, text=True, timeout=300, check=False
             )
         except subprocess.TimeoutExpired:
             return row | {"refused": "not compiled in 300 s"}
@@ -455,6 +461,7 @@ def compile_and_measure(side: str, case: Case, topology: str, peers: str | None 
 
 
 def machine() -> dict:
+    """Return the versions and the command of this run."""
     return {
         "date": date.today().isoformat(),
         "libtpu": importlib.metadata.version("libtpu"),
@@ -465,7 +472,7 @@ def machine() -> dict:
 
 
 def problems(row: dict) -> list[str]:
-    """Return which goals a row misses."""
+    """Return the goals that a row misses."""
     found = []
     if "goal" in row and row["ratio"] >= row["goal"]:
         found.append(f"goal {row['goal']}")
@@ -475,7 +482,7 @@ def problems(row: dict) -> list[str]:
 
 
 def line(row: dict) -> str:
-    """Return one row as text."""
+    """Format one row as text."""
     head = f"{CHIPS[row['topology']].name:4s} {row['case']:20s} {row['side']:21s}"
     if "refused" in row:
         return f"{head} not supported: {row['refused']}"
@@ -491,10 +498,10 @@ def line(row: dict) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Return Markdown: one line per case and side, one column per generation."""
+    """Format rows as Markdown: one line per case and kernel, one column per generation."""
     chips = {row["topology"]: CHIPS[row["topology"]].name for row in rows}
     lines = [
-        "Decode: compute / DMA of an unmasked step, and at most so much for a pass over the cache (? unknown).",
+        "Decode: compute / DMA of an unmasked step, and an upper bound for a pass over the cache (? unknown).",
         "Prefill: share of the matrix units' peak. ✗ marks a missed goal, s spills of vector registers in the step.",
         "",
         f"| case | kernel | {' | '.join(chips.values())} |",
@@ -521,7 +528,7 @@ def _cell(row: dict | None) -> str:
 
 
 def merge(old: dict, rows: list[dict]) -> list[dict]:
-    """Put `rows` in place of those of the same kernel and case in the report `old`, which other versions would void."""
+    """Return the rows of the report `old`, updated by `rows`. Rows of other compiler versions are dropped."""
     kept = {_key(row): row for row in old["rows"]} if _versions(old["machine"]) == _versions(machine()) else {}
     kept |= {_key(row): row for row in rows}
     return [kept[key] for key in _keys() if key in kept]
@@ -548,9 +555,9 @@ def main(
     peers: str = "",
     job: Annotated[str, typer.Option("--worker", hidden=True)] = "",
 ) -> None:
-    """Compile the cases and kernels whose names contain `--case` and `--side`, print the figures and write them.
+    """Compile the cases and kernels whose names contain `--case` and `--side`, and print and write their figures.
 
-    Rows that the file has and that were not compiled again stay, unless they are another compiler's.
+    Other rows of the file stay, unless another compiler version wrote them.
     """
     if job:
         which, shape, where = json.loads(job)

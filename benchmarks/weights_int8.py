@@ -1,9 +1,10 @@
-"""What int8 weights cost: logits and needles beside the bfloat16 weights that they came from, and bytes.
+"""The cost of int8 weights: logits, needles and bytes, compared with bfloat16 weights of the same model.
 
     python -m benchmarks.weights_int8 [--model razor-mini] [--documents 16] [--facts 32] [--tokens 2048]
 
-Logits of documents against float32 weights, dense; held-out needles under the model's own Razor policy, the document
-compressed before the question. Prints a table and, with --output, keeps it as JSON.
+Logits of documents are compared with those of float32 weights, under dense attention. Held-out needles are asked under
+the model's own Razor policy, with the document compressed before the question. Prints a table, and writes it as JSON
+with --output.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def logits(params: razor_jax.Params, rows: np.ndarray) -> np.ndarray:
     return np.asarray(out)
 
 
-def against(got: np.ndarray, want: np.ndarray) -> dict[str, float]:
-    """Return the error of logits [B, T, V]; `kl` in nats a token."""
+def logit_errors(got: np.ndarray, want: np.ndarray) -> dict[str, float]:
+    """Return the errors of logits [B, T, V]; `kl` is in nats per token."""
     p, q = (x - np.logaddexp.reduce(x.astype(np.float64), axis=-1, keepdims=True) for x in (want, got))
     return {
         "largest error": float(np.abs(got - want).max()),
@@ -52,32 +53,38 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--output", type=Path)
-    asked = parser.parse_args()
+    options = parser.parse_args()
 
-    exact = razor_jax.load(asked.model, dtype="float32")
+    exact = razor_jax.load(options.model, dtype="float32")
     kinds: dict[str, Any] = {
-        "bfloat16": razor_jax.load(asked.model, dtype="bfloat16"),
-        "int8": razor_jax.load(asked.model, dtype="bfloat16", weights="int8"),
+        "bfloat16": razor_jax.load(options.model, dtype="bfloat16"),
+        "int8": razor_jax.load(options.model, dtype="bfloat16", weights="int8"),
     }
-    grid = needle.Grid((asked.tokens,), documents=asked.documents, facts=asked.facts)
+    grid = needle.Grid((options.tokens,), documents=options.documents, facts=options.facts)
     examples = needle.examples(exact, "facts", grid)
     texts = prompts.read(exact, [example.document for example in examples[:4]]).rows
     rows = np.asarray([row[: min(map(len, texts))] for row in texts], np.int32)
     want = logits(exact, rows)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, params in kinds.items():
-        held = sum(x.nbytes for x in jax.tree.leaves(params.weights))
-        found[name] = {"bytes": held, **against(logits(params, rows), want)}
+        nbytes = sum(x.nbytes for x in jax.tree.leaves(params.weights))
+        results[name] = {"bytes": nbytes, **logit_errors(logits(params, rows), want)}
     policy = kinds["bfloat16"].razor or razor_jax.RazorConfig()
     settings = [protocol.Setting(name, params, policy) for name, params in kinds.items()]
     table = protocol.run(settings, examples, max_new_tokens=needle.ANSWER_TOKENS, batch=16)
     for row in table.rows:
-        found[row.name] |= {"questions": row.scores.size, "right": float(row.scores.mean())}
-        print(row.name, json.dumps(found[row.name]), flush=True)
-    if asked.output:
+        results[row.name] |= {"questions": row.scores.size, "right": float(row.scores.mean())}
+        print(row.name, json.dumps(results[row.name]), flush=True)
+    if options.output:
         command = f"python -m benchmarks.weights_int8 {' '.join(sys.argv[1:])}"
-        record = {"date": str(date.today()), "command": command, "machine": machine(), "model": asked.model, **found}
-        asked.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record = {
+            "date": str(date.today()),
+            "command": command,
+            "machine": machine(),
+            "model": options.model,
+            **results,
+        }
+        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Attention kernels: one folder an op, one file a backend; arrays in, arrays out, nothing of the rest."""
+"""Attention and cache-write kernels: one folder per op, one file per backend. They take and return arrays only."""
 
 import jax.numpy as jnp
 

@@ -1,9 +1,9 @@
-"""Which implementation of an op runs where: `implementation=None` picks, a name forces.
+"""The choice of a backend: `implementation=None` chooses by device, a name forces one.
 
-"xla"         everywhere, the reference
+"xla"         every device; the reference
 "pallas_tpu"  TPU v5e, v5p, v6e, 7x
 "pallas_gpu"  NVIDIA Ampere and later, through Triton
-"mosaic_gpu"  NVIDIA Hopper, through Mosaic GPU; only by name
+"mosaic_gpu"  NVIDIA Hopper, through Mosaic GPU; never chosen, only forced
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "mosaic_gpu"]
 _DEVICE = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "mosaic_gpu": "gpu"}
-# What None takes on a device.
+# The backend that None chooses on each device.
 _FIRST: dict[str, Implementation] = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 def platform() -> str:
-    """Return "tpu", "gpu" or "cpu": the device of the trace, which ahead of time is not one of this machine."""
+    """Return "tpu", "gpu" or "cpu": the device being traced for, which may not be on this machine."""
     if pltpu.is_tpu_device():
         return "tpu"
     ahead, default = jax.sharding.get_abstract_mesh().abstract_device, getattr(jax.config, "jax_default_device", None)
@@ -35,40 +35,41 @@ def platform() -> str:
 
 
 def check_name(implementation: str | None) -> None:
-    """Refuse a name that nothing has."""
+    """Raise ValueError if no backend has this name."""
     if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(
-            f"implementation={implementation!r}: one of {', '.join(get_args(Implementation))}, or None to choose"
-        )
+        names = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation={implementation!r} is unknown: use one of {names}, or None to choose")
 
 
 def choose(
     implementation: Implementation | None, unsupported: Callable[[Implementation], str | None]
 ) -> Implementation:
-    """Return the implementation that runs; `unsupported(name)` says why a Pallas one cannot take the call, or None: it
-    can.
+    """Return the implementation that runs.
 
-    Raises ValueError where a name is unknown, or forced and cannot run.
+    `unsupported(name)` returns why a Pallas implementation cannot take the call, or None if it can.
+
+    Raises ValueError if the name is unknown, or if a forced implementation cannot run.
     """
     check_name(implementation)
-    here = platform()
     if implementation is None:
         first = first_choice()
         return "xla" if first == "xla" or why_not(first, unsupported) else first
     if implementation == "xla":
         return implementation
-    if _DEVICE[implementation] == here:
+    device = platform()
+    if _DEVICE[implementation] == device:
         reason = why_not(implementation, unsupported)
     else:
-        reason = f"the device is a {here}, not a {_DEVICE[implementation]}"
+        reason = f"the device is a {device}, not a {_DEVICE[implementation]}"
     if reason is not None:
         raise ValueError(f"implementation={implementation!r} cannot run here: {reason}. Pass None or 'xla'")
     return implementation
 
 
 def why_not(implementation: Implementation, unsupported: Callable[[Implementation], str | None]) -> str | None:
-    """Return why a Pallas implementation cannot run here, or None if it can: its own reason, or a mesh that the
-    compiler partitions.
+    """Return why a Pallas implementation cannot run here, or None if it can.
+
+    The reason is the implementation's own, or a mesh that the compiler partitions.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = [
@@ -82,5 +83,5 @@ def why_not(implementation: Implementation, unsupported: Callable[[Implementatio
 
 
 def first_choice() -> Implementation:
-    """Return what None chooses on this device where the shapes allow it."""
+    """Return what None chooses on this device if the arrays allow it."""
     return _FIRST.get(platform(), "xla")

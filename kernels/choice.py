@@ -1,4 +1,4 @@
-"""One implementation for the attention and the cache writes of a model."""
+"""The choice of one implementation for all attention and cache writes of a model."""
 
 from __future__ import annotations
 
@@ -15,30 +15,34 @@ from .cache_write import GroupArrays
 
 
 def choose_for_model(
-    asked: Implementation | None, head_dim: int, dtype: jnp.dtype, cached: Iterable[jnp.dtype], alibi: bool
+    implementation: Implementation | None,
+    head_dim: int,
+    dtype: jnp.dtype,
+    cache_dtypes: Iterable[jnp.dtype],
+    alibi: bool,
 ) -> Implementation:
-    """Return the implementation for queries and new tokens of `dtype` and caches of the types `cached`.
+    """Return the implementation for queries and new tokens of `dtype` and caches of `cache_dtypes`.
 
-    `asked` None chooses by the device, and warns where its kernels cannot take the model. Raises ValueError where a
-    forced implementation cannot run.
+    None chooses by device, and warns if the device's kernels cannot take the model. Raises ValueError if a forced
+    implementation cannot run.
     """
 
-    def of(kind) -> Any:
+    def array(kind: jnp.dtype) -> Any:
         return jax.ShapeDtypeStruct((1, 1, 32, head_dim), kind)
 
-    def unsupported(name):
-        for kind in sorted({*cached, dtype}, key=str):
-            keys = of(kind)
-            reason = attention.unsupported(name, of(dtype), keys, keys, alibi) or cache_write.unsupported(
+    def unsupported(name: Implementation) -> str | None:
+        for kind in sorted({*cache_dtypes, dtype}, key=str):
+            keys = array(kind)
+            reason = attention.unsupported(name, array(dtype), keys, keys, alibi) or cache_write.unsupported(
                 name, GroupArrays(keys, keys)
             )
             if reason is not None:
                 return reason
         return None
 
-    chosen = choose(asked, unsupported)
-    if asked is None and chosen != first_choice():
-        # Python shows a warning once for each place that raises it.
+    chosen = choose(implementation, unsupported)
+    if implementation is None and chosen != first_choice():
+        # Python shows a warning once per place that raises it.
         reason = why_not(first_choice(), unsupported)
         warnings.warn(f"attention runs without its {first_choice()} kernels, on XLA: {reason}", stacklevel=4)
     return chosen

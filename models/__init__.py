@@ -1,4 +1,4 @@
-"""Model families: one transformer for all, and for each `model_type` its config and weight names."""
+"""Model families: one transformer for all, and a config reader and weight names per `model_type`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
     "write_config",
 ]
 
-# Each family module has `config`, `fields` (its inverse) and `names`.
+# Each family module has three functions: `config`, its inverse `fields`, and `names`.
 FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen, "baichuan": baichuan}
 _SUPPORTED = (
     "llama (Llama 2, 3, 3.1, 3.2), mistral (full attention), qwen2 (Qwen1.5, 2, 2.5), qwen3 (dense) and baichuan (13B)"
@@ -32,29 +32,29 @@ _SUPPORTED = (
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Return the config of a checkpoint from the fields of its config.json.
 
-    Raises ValueError that names an unsupported architecture or field, its value, and what is supported.
+    Raises ValueError if an architecture or a field is not supported, with its value and the supported ones.
     """
     model_type = hf.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type!r} is not supported: {_SUPPORTED} are")
+        raise ValueError(f"model_type={model_type!r} is not supported: use {_SUPPORTED}")
     architectures = hf.get("architectures") or []
     if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
-        raise ValueError(f"architectures={architectures} is not a language model: …ForCausalLM is supported")
+        raise ValueError(f"architectures={architectures} is not a language model: use one that ends in ForCausalLM")
     return FAMILIES[model_type].config(hf)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields of a config.json that `read_config` and transformers read back as `config`.
+    """Return the fields of the config.json from which `read_config` and transformers read `config`.
 
-    Raises ValueError for a config that Hugging Face's classes cannot express.
+    Raises ValueError if Hugging Face's classes cannot express the config.
     """
     if config.family not in FAMILIES:
-        raise ValueError(f"family={config.family!r} has no Hugging Face format: {_SUPPORTED} have")
+        raise ValueError(f"family={config.family!r} has no Hugging Face format: use {_SUPPORTED}")
     hf = FAMILIES[config.family].fields(config)
     back = read_config(hf)
     if back != config:
         raise ValueError(
-            f"a {config.family} of Hugging Face cannot express {config}: it would be read as {back}; "
+            f"Hugging Face's {config.family} cannot express {config}: it would be read back as {back}; "
             "save with format='orbax' instead"
         )
     return hf

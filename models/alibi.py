@@ -1,4 +1,4 @@
-"""ALiBi: the key at distance d behind a query weighs e^(-slope·d) as much, with a slope for each query head.
+"""ALiBi's slopes: each query head weighs a key at distance d by e^(-slope·d).
 
 Press, Smith and Lewis, arXiv 2108.12409.
 """
@@ -12,10 +12,10 @@ from jaxtyping import Float32
 
 
 def slopes(num_heads: int) -> Float32[np.ndarray, " N"]:
-    """Return the slopes of N query heads, largest first where N is a power of two.
+    """Return the slopes of N query heads.
 
-    2^(-8/N), 2^(-16/N), … 2^-8 for a power of two. Otherwise those of the power of two below N, then every second one
-    of the next power of two, as many as are missing.
+    If N is a power of two they are 2^(-8/N), 2^(-16/N), … 2^-8. Otherwise they are those of the power of two below N,
+    followed by every second slope of the next power of two until there are N.
     """
     below = 2 ** math.floor(math.log2(num_heads))
     rest = _geometric(2 * below)[::2][: num_heads - below]

@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is, as two frozen records that jit can hash."""
+"""The config of a decoder-only transformer: two frozen records that jit can hash."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: base frequency, and how it is stretched past the trained length.
+    """Rotary embedding: the base frequency, and how it is stretched past the trained length.
 
-    `kind` is transformers' `rope_type`: default, linear, llama3, yarn or dynamic. Fields that a kind
-    does not use keep their defaults, so that equal embeddings compare equal.
+    `kind` is transformers' `rope_type`: default, linear, llama3, yarn or dynamic. Fields that a kind does not use keep
+    their defaults, so that equal embeddings compare equal.
     """
 
     theta: float = 10_000.0
@@ -45,7 +45,7 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    alibi: bool = False  # attention adds linear biases (`alibi.py`); no rotary embedding then
+    alibi: bool = False  # attention adds linear biases (`alibi.py`) instead of rotary embedding
     norm_head: bool = False  # rows of the output head are scaled to length 1
 
     @property

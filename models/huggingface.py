@@ -1,8 +1,7 @@
-"""What Hugging Face checkpoints of all families have in common: field spellings, tensor names.
+"""Hugging Face checkpoints: the fields of config.json and the tensor names that all families share.
 
-`config.json` is read as transformers 4 and 5 write it, with transformers' defaults for what a file
-leaves out. A field that would change the arithmetic in a way that `transformer.py` does not know is
-refused by name, never ignored.
+`config.json` is read as transformers 4 and 5 write it, with transformers' defaults for missing fields. A field that
+changes the arithmetic in a way that `transformer.py` does not support is refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from .config import ModelConfig, Rope
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _COUNTS = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 _ROPE_KINDS = ("default", "linear", "llama3", "yarn", "dynamic")
-# Fields of mixture-of-experts models; more than one expert is another feed-forward.
+# Fields of mixture-of-experts models, whose feed-forward differs if there is more than one expert.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointTensor:
-    """One weight as a checkpoint holds it: its tensor's name, and how that becomes ours.
+    """One weight in a checkpoint: the tensor's name, and how it becomes our array.
 
-    `pattern` is einops', stored axes -> our axes; `sizes` gives each of its letters a length. A tensor that fuses
-    `parts` weights on its first axis holds this one as number `part`.
+    `pattern` is an einops pattern, stored axes -> our axes; `sizes` are the lengths of its letters. If the tensor fuses
+    `parts` weights on its first axis, this weight is number `part`.
     """
 
     name: str
@@ -42,16 +41,18 @@ class CheckpointTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the whole tensor in the checkpoint, `[out, in]` for a projection."""
+        """Shape of the whole tensor in the checkpoint: `[out, in]` for a projection."""
         axes = re.findall(r"\([^)]*\)|\S+", self.pattern.split("->")[0])
         first, *rest = (math.prod(self.sizes[letter] for letter in axis.strip("()").split()) for axis in axes)
         return (self.parts * first, *rest)
 
     def read(self, tensor: Any, index: Sequence[slice], heads: Sequence[int] | None = None) -> np.ndarray:
-        """Return the part `index` of our array, a slice an axis; no other bytes of the file are read.
+        """Return the part `index` of our array, one slice per axis. No other bytes of the file are read.
 
-        tensor: the whole stored tensor as a safetensors slice. heads: KV heads in the order in which our array holds
-        them, None for the checkpoint's.
+        Args:
+          tensor: the whole stored tensor, as a safetensors slice.
+          index: slices of our array.
+          heads: KV heads in the order of our array, None for the checkpoint's order.
         """
         left, right = (re.findall(r"\([^)]*\)|\S+", side) for side in self.pattern.split("->"))
         order = {letter: np.arange(self.sizes[letter]) for letter in right}
@@ -60,29 +61,29 @@ class CheckpointTensor:
         chosen = {letter: order[letter][part] for letter, part in zip(right, index, strict=True)}
         axes = []
         for axis in left:
-            places = np.zeros((), int)
+            indices = np.zeros((), int)
             for letter in axis.strip("()").split():
-                places = places[..., None] * self.sizes[letter] + chosen[letter]
-            axes.append(_runs(places.ravel()))
+                indices = indices[..., None] * self.sizes[letter] + chosen[letter]
+            axes.append(_runs(indices.ravel()))
         rows = self.shape[0] // self.parts * self.part
         axes[0] = [slice(run.start + rows, run.stop + rows) for run in axes[0]]
         sizes = {letter: len(numbers) for letter, numbers in chosen.items()}
         return einops.rearrange(_gather(tensor, axes), self.pattern, **sizes)
 
     def to_stored(self, x: np.ndarray) -> np.ndarray:
-        """Return the stored tensor, or its part, from our whole array."""
+        """Return the stored tensor, or its part of a fused tensor, from our whole array."""
         left, right = self.pattern.split("->")
         return einops.rearrange(x, f"{right.strip()} -> {left.strip()}")
 
 
-def _runs(places: np.ndarray) -> list[slice]:
-    """Join ascending neighbours: [4, 5, 6, 0, 1] -> 4:7, 0:2."""
-    breaks = np.flatnonzero(np.diff(places) != 1) + 1
-    return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(places, breaks)]
+def _runs(indices: np.ndarray) -> list[slice]:
+    """Join ascending neighbours into slices: [4, 5, 6, 0, 1] -> 4:7, 0:2."""
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(indices, breaks)]
 
 
 def _gather(tensor: Any, axes: Sequence[Sequence[slice]]) -> np.ndarray:
-    """Join runs of a stored matrix or vector, side by side."""
+    """Read runs of a stored matrix or vector, and join them."""
     first, *rest = axes
     rows = []
     for run in first:
@@ -92,7 +93,7 @@ def _gather(tensor: Any, axes: Sequence[Sequence[slice]]) -> np.ndarray:
 
 
 def tensors(config: ModelConfig) -> dict[str, CheckpointTensor]:
-    """Return every weight of a model: linen path, joined by "/", -> the tensor that holds it."""
+    """Map the linen path of every weight, joined by "/", to its tensor in the checkpoint."""
     c = config
     # v vocabulary, d model width, f feed-forward, k KV heads, g query heads per KV head, h head width.
     sizes = {
@@ -147,9 +148,9 @@ def decoder(
     mlp_bias: bool = False,
     qk_norm=False,
 ) -> ModelConfig:
-    """Return the config of a Llama-like decoder; `hf` is config.json over the family's defaults.
+    """Return the config of a Llama-like decoder; `hf` has the fields of config.json and the family's defaults.
 
-    Raises ValueError that names the field, its value and what is supported.
+    Raises ValueError if a field is missing, wrong or not supported, with its value and the supported ones.
     """
     missing = [field for field in _REQUIRED if hf.get(field) is None]
     if missing:
@@ -165,7 +166,7 @@ def decoder(
     if num_heads % num_kv_heads:
         raise ValueError(f"num_attention_heads={num_heads} must be a multiple of num_key_value_heads={num_kv_heads}")
     if head_dim % 2:
-        raise ValueError(f"head_dim={head_dim} must be even: rotary embedding turns pairs")
+        raise ValueError(f"head_dim={head_dim} must be even: rotary embedding rotates pairs")
     return ModelConfig(
         family=hf["model_type"],
         vocab_size=hf["vocab_size"],
@@ -187,20 +188,20 @@ def decoder(
 
 
 def refuse_window(hf: Mapping[str, Any], window: int | None) -> None:
-    """Refuse a sliding window that would hide tokens within the model's context.
+    """Raise ValueError if a sliding window hides tokens within the model's context.
 
-    Such a model never learned to look farther, which heads that keep everything would make it do.
+    Such a model has not learned to look farther, and retrieval heads would make it do so.
     """
     if window is not None and window < hf["max_position_embeddings"]:
         raise ValueError(
             f"sliding_window={window} is active and shorter than max_position_embeddings="
-            f"{hf['max_position_embeddings']}: supported is full attention in every layer "
+            f"{hf['max_position_embeddings']}: every layer must have full attention "
             "(sliding_window null, or at least max_position_embeddings)"
         )
 
 
 def fields(config: ModelConfig, architecture: str) -> dict[str, Any]:
-    """Return config.json's fields common to all families, in the spelling that transformers 4 and 5 both read."""
+    """Return the fields of config.json that all families share, as transformers 4 and 5 both read them."""
     return {
         "architectures": [architecture],
         "model_type": config.family,
@@ -221,25 +222,26 @@ def fields(config: ModelConfig, architecture: str) -> dict[str, Any]:
 
 
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
+    """Raise ValueError if a field asks for arithmetic that `transformer.py` does not have."""
     activation = hf.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ValueError(f"hidden_act={activation!r} is not supported: use silu")
     for field in _EXPERTS:
         if (hf.get(field) or 0) > 1:
-            raise ValueError(f"{field}={hf[field]}: mixture of experts is not supported, only dense models are")
+            raise ValueError(f"{field}={hf[field]}: mixture of experts is not supported: use a dense model")
     if hf.get("quantization_config"):
         method = dict(hf["quantization_config"]).get("quant_method", "unknown")
         raise ValueError(
-            f"quantization_config with quant_method={method!r} is not supported: use the checkpoint in "
-            "float32, bfloat16 or float16 that it was made from"
+            f"quantization_config with quant_method={method!r} is not supported: use the "
+            "float32, bfloat16 or float16 checkpoint that it was made from"
         )
     other = sorted(set(hf.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
     if other:
-        raise ValueError(f"layer_types holds {', '.join(other)}: supported is full_attention")
+        raise ValueError(f"layer_types has {', '.join(other)}, which is not supported: use full_attention")
 
 
 def _read_rope(hf: Mapping[str, Any]) -> Rope:
-    """Read the rotary embedding in either spelling; precedence and defaults are transformers'."""
+    """Return the rotary embedding from either spelling, with the precedence and defaults of transformers."""
     given = {"rope_theta": hf.get("rope_theta"), "partial_rotary_factor": hf.get("partial_rotary_factor")}
     given |= hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = given.get("rope_type", given.get("type", "default"))
@@ -256,7 +258,7 @@ def _read_rope(hf: Mapping[str, Any]) -> Rope:
         case "linear":
             return dataclasses.replace(rope, factor=_number(given, "factor"))
         case "dynamic":
-            # transformers stretches from max_position_embeddings, whatever the original length says.
+            # transformers stretches from max_position_embeddings and ignores the original length.
             return dataclasses.replace(rope, factor=_number(given, "factor"), original_max_position=trained)
         case "llama3":
             return dataclasses.replace(
@@ -280,7 +282,7 @@ def _read_rope(hf: Mapping[str, Any]) -> Rope:
 
 
 def _attention_factor(given: Mapping[str, Any], factor: float) -> float:
-    """Return YaRN's factor on cos and sin: as given, or from mscale and mscale_all_dim, or 0.1 ln(factor) + 1."""
+    """Return YaRN's factor on cos and sin: the given one, or by mscale and mscale_all_dim, or 0.1 ln(factor) + 1."""
     if given.get("attention_factor") is not None:
         return float(given["attention_factor"])
 
@@ -296,7 +298,7 @@ def _number(given: Mapping[str, Any], field: str) -> float:
     value = given.get(field)
     if isinstance(value, bool) or not isinstance(value, int | float):
         kind = given.get("rope_type", given.get("type"))
-        raise ValueError(f"rope type {kind!r} needs {field}, a number; config.json has {value!r}")
+        raise ValueError(f"{field}={value!r} in config.json: rope type {kind!r} needs a number")
     return float(value)
 
 
@@ -318,4 +320,4 @@ def _write_rope(rope: Rope) -> dict[str, Any] | None:
                 | ramp
                 | {"attention_factor": rope.attention_factor}
             )
-    raise ValueError(f"unknown rope kind {rope.kind!r}")
+    raise ValueError(f"rope kind {rope.kind!r} is unknown: use one of {', '.join(_ROPE_KINDS)}")

@@ -1,8 +1,8 @@
-"""Linear maps whose kernel may be 8-bit: int8, with one float32 scale for each output channel beside it.
+"""Linear maps whose kernel may be int8, with one float32 scale per output channel.
 
-A kernel's contracted dimensions come first, its outputs after: [D, K, G, H], [D, F], but o's [K, G, H, D] has three of
-the former. Dequantising is part of the matmul, y = (x · q) · scale, so that the weights are never there in another
-type: a compiler converts them as it reads them.
+The contracted dimensions of a kernel come first, its outputs after. Most kernels contract one dimension ([D, K, G, H],
+[D, F]); o, [K, G, H, D], contracts three. Dequantising is part of the matmul, y = (x · q) · scale, so the weights never
+exist in another type: the compiler converts them as it reads them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from jaxtyping import Float, Float32, Int8
 
 INT8 = jnp.dtype("int8")
 
-# Contracted dimensions of a kernel, by the name of its map; others have one.
+# How many dimensions a kernel contracts, by the name of its map; 1 for the others.
 _CONTRACTED = {"o": 3}
 
 
 class Linear(nn.Module):
-    """y = einsum(x, kernel) + bias; the kernel is int8 where it has a `scale`.
+    """Linear map y = einsum(x, kernel) + bias. The kernel is int8 if it has a `scale`.
 
     Attributes:
-      shape: of the kernel, contracted dimensions first.
-      spec: einsum's, such as "btd,dkh->btkh".
+      shape: the kernel's shape, contracted dimensions first.
+      spec: the einsum, such as "btd,dkh->btkh".
     """
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Linear(nn.Module):
             x, kernel, bias = promote_dtype(x, kernel, bias)
             y = jnp.einsum(self.spec, x, kernel)
             return y if bias is None else y + bias
-        # Sums over int8 would overflow float16.
+        # A sum of products with int8 overflows float16.
         wide = jnp.promote_types(x.dtype, jnp.bfloat16)
         y = jnp.einsum(self.spec, x, kernel.astype(x.dtype), preferred_element_type=wide)
         y = (y * self.get_variable("params", "scale")).astype(x.dtype)
@@ -58,21 +58,23 @@ class Linear(nn.Module):
 
 
 def is_kernel(path: str) -> bool:
-    """Return whether 8-bit weights hold this one, a path joined by "/", as int8. Norms and biases are small. Embeddings
-    are looked up row by row, and as a tied output head they decide between near tokens: they keep their type.
+    """Return whether 8-bit weights store the weight at this path, joined by "/", as int8.
+
+    Norms, biases and embeddings keep their type. Norms and biases are small. Embeddings are looked up row by row, and a
+    tied output head needs their precision to choose between similar tokens.
     """
     return path.endswith("/kernel")
 
 
 def scale_of(path: str) -> str:
-    """Return where the scales of a kernel are."""
+    """Return the path of a kernel's scales."""
     return path.removesuffix("kernel") + "scale"
 
 
 def quantize(
     path: str, kernel: Float[jax.Array, "*shape"]
 ) -> tuple[Int8[jax.Array, "*shape"], Float32[jax.Array, "*outputs"]]:
-    """Return int8 kernel and float32 [outputs], max|w| / 127 of each output channel; `path` is the kernel's."""
+    """Return the int8 kernel at `path` and its scales, float32 [outputs]: max|w| / 127 of each output channel."""
     contracted = tuple(range(_CONTRACTED.get(path.split("/")[-2], 1)))
     kernel = kernel.astype(jnp.float32)
     largest = jnp.max(jnp.abs(kernel), axis=contracted)
@@ -81,13 +83,13 @@ def quantize(
 
 
 def dequantize(linear: Mapping[str, Any]) -> Float32[jax.Array, "*shape"]:
-    """Return float32 kernel of a map's parameters, whatever its type."""
+    """Return the float32 kernel of a map's parameters, of any type."""
     kernel = linear["kernel"].astype(jnp.float32)
     return kernel * linear["scale"] if "scale" in linear else kernel
 
 
 def quantize_tree(weights: Any) -> Any:
-    """Return a model's weights with int8 kernels and their scales."""
+    """Return a model's weights with its kernels as int8, and their scales."""
     flat: dict[str, Any] = {}
     for path, x in flax.traverse_util.flatten_dict(weights, sep="/").items():
         if is_kernel(path):

@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2 and the many checkpoints that share their architecture."""
+"""Llama 2, 3, 3.1, 3.2, and checkpoints that share their architecture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ names = huggingface.tensors
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    """Read the fields of config.json."""
+    """Return the config from the fields of config.json."""
     attention_bias = bool(hf.get("attention_bias", False))
     return huggingface.decoder(
         {**_DEFAULTS, **hf},

@@ -15,7 +15,7 @@ names = huggingface.tensors
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    """Read the fields of config.json; refuse an active sliding window."""
+    """Return the config from the fields of config.json; refuse an active sliding window."""
     hf = {**_DEFAULTS, **hf}
     huggingface.refuse_window(hf, hf["sliding_window"])
     return huggingface.decoder(hf)

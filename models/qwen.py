@@ -16,13 +16,13 @@ _DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-_HEAD_DIM = 128  # Qwen3's, where config.json is silent; Qwen2 divides the width by the heads
+_HEAD_DIM = 128  # Qwen3's default; Qwen2's is the width divided by the heads
 
 names = huggingface.tensors
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
-    """Read the fields of config.json; refuse a sliding window that a layer uses."""
+    """Return the config from the fields of config.json; refuse a sliding window that a layer uses."""
     hf = {**_DEFAULTS, **hf}
     if hf["use_sliding_window"] and _sliding_layers(hf):
         huggingface.refuse_window(hf, hf["sliding_window"])
@@ -43,7 +43,7 @@ def fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _sliding_layers(hf: Mapping[str, Any]) -> bool:
-    """Return whether any layer slides: by `layer_types`, otherwise every layer from `max_window_layers` on."""
+    """Return whether any layer has a sliding window: by `layer_types`, otherwise from layer `max_window_layers` on."""
     if hf.get("layer_types"):
         return "sliding_attention" in hf["layer_types"]
     return hf["max_window_layers"] < (hf.get("num_hidden_layers") or 0)

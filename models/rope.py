@@ -1,6 +1,6 @@
-"""Rotary position embedding in transformers' half-split layout, all of its common stretchings.
+"""Rotary position embedding in transformers' half-split layout, with the common rope types.
 
-Frequencies are float32 whatever the model's type: a bfloat16 angle is wrong by whole turns at long context.
+Frequencies are float32 for every model type: at long context a bfloat16 angle is wrong by whole turns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Tables = tuple[jax.Array, jax.Array]  # cos, sin: float32 [B, T, H/2]
 
 
 def tables(rope: Rope, head_dim: int, positions: jax.Array, lengths: jax.Array) -> Tables:
-    """Return cos and sin, float32 [B, T, H/2], of int32 positions [B, T].
+    """Return cos and sin, float32 [B, T, H/2], at int32 positions [B, T].
 
     `lengths` int32 [B] is each row's length after this call; only `dynamic` reads it.
     """
@@ -27,16 +27,16 @@ def tables(rope: Rope, head_dim: int, positions: jax.Array, lengths: jax.Array) 
 
 
 def rotate(x: jax.Array, rope: Tables) -> jax.Array:
-    """Rotate x [B, T, ..., H], pairs (i, i + H/2); the arithmetic is float32, the result x's type."""
+    """Rotate the pairs (i, i + H/2) of x [B, T, ..., H], in float32. The result has x's type."""
     cos, sin = (t.reshape(t.shape[:2] + (1,) * (x.ndim - 3) + t.shape[2:]) for t in rope)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def _frequencies(rope: Rope, head_dim: int, lengths: jax.Array) -> tuple[jax.Array, float]:
-    """Return angular frequencies, float32 [B or 1, H/2], and the factor on cos and sin."""
+    """Return the angular frequencies, float32 [B or 1, H/2], and the factor on cos and sin."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # A power rounded once from float64 is torch's to the bit nearly everywhere; NumPy's float32 one is not.
+    # A float64 power rounded to float32 equals torch's bit for bit nearly everywhere; NumPy's float32 power does not.
     periods = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
     plain = np.float32(1) / periods
     match rope.kind:
@@ -50,11 +50,11 @@ def _frequencies(rope: Rope, head_dim: int, lengths: jax.Array) -> tuple[jax.Arr
             return jnp.asarray(_yarn(rope, head_dim, periods))[None], rope.attention_factor
         case "dynamic":
             return _dynamic(rope, head_dim, exponents, lengths), 1.0
-    raise ValueError(f"unknown rope kind {rope.kind!r}")
+    raise ValueError(f"rope kind {rope.kind!r} is unknown: use default, linear, llama3, yarn or dynamic")
 
 
 def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
-    """Divide long wavelengths by `factor`, keep short ones, blend linearly between."""
+    """Return frequencies: long wavelengths stretched by `factor`, short ones kept, a linear blend between."""
     turns = rope.original_max_position * plain / (2 * math.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -62,7 +62,7 @@ def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, head_dim: int, periods: np.ndarray) -> np.ndarray:
-    """Apply YaRN (arXiv 2309.00071, section 3.2): a ramp over dimensions from kept to interpolated."""
+    """Return YaRN's frequencies (arXiv 2309.00071, section 3.2): a ramp over dimensions from kept to interpolated."""
 
     def dimension(turns: float) -> float:
         return head_dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -72,7 +72,7 @@ def _yarn(rope: Rope, head_dim: int, periods: np.ndarray) -> np.ndarray:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
-        high += 0.001  # transformers' way round the division by zero
+        high += 0.001  # as transformers does, against division by zero
     ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low)
     keep = np.float32(1) - np.clip(ramp, 0.0, 1.0).astype(np.float32)
     plain, stretched = np.float32(1) / periods, np.float32(1) / (np.float32(rope.factor) * periods)
@@ -80,7 +80,7 @@ def _yarn(rope: Rope, head_dim: int, periods: np.ndarray) -> np.ndarray:
 
 
 def _dynamic(rope: Rope, head_dim: int, exponents: np.ndarray, lengths: jax.Array) -> jax.Array:
-    """Apply NTK scaling by each row's length: unchanged up to the trained length, a larger base beyond."""
+    """Return frequencies of NTK scaling: unchanged up to the trained length, a larger base in longer rows."""
     trained = rope.original_max_position
     length = jnp.maximum(lengths, trained).astype(jnp.float32)
     stretch = rope.factor * length / trained - (rope.factor - 1)

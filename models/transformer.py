@@ -5,9 +5,9 @@ heads per KV head, H head width, F feed-forward width, V vocabulary. Query rows 
 packed t-major: row t·G + g. Rotary embedding is the model's, ALiBi's biases are attention's.
 Kernels may be int8 (`linear.py`).
 
-The model never hears of caches: `attend(q, k, v, state) -> (out, state)` is given by the caller, one
-opaque state a layer. `Block` also offers its two halves (`keys_values`, `queries`, `output_and_mlp`), so that a
-long prompt can pass through a layer in chunks of tokens.
+The model knows nothing of caches: the caller passes `attend(q, k, v, state) -> (out, state)` and one opaque
+state per layer. `Block` also offers its parts (`keys_values`, `queries`, `output_and_mlp`), so that a long
+prompt can pass through a layer in chunks of tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INIT = nn.initializers.normal(0.02)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and gated MLP (SwiGLU), with a residual round each."""
+    """Pre-norm attention and gated MLP (SwiGLU), each with a residual connection."""
 
     config: ModelConfig
 
@@ -58,7 +58,7 @@ class Block(nn.Module):
         if self.config.qk_norm:
             q = self.q_norm(q)
         B, T, K, G, H = q.shape
-        return self._place(q, rope).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+        return self._apply_rope(q, rope).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
 
     def keys_values(
         self, x: Float[jax.Array, "B T D"], rope: Tables
@@ -68,10 +68,10 @@ class Block(nn.Module):
         k, v = self.k(y), self.v(y)
         if self.config.qk_norm:
             k = self.k_norm(k)
-        return self._place(k, rope).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        return self._apply_rope(k, rope).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
-    def _place(self, x: jax.Array, rope: Tables) -> jax.Array:
-        """Return positions go into queries and keys, unless attention itself adds them (ALiBi)."""
+    def _apply_rope(self, x: jax.Array, rope: Tables) -> jax.Array:
+        """Rotate queries or keys by their positions, unless attention adds the positions itself (ALiBi)."""
         return x if self.config.alibi else rotate(x, rope)
 
     def output_and_mlp(
@@ -107,11 +107,11 @@ class Transformer(nn.Module):
             self.head = Linear((c.hidden_size, c.vocab_size), "...d,dv->...v", use_bias=False)
 
     def embed(self, tokens: Int[jax.Array, "B T"]) -> Float[jax.Array, "B T D"]:
-        """Return int32 [B, T] -> [B, T, D]."""
+        """Map tokens int32 [B, T] to their embeddings [B, T, D]."""
         return self.embedding(tokens)
 
     def logits(self, x: Float[jax.Array, "*n D"]) -> Float32[jax.Array, "*n V"]:
-        """Return hidden states [..., D] -> float32 logits [..., V]."""
+        """Map hidden states [..., D] to float32 logits [..., V]."""
         y = self.norm(x)
         y = self.embedding.attend(y) if self.config.tie_embeddings else self.head(y)
         y = y.astype(jnp.float32)

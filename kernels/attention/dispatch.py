@@ -1,4 +1,4 @@
-"""The public attention calls: check shapes, then run the backend that `kernels/backend.py` chooses."""
+"""The public attention calls: they check shapes, then run the backend that `kernels/backend.py` chooses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .alibi import Alibi
 from .part import Part
 from .state import State
 
-# Loaded when first asked for: a GPU backend that a release of JAX no longer has concerns GPUs only.
+# Imported on first use: where a release of JAX drops a GPU backend, only GPUs notice.
 _MODULES = {"xla": "xla", "pallas_tpu": "tpu", "pallas_gpu": "triton", "mosaic_gpu": "mosaic_gpu"}
 
 
@@ -38,10 +38,10 @@ def attend(
     return_state: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[jax.Array, "B K R H"] | State:
-    """Attend to slots [0, lengths[b]): decode, and a chunk against the cache. Arrays are those of `Part`.
+    """Attend to slots [0, lengths[b]): decode, and a chunk against the cache. The arrays are those of `Part`.
 
     Args:
-      scale: factor on the logits.
+      scale: factor on the logits, positive.
       return_state: return (acc, m, l) instead of acc / l.
       implementation: the backend by name, None to choose by device and shapes.
 
@@ -49,8 +49,7 @@ def attend(
       [B, K, R, H] in q's type, or the state.
 
     Raises:
-      ValueError: shapes or types that disagree, pages that are not whole tiles of the backend, or a forced backend
-        that cannot run.
+      ValueError: shapes or types disagree, pages are not whole tiles of the backend, or a forced backend cannot run.
     """
     part = Part(q, k, v, lengths, state, k_scale, v_scale, block_table, alibi)
     _check_part(part)
@@ -92,13 +91,13 @@ def attend_causal(
     return_state: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[jax.Array, "B K R H"] | State:
-    """Attend causally: query token t, at index start + t of a chunk, sees the chunk's tokens up to its own.
+    """Attend causally: query token t is token start + t of a chunk and sees the chunk's tokens up to itself.
 
     Args:
       q: [B, K, G·Tq, H], rows packed t-major.
-      k, v: [B, K, T, H], the whole chunk, in a type that q's can be multiplied with without rounding.
+      k, v: [B, K, T, H], the whole chunk, in a type that multiplies with q's type without rounding.
       lengths: int32 [B], valid tokens of the chunk.
-      start: index in the chunk of q's first token, an int or int32 scalar.
+      start: index of q's first token in the chunk, an int or int32 scalar.
       group_size: G.
       slopes: float32 [K, G] of ALiBi, None for no bias.
       scale, state, return_state, implementation: as in `attend`.
@@ -110,9 +109,9 @@ def attend_causal(
       ValueError: as in `attend`.
     """
     part = Part(q, k, v, lengths, state)
-    _check(part, paged=False)
+    _check_shapes(part)
     if q.shape[2] % group_size:
-        raise ValueError(f"q has {q.shape[2]} rows per KV head, not a multiple of group_size={group_size}")
+        raise ValueError(f"q has {q.shape[2]} rows per KV head: must be a multiple of group_size={group_size}")
     options = {} if slopes is None else {"slopes": slopes}  # XLA only
     return _backend(implementation, q, k, v, slopes is not None).attend_causal(
         part, start=start, group_size=group_size, scale=scale, return_state=return_state, **options
@@ -139,31 +138,34 @@ def _backend(
 
 
 def _check_part(part: Part) -> None:
-    """Check shapes and types of an `attend`, before anything is launched."""
+    """Raise ValueError if shapes or types of a part disagree."""
     q, k, v, lengths, _, k_scale, v_scale, table, alibi = part
-    _check(part, paged=table is not None)
+    _check_shapes(part)
     if alibi is not None:
         _check_alibi(alibi, q, k.shape[2] if table is None else k.shape[2] * table.shape[1])
-    _check_scales(k, v, k_scale, v_scale)
+    for name, x, scale in (("k_scale", k, k_scale), ("v_scale", v, v_scale)):
+        _check_scale(name, x, scale)
     if table is None:
         return
     if table.ndim != 2 or table.shape[0] != q.shape[0] or not jnp.issubdtype(table.dtype, jnp.integer):
         raise ValueError(
-            f"block_table {table.dtype}{list(table.shape)}: must be int32 [B, pages] with q's B = {len(q)}"
+            f"block_table is {table.dtype}{list(table.shape)}, must be int32 [B, pages] with q's B = {len(q)}"
         )
     if not any(isinstance(x, Tracer) for x in (table, lengths)):
-        # Under jit nothing can raise; here an entry that would be followed must name a page.
+        # Values are known only outside jit: there, every entry that a kernel follows must name a page.
         followed = np.arange(table.shape[1]) * k.shape[2] < np.asarray(lengths)[:, None]
         entries = np.asarray(table)[followed]
         if entries.size and not 0 <= entries.min() <= entries.max() < len(k):
             raise ValueError(
-                f"block_table names pages {entries.min()} to {entries.max()}: the pool has 0 to {len(k) - 1}"
+                f"block_table names pages {entries.min()} to {entries.max()}, the pool has pages 0 to {len(k) - 1}"
             )
 
 
-def _check(part: Part, paged: bool) -> None:
+def _check_shapes(part: Part) -> None:
+    """Raise ValueError if q, k, v, lengths or the state disagree."""
     q, k, v, lengths, state = part[:5]
     B, K, R, H = q.shape
+    paged = part.block_table is not None
     if k.shape != v.shape or k.dtype != v.dtype:
         raise ValueError(f"k {k.dtype}{list(k.shape)} and v {v.dtype}{list(v.shape)} must agree")
     if k.ndim != 4 or (k.shape[1], k.shape[3]) != (K, H) or (not paged and k.shape[0] != B):
@@ -182,15 +184,17 @@ def _check_alibi(alibi: Alibi, q: jax.Array, S: int) -> None:
     slopes, queries, keys = (x.shape for x in alibi)
     if slopes[0] != K or queries[0] != B or slopes[1] * queries[1] != R or keys != (B, S):
         raise ValueError(
-            f"alibi of slopes {list(slopes)}, queries {list(queries)} and keys {list(keys)}: must be [K, G], [B, T] "
+            f"alibi has slopes {list(slopes)}, queries {list(queries)} and keys {list(keys)}: must be [K, G], [B, T] "
             f"and [B, S] with K = {K}, B = {B}, T·G = {R} and S = {S}"
         )
 
 
-def _check_scales(k, v, k_scale, v_scale) -> None:
-    for name, x, scale in (("k_scale", k, k_scale), ("v_scale", v, v_scale)):
-        shape = (*x.shape[:2], 1, x.shape[2])
-        if (x.dtype == INT8) != (scale is not None):
-            raise ValueError(f"{name} is {'missing' if scale is None else 'given'} for a cache of type {x.dtype}")
-        if scale is not None and (scale.shape != shape or scale.dtype != jnp.float32):
-            raise ValueError(f"{name} is {scale.dtype}{list(scale.shape)}, must be float32{list(shape)}")
+def _check_scale(name: str, x: jax.Array, scale: jax.Array | None) -> None:
+    shape = (*x.shape[:2], 1, x.shape[2])
+    if (x.dtype == INT8) != (scale is not None):
+        raise ValueError(
+            f"{name} is {'missing' if scale is None else 'given'} for a cache of type {x.dtype}: int8 has scales, "
+            "other types have none"
+        )
+    if scale is not None and (scale.shape != shape or scale.dtype != jnp.float32):
+        raise ValueError(f"{name} is {scale.dtype}{list(scale.shape)}, must be float32{list(shape)}")

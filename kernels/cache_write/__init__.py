@@ -1,7 +1,7 @@
-"""Writing tokens into a head group's cache in place, evicted ones folded into the means."""
+"""Cache writes: append tokens to a head group in place, and fold evicted tokens into the means."""
 
-from .arrays import GroupArrays
+from .arrays import CacheWrite, GroupArrays
 from .dispatch import unsupported, write
 from .xla import dequantize, ordered_after, quantize
 
-__all__ = ["GroupArrays", "dequantize", "ordered_after", "quantize", "unsupported", "write"]
+__all__ = ["CacheWrite", "GroupArrays", "dequantize", "ordered_after", "quantize", "unsupported", "write"]

@@ -1,4 +1,4 @@
-"""The arrays of one head group."""
+"""The arrays of a head group, and the record of arguments of every write backend: the contract of all writes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import jax
 
 
 class GroupArrays(NamedTuple):
-    """What a head group holds, or what a call brings to it (then without means).
+    """Arrays of one head group, or of the tokens that a call appends to it (then without means).
 
     Attributes:
       k, v: [B, K, S, H] in the cache's type.
-      k_scale, v_scale: float32 [B, K, 1, S] of an int8 cache, or None.
-      k_mean, v_mean: float32 [B, K, 1, H] over the dropped tokens, unread while none is dropped; None where a group
-        has no compensation token.
+      k_scale, v_scale: float32 [B, K, 1, S] of an int8 cache, None for other types.
+      k_mean, v_mean: float32 [B, K, 1, H] over the dropped tokens, unread while none is dropped. None if the group has
+        no compensation token.
     """
 
     k: jax.Array
@@ -23,3 +23,33 @@ class GroupArrays(NamedTuple):
     v_scale: jax.Array | None = None
     k_mean: jax.Array | None = None
     v_mean: jax.Array | None = None
+
+
+class CacheWrite(NamedTuple):
+    """One write: append tokens 0 … counts[b]-1 to row b of a head group, which has seen lengths[b] tokens.
+
+    A backend is a module with `write(call)`, which returns the group's arrays, and `unsupported(group)`, which returns
+    why it cannot write such a group, or None if it can.
+
+    Position p goes to slot p in a full group. In a windowed group it goes to slot p if p < N0, otherwise to slot
+    N0 + (p - N0) mod W_b; the token that it evicts joins the means. Afterwards n = max(0, length - N0 - W_b) tokens are
+    dropped. T tokens in one call leave the slots exactly as T calls of one token do, and the means to float32 rounding.
+    A full group ignores positions past its slots. Donated arrays are written in place.
+
+    `dispatch.py` checks shapes and types before a backend runs.
+
+    Attributes:
+      group: the group before the write.
+      tokens: T tokens in the cache's type, k and v [B, K, T, H], scales [B, K, 1, T], no means.
+      lengths: int32 [B], tokens that each row has seen.
+      counts: int32 [B], tokens to append; a row of count 0 stays bit-identical.
+      window: int32 [B], W of each row, 0 before a row's first tokens; None for a full group.
+      sinks: N0, an int, or an int32 scalar if it is known at run time only. 0 for a full group.
+    """
+
+    group: GroupArrays
+    tokens: GroupArrays
+    lengths: jax.Array
+    counts: jax.Array
+    window: jax.Array | None
+    sinks: jax.Array | int = 0

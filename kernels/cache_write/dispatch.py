@@ -1,4 +1,4 @@
-"""The public cache write: shapes checked, then the backend that `kernels/backend.py` chooses."""
+"""The public cache write: it checks shapes, then runs the backend that `kernels/backend.py` chooses."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from jaxtyping import Int
 
 from ..backend import Implementation, choose
 from . import tpu, xla
-from .arrays import GroupArrays
+from .arrays import CacheWrite, GroupArrays
 
 
 def write(
-    held: GroupArrays,
-    new: GroupArrays,
+    group: GroupArrays,
+    tokens: GroupArrays,
     lengths: Int[jax.Array, " B"],
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"] | None,
@@ -22,47 +22,47 @@ def write(
     *,
     implementation: Implementation | None = None,
 ) -> GroupArrays:
-    """Return the group with tokens 0 … counts[b]-1 of `new` appended to row b, which has seen lengths[b] tokens.
-
-    Position p of a full group goes to slot p; of a windowed group to slot p below N0, otherwise to slot
-    N0 + (p - N0) mod W_b, and what it evicts joins the means. Donated arrays are written in place.
+    """Append tokens to a head group, and return the group's arrays. The arguments are those of `CacheWrite`.
 
     Args:
-      held: the group, [B,K,S,H].
-      new: T tokens in the cache's type, [B,K,T,H] and scales [B,K,1,T]; no means.
-      lengths, counts: int32 [B]; a row of count 0 stays bit-identical.
-      window: int32 [B], W of each row; None for a group that keeps every token.
-      sinks: N0, an int or, where it is known at run time only, an int32 scalar.
       implementation: the backend by name, None to choose by device and shapes.
 
-    Returns:
-      The group: slots as T single writes would leave them, exactly; means to float32 rounding.
-
     Raises:
-      ValueError: shapes or types that disagree, or a forced backend that cannot run.
+      ValueError: shapes or types disagree, or a forced backend cannot run.
     """
+    call = CacheWrite(group, tokens, lengths, counts, window, sinks)
+    _check(call)
+    if implementation != "xla":
+        implementation = choose(implementation, lambda name: unsupported(name, group))
+    # On a GPU a donated scatter is in place, so a kernel would save nothing.
+    return (tpu if implementation == "pallas_tpu" else xla).write(call)
+
+
+def unsupported(implementation: Implementation, group: Any) -> str | None:
+    """Return why an implementation cannot write such a group, or None if it can. Only shapes and dtypes are read."""
+    return tpu.unsupported(group) if implementation == "pallas_tpu" else None
+
+
+def _check(call: CacheWrite) -> None:
+    """Raise ValueError if shapes or types disagree."""
     for name in ("k", "v", "k_scale", "v_scale"):
-        have, given = getattr(held, name), getattr(new, name)
-        if (have is None) != (given is None):
-            who = ("new tokens", "cache") if have is None else ("cache", "new tokens")
-            raise ValueError(f"{name}: the {who[0]} have it, the {who[1]} not; an int8 cache has scales, no other")
-        if have is None:
+        cached, new = getattr(call.group, name), getattr(call.tokens, name)
+        if (cached is None) != (new is None):
+            given, missing = ("new tokens", "cache") if cached is None else ("cache", "new tokens")
+            raise ValueError(
+                f"{name}: the {given} have it, the {missing} not; an int8 cache has scales, other types have none"
+            )
+        if cached is None:
             continue
         axis = 2 if name in "kv" else 3
-        mine, other = (x.shape[:axis] + x.shape[axis + 1 :] for x in (have, given))
-        if have.dtype != given.dtype or mine != other:
+        cached_shape, new_shape = (x.shape[:axis] + x.shape[axis + 1 :] for x in (cached, new))
+        if cached.dtype != new.dtype or cached_shape != new_shape:
             raise ValueError(
-                f"new {name} is {given.dtype}{list(given.shape)}, the cache {have.dtype}{list(have.shape)}"
+                f"new {name} is {new.dtype}{list(new.shape)}, the cache {cached.dtype}{list(cached.shape)}: types and "
+                "all axes but the slots must agree"
             )
-    for name, x in (("lengths", lengths), ("counts", counts), ("window", window)):
-        if x is not None and x.shape != held.k.shape[:1]:
-            raise ValueError(f"{name} {list(x.shape)} must be [B] with the cache's B = {held.k.shape[0]}")
-    if implementation != "xla":
-        implementation = choose(implementation, lambda name: unsupported(name, held))
-    # On a GPU a donated scatter is in place, so there is nothing that a kernel could save.
-    return (tpu if implementation == "pallas_tpu" else xla).write(held, new, lengths, counts, window, sinks)
-
-
-def unsupported(implementation: Implementation, held: Any) -> str | None:
-    """Return why an implementation cannot write such a group, or None if it can. Only shapes and dtypes are read."""
-    return tpu.unsupported(held) if implementation == "pallas_tpu" else None
+    B = call.group.k.shape[0]
+    for name in ("lengths", "counts", "window"):
+        x = getattr(call, name)
+        if x is not None and x.shape != (B,):
+            raise ValueError(f"{name} {list(x.shape)} must be [B] with the cache's B = {B}")

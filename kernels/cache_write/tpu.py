@@ -1,15 +1,15 @@
 """Cache writes as Pallas TPU kernels: in place, whole tiles at a time, the rest of the cache untouched.
 
-The smallest piece of TPU memory that can be written is a tile, and a token is one line of it, so both kernels
-read tiles, change lines and write them back over themselves (`input_output_aliases`):
+The smallest piece of TPU memory that can be written is a tile, and a token is one line of it. Both kernels read tiles,
+change lines and write the tiles back over themselves (`input_output_aliases`):
 
-    one token a row    grid (B,): the tile with the token's slot, of all heads at once; the old line comes back
-    a chunk            grid (B, K, steps): blocks of slots, each filled from a contiguous run of tokens
+    one token per row    grid (B,): the tile of the token's slot, all heads at once; the evicted line is returned
+    a chunk              grid (B, K, steps): blocks of slots, each filled from a contiguous run of tokens
 
-Means are folded by XLA, from the line that came back or by sums over what leaves, exactly as the reference does.
+XLA folds the means, from the evicted line or by sums over the tokens that leave, exactly as the reference does.
 
-Slots are along the sublanes of a tile for H = 128, and along its lanes for H = 64, where the compiler keeps
-[B,K,S,64] as if it were [B,K,64,S] (see `kernels/attention/tpu.py`), and for scales [B,K,1,S].
+Slots are on the sublanes of a tile for H = 128. They are on its lanes for H = 64, where the compiler stores [B,K,S,64]
+as if it were [B,K,64,S] (see `kernels/attention/tpu.py`), and for scales [B,K,1,S].
 """
 
 from __future__ import annotations
@@ -23,105 +23,88 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Int
 
 from .. import EIGHT_BIT, FP8
 from ..tpu_memory import keep_in_hbm
 from . import xla
-from .arrays import GroupArrays
+from .arrays import CacheWrite, GroupArrays
 from .xla import ordered_after
 
 _LANES = 128
 _HEAD_WIDTHS = (64, 128)
 _TYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"), *EIGHT_BIT)
-_LONGEST = 1024  # Slots per step of a chunk: some hundred KiB of each array, which hides the cost of a step.
+_LONGEST = 1024  # slots per step of a chunk: some hundred KiB of each array, which hides the overhead of a step
 
 
-def unsupported(held: GroupArrays) -> str | None:
-    """Return why the kernels cannot write the group `held`, k [B,K,S,H], or None if they can."""
-    H = held.k.shape[-1]
+def unsupported(group: GroupArrays) -> str | None:
+    """Return why the kernels cannot write a group of k [B,K,S,H], or None if they can."""
+    H = group.k.shape[-1]
     if H not in _HEAD_WIDTHS:
         return f"head width H={H}: the kernel writes caches of H={' or '.join(map(str, _HEAD_WIDTHS))}"
-    if held.k.dtype not in _TYPES:
-        return f"the cache is {held.k.dtype}: the kernel writes {', '.join(map(str, _TYPES))}"
+    if group.k.dtype not in _TYPES:
+        return f"the cache is {group.k.dtype}: the kernel writes {', '.join(map(str, _TYPES))}"
     return None
 
 
-def write(
-    held: GroupArrays,
-    new: GroupArrays,
-    lengths: Int[jax.Array, " B"],
-    counts: Int[jax.Array, " B"],
-    window: Int[jax.Array, " B"] | None,
-    sinks: jax.Array | int = 0,
-    *,
-    block: int | None = None,
-    interpret: Any = False,
-) -> GroupArrays:
-    """Run `xla.write` as kernels: append tokens 0 … counts[b]-1 of `new` [B,K,T,H] to row b of `held` [B,K,S,H].
+def write(call: CacheWrite, *, block: int | None = None, interpret: Any = False) -> GroupArrays:
+    """Append tokens to a head group; see `CacheWrite`.
 
-    `block` slots a step of a chunk, a multiple of 128; None to choose.
+    `block` is the slots per step of a chunk, a multiple of 128; None to choose.
     """
-    static = isinstance(sinks, int)
-    return (_compiled if static else _compiled_for_any_sinks)(
-        held, new, lengths, counts, window, sinks, block=block, interpret=interpret
-    )
-
-
-def _write(
-    held: GroupArrays, new: GroupArrays, lengths, counts, window, sinks: jax.Array | int, *, block, interpret
-) -> GroupArrays:
-    T = new.k.shape[2]
-    if T == 1:
-        return _write_token(held, new, lengths, counts, window, sinks, interpret)
-    block = block or min(_LONGEST, max(_LANES, pl.next_power_of_2(T)))
-    return _write_chunk(held, new, lengths, counts, window, sinks, block, interpret)
+    if isinstance(call.sinks, int):
+        return _write(call._replace(sinks=None), call.sinks, block, interpret)
+    return _write(call, None, block, interpret)
 
 
 # Jitted here because memory-space constraints are only valid under jit.
-_compiled = jax.jit(_write, static_argnames=("sinks", "block", "interpret"))
-_compiled_for_any_sinks = jax.jit(_write, static_argnames=("block", "interpret"))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _write(call: CacheWrite, sinks: int | None, block: int | None, interpret: Any) -> GroupArrays:
+    """Write by the kernel for one token or for a chunk. `sinks` replaces those of `call` if they are static."""
+    if sinks is not None:
+        call = call._replace(sinks=sinks)
+    T = call.tokens.k.shape[2]
+    if T == 1:
+        return _write_token(call, interpret)
+    return _write_chunk(call, block or min(_LONGEST, max(_LANES, pl.next_power_of_2(T))), interpret)
 
 
-def _turn(x: GroupArrays) -> list[jax.Array]:
-    """Return k, v and scales in the kernels' layout: [B,K,S,H], or [B,K,·,S] with slots along the lanes."""
+def _to_kernel_layout(x: GroupArrays) -> list[jax.Array]:
+    """Return k, v and any scales in the layout of the kernels: [B,K,S,H], or [B,K,·,S] with slots on the lanes."""
     k, v = (a.swapaxes(2, 3) if a.shape[3] < _LANES else a for a in (x.k, x.v))
     return [k, v, *(scale for scale in (x.k_scale, x.v_scale) if scale is not None)]
 
 
-def _along_lanes(held: GroupArrays) -> list[bool]:
-    """Return, for each array of `_turn`, whether its slots are along the lanes."""
-    across = held.k.shape[3] < _LANES
-    return [across] * 2 if held.k_scale is None else [across, across, True, True]
+def _slots_on_lanes(group: GroupArrays) -> list[bool]:
+    """Return which arrays of `_to_kernel_layout` have their slots on the lanes."""
+    transposed = group.k.shape[3] < _LANES
+    return [transposed] * 2 if group.k_scale is None else [transposed, transposed, True, True]
 
 
 def _tile(x: jax.Array, lane: bool) -> int:
-    """Return slots of x in a tile of memory."""
+    """Return the slots of x in one tile of memory."""
     return _LANES if lane else 32 // x.dtype.itemsize
 
 
-def _moves(size: int) -> pl.CostEstimate:
-    """Estimate the cost for the compiler's scheduler, which would otherwise count whole caches: bytes move, nothing is
-    computed.
-    """
+def _copy_cost(size: int) -> pl.CostEstimate:
+    """Return the cost of moving `size` bytes; by itself the compiler's scheduler would count whole caches."""
     return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=size)
 
 
-def _turn_back(arrays: Sequence[jax.Array], lanes: list[bool]) -> GroupArrays:
-    """Undo `_turn`."""
+def _from_kernel_layout(arrays: Sequence[jax.Array], lanes: list[bool]) -> GroupArrays:
+    """Undo `_to_kernel_layout`."""
     k, v = (x.swapaxes(2, 3) if lane else x for x, lane in zip(arrays[:2], lanes, strict=False))
     return GroupArrays(k, v, *arrays[2:])
 
 
-def _write_token(
-    held: GroupArrays, new: GroupArrays, lengths, counts, window, sinks: jax.Array | int, interpret
-) -> GroupArrays:
+def _write_token(call: CacheWrite, interpret: Any) -> GroupArrays:
+    """Write one token per row."""
+    group, new, lengths, counts, window, sinks = call
     slot = lengths if window is None else xla.ring_slot(lengths, window, sinks)
-    slot = jnp.where((counts > 0) & (slot < held.k.shape[2]), slot, -1)
-    arrays, tokens, lanes = _turn(held), _turn(new), _along_lanes(held)
-    B, K = held.k.shape[:2]
-    folds = held.k_mean is not None
-    # A token along the lanes is one line of [B,·,K] for all heads: [B,K,·,1] would take 128 times its size.
+    slot = jnp.where((counts > 0) & (slot < group.k.shape[2]), slot, -1)
+    arrays, tokens, lanes = _to_kernel_layout(group), _to_kernel_layout(new), _slots_on_lanes(group)
+    B, K = group.k.shape[:2]
+    folds = group.k_mean is not None
+    # A token on the lanes is one line of [B,·,K] for all heads: [B,K,·,1] would take 128 times its size.
     tokens = [x[..., 0].swapaxes(1, 2) if lane else x for x, lane in zip(tokens, lanes, strict=True)]
     tokens = [x.astype(jnp.float32) for x in tokens]
 
@@ -155,48 +138,49 @@ def _write_token(
         out_shape=(shapes, old),
         input_output_aliases={1 + n + i: i for i in range(n)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        cost_estimate=_moves(2 * moved),
+        cost_estimate=_copy_cost(2 * moved),
         interpret=interpret,
         name="razor_write_token",
     )(slot, tokens, [keep_in_hbm(x, interpret) for x in arrays])
-    k_mean, v_mean = held.k_mean, held.v_mean
+    k_mean, v_mean = group.k_mean, group.v_mean
     if window is not None and folds:
         evicted = [x.swapaxes(1, 2)[..., None] if lane else x for x, lane in zip(evicted, lanes, strict=True)]
-        k_mean, v_mean = xla.fold_token(held, _turn_back(evicted, lanes), lengths, counts, window, sinks)
-    return _turn_back(written, lanes)._replace(k_mean=k_mean, v_mean=v_mean)
+        k_mean, v_mean = xla.fold_token(call, _from_kernel_layout(evicted, lanes))
+    return _from_kernel_layout(written, lanes)._replace(k_mean=k_mean, v_mean=v_mean)
 
 
-def _token_kernel(slot, tokens, held, out, old, *, lanes: list[bool]):
-    """Write one row: `out` is the tile `held` with tokens [K,1,H] ([·,K] along lanes) at the slot, `old` what was
-    there.
+def _token_kernel(slot, tokens, tiles, out, evicted, *, lanes: list[bool]):
+    """Write one row: copy its tiles to `out` with the tokens at the slot, and the lines that were there to `evicted`.
+
+    Tokens and evicted lines are [K,1,H], or [·,K] with slots on the lanes.
     """
     at = slot[pl.program_id(0)]
     for i, lane in enumerate(lanes):
-        K = held[i].shape[0]
+        K = tiles[i].shape[0]
         for h in range(K):
-            tile = held[i][h]
+            tile = tiles[i][h]
             axis = 1 if lane else 0
-            place = lax.broadcasted_iota(jnp.int32, tile.shape, axis)
-            here = (place == at % tile.shape[axis]) & (at >= 0)
+            line = lax.broadcasted_iota(jnp.int32, tile.shape, axis)
+            here = (line == at % tile.shape[axis]) & (at >= 0)
             token = tokens[i][:, h : h + 1] if lane else tokens[i][h]
             out[i][h] = jnp.where(here, jnp.broadcast_to(token, tile.shape).astype(tile.dtype), tile)
-            if not old:
+            if not evicted:
                 continue
-            line = jnp.sum(jnp.where(here, tile.astype(jnp.float32), 0.0), axis=axis, keepdims=True)
+            old = jnp.sum(jnp.where(here, tile.astype(jnp.float32), 0.0), axis=axis, keepdims=True)
             if lane:
-                old[i][:, h : h + 1] = line
+                evicted[i][:, h : h + 1] = old
             else:
-                old[i][h] = line
+                evicted[i][h] = old
 
 
 class _Steps(NamedTuple):
-    """Grid steps of each row, int32 [B, steps]: one block of slots each, and the tokens that go there.
+    """Grid steps of each row, int32 [B, steps]: each step fills one block of slots from one run of tokens.
 
     Attributes:
       block: index of the block of slots; ascending, and at most one apart in neighbouring steps of a run.
-      token: the token of the block's slot 0, were its run to reach so far; may be negative or past the end.
-      first, last: slots [first, last) of the block take tokens; none in steps past a row's own.
-      read: the block to have loaded: this one, or, where no slot of it survives, the one that is already there.
+      token: the token that would go to the block's slot 0 if the run reached it; may be negative or past the end.
+      first, last: slots [first, last) of the block take tokens; empty in the steps after a row's last one.
+      read: the block to load: this one, or, if no slot of it survives, the block that is already loaded.
     """
 
     block: jax.Array
@@ -207,10 +191,10 @@ class _Steps(NamedTuple):
 
 
 def _runs(lengths, counts, window, sinks: jax.Array | int, S: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return slots [begin, end) of a row take tokens slot + offset, int32 [B, runs] each: ascending and disjoint.
+    """Return the runs of each row as (begin, end, offset), int32 [B, runs] each: ascending and disjoint.
 
-    A full group has one run. A windowed one has its sinks, the ring up to the newest token, and, a lap
-    older, the ring behind it.
+    Slots [begin, end) take tokens slot + offset. A full group has one run. A windowed group has three: the sinks, the
+    ring up to the newest token, and the rest of the ring, which is one lap older.
     """
     start, stop = lengths, lengths + counts
     if window is None:
@@ -218,28 +202,29 @@ def _runs(lengths, counts, window, sinks: jax.Array | int, S: int) -> tuple[jax.
     else:
         ring = jnp.maximum(window, 1)
         laps = jnp.maximum(stop - 1 - sinks, 0) // ring
-        turn = jnp.where(stop > sinks, xla.ring_slot(jnp.maximum(stop - 1, sinks), window, sinks) + 1, sinks)
+        newest = jnp.where(stop > sinks, xla.ring_slot(jnp.maximum(stop - 1, sinks), window, sinks) + 1, sinks)
         newer, older = laps * ring - start, (laps - 1) * ring - start
         runs = [
             (start, jnp.minimum(stop, sinks), -start),
-            (jnp.maximum(sinks, -newer), turn, newer),
-            (jnp.maximum(turn, -older), jnp.where(laps > 0, sinks + window, 0), older),
+            (jnp.maximum(sinks, -newer), newest, newer),
+            (jnp.maximum(newest, -older), jnp.where(laps > 0, sinks + window, 0), older),
         ]
     begin, end, offset = (jnp.stack(x, axis=1) for x in zip(*runs, strict=True))
-    # Rows without tokens have no run at all, whatever their window says.
+    # Rows without tokens have no run, whatever their window is.
     return begin, jnp.where((counts > 0)[:, None], jnp.maximum(begin, end), begin), offset
 
 
 def _steps(runs, block: int, most: int) -> tuple[_Steps, jax.Array]:
-    """Turn runs (begin, end, offset) [B, runs] into steps over blocks, at most `most` per row, and the longest row's
-    number.
+    """Return the steps of runs (begin, end, offset) [B, runs], and the most steps that a row has.
+
+    Each row is padded to `most` steps.
     """
     begin, end, offset = runs
     first_block = begin // block
     number = jnp.where(end > begin, (end - 1) // block - first_block + 1, 0)
     ends = jnp.cumsum(number, axis=1)
     total = ends[:, -1:]
-    # Steps past a row's own repeat its last one, with no slots left to fill.
+    # Padding repeats a row's last step, with no slots to fill.
     index = jnp.arange(most, dtype=jnp.int32)[None, :]
     step = jnp.clip(index, 0, jnp.maximum(total - 1, 0))
     run = jnp.minimum(jnp.sum(step[:, :, None] >= ends[:, None, :], axis=2), ends.shape[1] - 1)
@@ -255,18 +240,18 @@ def _steps(runs, block: int, most: int) -> tuple[_Steps, jax.Array]:
     return _Steps(*(x.astype(jnp.int32) for x in (at, at * block + of_run(offset), first, last, read))), jnp.max(total)
 
 
-def _write_chunk(
-    held: GroupArrays, new: GroupArrays, lengths, counts, window, sinks: jax.Array | int, block: int, interpret
-) -> GroupArrays:
-    (B, K, S, _), T = held.k.shape, new.k.shape[2]
+def _write_chunk(call: CacheWrite, block: int, interpret: Any) -> GroupArrays:
+    """Write T tokens per row."""
+    group, new, lengths, counts, window, sinks = call
+    (B, K, S, _), T = group.k.shape, new.k.shape[2]
     runs = _runs(lengths, counts, window, sinks, S)
     # A run of n slots touches at most one block more than n slots need.
     steps, longest = _steps(runs, block, pl.cdiv(min(S, T), block) + 2 * runs[0].shape[1])
-    k_mean, v_mean = held.k_mean, held.v_mean
+    k_mean, v_mean = group.k_mean, group.v_mean
     if k_mean is not None:
-        k_mean, v_mean = xla.fold_chunk(held, new, lengths, counts, window, sinks)
+        k_mean, v_mean = xla.fold_chunk(call)
         steps = steps._replace(block=ordered_after(ordered_after(steps.block, k_mean, lengths), v_mean, lengths))
-    arrays, tokens, lanes = _turn(held), _turn(new), _along_lanes(held)
+    arrays, tokens, lanes = _to_kernel_layout(group), _to_kernel_layout(new), _slots_on_lanes(group)
 
     def spec(x, lane: bool, index) -> pl.BlockSpec:
         def at(b, h, j, *steps):
@@ -279,14 +264,14 @@ def _write_chunk(
         return [spec(x, lane, index) for x, lane in zip(arrays, lanes, strict=True)]
 
     def source(odd: int):
-        """Return, of the two neighbouring blocks of tokens that a step needs, the one of even or of odd index.
+        """Return the index map of the even or the odd one of the two neighbouring blocks of tokens that a step needs.
 
         From step to step only one of the two changes, so every token is loaded once.
         """
 
         def index(steps: _Steps, b, j):
-            before = steps.token[b, j] // block
-            return jnp.clip(before + (before + odd) % 2, 0, pl.cdiv(T, block) - 1)
+            earlier = steps.token[b, j] // block
+            return jnp.clip(earlier + (earlier + odd) % 2, 0, pl.cdiv(T, block) - 1)
 
         return index
 
@@ -302,43 +287,44 @@ def _write_chunk(
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
         input_output_aliases={len(steps) + 2 * n + i: i for i in range(n)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=_moves(2 * sum(x.size * x.dtype.itemsize for x in tokens)),
+        cost_estimate=_copy_cost(2 * sum(x.size * x.dtype.itemsize for x in tokens)),
         interpret=interpret,
         name="razor_write_chunk",
     )(*steps, tokens, tokens, [keep_in_hbm(x, interpret) for x in arrays])
-    return _turn_back(written, lanes)._replace(k_mean=k_mean, v_mean=v_mean)
+    return _from_kernel_layout(written, lanes)._replace(k_mean=k_mean, v_mean=v_mean)
 
 
 def _chunk_kernel(*refs, lanes: list[bool], block: int):
-    """Write one head: `out` is the block `held` with slots [first, last) taken from the blocks of tokens even, odd."""
+    """Write one head: slots [first, last) of a block come from the two blocks of tokens, the others stay."""
     steps = _Steps(*refs[:5])
-    even, odd, held, *out = refs[5:]
+    even, odd, old, *out = refs[5:]
     b, j = pl.program_id(0), pl.program_id(2)
     token, first, last = steps.token[b, j], steps.first[b, j], steps.last[b, j]
     new_block = (j == 0) | (steps.block[b, j] != steps.block[b, jnp.maximum(j - 1, 0)])
-    before, shift = token // block, token % block
+    earlier, shift = token // block, token % block
 
-    # A block that is filled from end to end was not loaded.
+    # A block that is filled completely was not loaded.
     @pl.when(new_block & ((first > 0) | (last < block)))
     def begin():
-        for x, old in zip(out, held, strict=True):
-            x[...] = old[...]
+        for x, before in zip(out, old, strict=True):
+            x[...] = before[...]
 
     @pl.when(first < last)
     def fill():
         for i, lane in enumerate(lanes):
             axis = 1 if lane else 0
-            place = lax.broadcasted_iota(jnp.int32, out[i].shape, axis)
-            # Lines from `shift` on are of the block before, those below it of the next one: rotated, they join.
-            from_even = (place >= shift) == (before % 2 == 0)
+            line = lax.broadcasted_iota(jnp.int32, out[i].shape, axis)
+            # Lines from `shift` on come from the earlier block of tokens, lines below it from the later one. Rotated,
+            # they are one contiguous run.
+            from_even = (line >= shift) == (earlier % 2 == 0)
             joined = _widen(jnp.where(from_even, even[i][...], odd[i][...]))
             joined = pltpu.roll(joined, (block - shift) % block, axis)
-            takes = (place >= first) & (place < last)
+            takes = (line >= first) & (line < last)
             out[i][...] = jnp.where(takes, _narrow(joined, out[i].dtype), out[i][...])
 
 
 def _widen(x: jax.Array) -> jax.Array:
-    """Cast x to 32 bits, the only width that rotates; exact."""
+    """Cast x to 32 bits, the only width that can be rotated. The cast is exact."""
     if x.dtype == FP8:
         x = pltpu.bitcast(x, jnp.int8)
     return x.astype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)

@@ -1,6 +1,6 @@
-"""The cache-write kernels through the real TPU compiler: nothing but a donated cache is written, and none is copied.
+"""The cache-write kernels through the real TPU compiler: they write donated caches in place, and copy none.
 
-How to run, and why every topology compiles in a process of its own, stands in `test_tpu.py`.
+`test_tpu.py` says how to run this, and why every topology compiles in its own process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ pytest.importorskip("libtpu", reason="the TPU compiler is in the extra 'aot': pi
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 FULL, RING = 32768, 4128  # slots: a retrieval head's, and of 4 sinks and a ring of 4,096, made whole tiles
 
-# B, K, slots, tokens, H, type; attention over the old cache first, as a decode step does. A ring is windowed.
+# B, K, slots, tokens, H, type, and whether attention reads the old cache first, as in a decode step. A ring is
+# windowed.
 CASES = [
     (1, 1, FULL, 1, 128, "bfloat16", True),
     (8, 3, FULL, 1, 128, "float32", True),
@@ -28,7 +29,7 @@ CASES = [
     (1, 1, RING, 1, 64, "float8_e4m3fn", True),
     (1, 8, RING, 1, 128, "float8_e4m3fn", False),
     (8, 8, RING, 1, 64, "float32", False),
-    (1, 3, 4100, 1, 128, "bfloat16", False),  # no whole number of tiles
+    (1, 3, 4100, 1, 128, "bfloat16", False),  # not a whole number of tiles
     (1, 3, 96, 5, 128, "bfloat16", False),  # a cache shorter than a block
     (1, 3, FULL, 5, 64, "int8", False),
     (1, 8, FULL, 2048, 128, "bfloat16", False),
@@ -47,8 +48,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from razor_jax.kernels import attention
 from razor_jax.kernels.attention import tpu as attention_tpu
-from razor_jax.kernels.cache_write import GroupArrays, tpu, xla
-from razor_jax.kernels.cache_write import ordered_after
+from razor_jax.kernels.cache_write import CacheWrite, GroupArrays, ordered_after, tpu, xla
 
 topology, full_slots, cases = json.loads(sys.argv[1])
 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -60,22 +60,22 @@ def stored(B, K, S, H, dtype, means):
     mean = array((B, K, 1, H), jnp.float32) if means else None
     return GroupArrays(*(array((B, K, S, H), dtype),) * 2, *scales, mean, mean)
 
-def run(held, new, q, lengths, counts, window, sinks):
+def run(group, new, q, lengths, counts, window, sinks):
     out = None
     if q is not None:
         state, valid = None, lengths
         if window is not None:
-            state = attention.compensation(q, held.k_mean, held.v_mean, xla.dropped(lengths, window, sinks), 0.1)
+            state = attention.compensation(q, group.k_mean, group.v_mean, xla.dropped(lengths, window, sinks), 0.1)
             valid = jnp.minimum(lengths, sinks + window)
-        scales = {} if held.k_scale is None else dict(k_scale=held.k_scale, v_scale=held.v_scale)
-        part = attention.Part(q, held.k, held.v, valid, state, **scales)
+        scales = {} if group.k_scale is None else dict(k_scale=group.k_scale, v_scale=group.v_scale)
+        part = attention.Part(q, group.k, group.v, valid, state, **scales)
         out = attention_tpu.attend(part, scale=0.1, return_state=True)
         new = new._replace(k=ordered_after(new.k, out[0], lengths), v=ordered_after(new.v, out[0], lengths))
-    return tpu.write(held, new, lengths, counts, window, sinks), out
+    return tpu.write(CacheWrite(group, new, lengths, counts, window, sinks)), out
 
 def copies(text, cache):
-    # Instructions that write so many elements a second time. Some show in no count of bytes: a cache may be loaded
-    # into fast memory, S(1), which is a read and left out here, and stored back, which is not.
+    # Count instructions that write a whole cache a second time. No count of bytes shows some of them: a cache may be
+    # loaded into fast memory, S(1), which is a read and is not counted, and stored back, which is counted.
     pattern = r"= \\(?\\w+\\[([\\d,]+)\\]({[^}]*})?[^=]* (?:copy|copy-start|transpose)\\("
     sizes = [math.prod(map(int, n.split(","))) for n, to in re.findall(pattern, text) if "S(1)" not in to]
     return sum(size >= cache for size in sizes)
@@ -84,14 +84,14 @@ seen = []
 with jax.set_mesh(mesh):
     for B, K, S, T, H, dtype, attends in cases:
         ring = S != full_slots
-        held, new, row = stored(B, K, S, H, dtype, ring), stored(B, K, T, H, dtype, False), array((B,), jnp.int32)
+        group, new, row = stored(B, K, S, H, dtype, ring), stored(B, K, T, H, dtype, False), array((B,), jnp.int32)
         q = array((B, K, 4, H), dtype if dtype == "float32" else jnp.bfloat16) if attends else None
         jitted = jax.jit(run, donate_argnums=0, static_argnames="sinks")
-        traced = jitted.trace(held, new, q, row, row, row if ring else None, 4 if ring else 0)
+        traced = jitted.trace(group, new, q, row, row, row if ring else None, 4 if ring else 0)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
         text, memory = compiled.as_text(), compiled.memory_analysis()
         assert "razor_write" in text
-        given = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+        given = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(group))
         seen.append((given, memory.alias_size_in_bytes, memory.temp_size_in_bytes, copies(text, B * K * S * H)))
 print(json.dumps(seen))
 """
@@ -105,5 +105,5 @@ def test_caches_are_written_in_place(topology):
         print(topology, *case, f"cache {given} aliased {alias} temporaries {temporary} copies {copies}")
         assert alias >= given, case
         assert copies == 0, case
-        # Queries, means and lines of the call's own tokens, in tiles.
+        # Temporaries are queries, means and the call's tokens, in tiles.
         assert temporary < B * K * 64 * 128 * 4 + (1 << 20), case

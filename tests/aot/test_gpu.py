@@ -3,9 +3,8 @@
     pip install -e '.[cuda]' nvidia-cuda-nvcc
     JAX_PLATFORMS=cpu pytest -m 'slow or not slow' tests/aot/test_gpu.py -s
 
-Every chip compiles in a process of its own, for XLA reads its flags once. ptxas then says of each kernel how many
-registers it takes and whether it spills, and the list of launches how much shared memory. `memory_analysis` shows a
-cache that was copied, to be read or to be written.
+Every chip compiles in its own process, because XLA reads its flags once. ptxas then reports the registers and spills of
+each kernel, and the list of launches its shared memory. `memory_analysis` shows a cache that was copied.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-# Compute capability, multiprocessors, bytes: bandwidth a second, L2, memory, shared memory a core and a block.
+# Compute capability, multiprocessors, bandwidth (bytes/s), and bytes of L2, memory, shared memory per core and block.
 CHIPS = {
     "a100": (8, 0, 108, 2.039e12, 40 << 20, 80 << 30, 167936, 166912),
     "h100": (9, 0, 132, 3.35e12, 50 << 20, 80 << 30, 233472, 232448),
     "h200": (9, 0, 132, 4.8e12, 50 << 20, 141 << 30, 233472, 232448),
     "b200": (10, 0, 148, 8.0e12, 126 << 20, 180 << 30, 233472, 232448),
 }
-REGISTERS = 65536  # of a multiprocessor
+REGISTERS = 65536  # per multiprocessor
 FULL, RING = 32768, 4100
 
 # kind, B, K, R, S, H, query type, cache type, state in and out
@@ -64,7 +63,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from razor_jax.kernels.attention import triton
-from razor_jax.kernels.cache_write import GroupArrays, xla as cache
+from razor_jax.kernels.cache_write import CacheWrite, GroupArrays, xla as cache
 
 chip, target, cases, folder = json.loads(sys.argv[1])
 topology = topologies.get_topology_desc(platform="cuda", topology_name=chip, target_config=target, topology="1x1x1")
@@ -87,13 +86,13 @@ def attend_causal(part, carries, start):
 def groups(parts, carries, start):
     return triton.attend_groups(parts, scale=0.1, return_state=carries)
 
-def step(held, part, new, window):
+def step(groups, part, new, window):
     # One decode step of a full group and of a ring: attend, then write in place.
     outs, after = [], []
-    for x, of_window in zip(held, (None, window)):
+    for x, of_window in zip(groups, (None, window)):
         out = triton.attend(part._replace(k=x.k, v=x.v, k_scale=x.k_scale, v_scale=x.v_scale), scale=0.1)
         outs.append(out)
-        after.append(cache.write(x, new, part.lengths, jnp.ones_like(part.lengths), of_window, 4))
+        after.append(cache.write(CacheWrite(x, new, part.lengths, jnp.ones_like(part.lengths), of_window, 4)))
     return outs, after
 
 found = []
@@ -114,13 +113,13 @@ with jax.set_mesh(mesh):
             mean = array((B, K, 1, H), jnp.float32)
             one = part(B, K, R, 1, H, q, kv, False)
             ring = part(B, K, R, 4100, H, q, kv, False)
-            held = [
+            stored = [
                 GroupArrays(x.k, x.v, x.k_scale, x.v_scale, *means)
                 for x, means in ((shape, ()), (ring, (mean, mean)))
             ]
             new = GroupArrays(one.k, one.v, one.k_scale, one.v_scale)
             alone = shape._replace(k=None, v=None, k_scale=None, v_scale=None)
-            arguments = (held, alone, new, array((B,), jnp.int32))
+            arguments = (stored, alone, new, array((B,), jnp.int32))
         options = {"xla_dump_to": f"{folder}/{index}"}
         traced = jax.jit(run, static_argnums=static, donate_argnums=donated).trace(*arguments)
         memory = traced.lower(lowering_platforms=("cuda",)).compile(options).memory_analysis()
@@ -130,24 +129,24 @@ print(json.dumps(found))
 
 
 def missing() -> str | None:
-    """Why the GPU compiler is not here, or None."""
+    """Return why the GPU compiler cannot run here, or None if it can."""
     if importlib.util.find_spec("jax_plugins") is None or not any(
         importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)
     ):
         return "the GPU compiler is in JAX's CUDA plugin: pip install -e '.[cuda]' nvidia-cuda-nvcc"
     if assembler() is None:
-        return "there is no ptxas: pip install nvidia-cuda-nvcc"
+        return "ptxas is not installed: pip install nvidia-cuda-nvcc"
     return None
 
 
 def assembler() -> str | None:
-    """ptxas: of the wheels, or of the machine."""
+    """Return the path of ptxas, from the wheels or the system."""
     wheels = (Path(folder) / "nvidia" for folder in sys.path)
     return next((str(path) for wheel in wheels for path in wheel.glob("*/bin/ptxas")), None) or shutil.which("ptxas")
 
 
 def target(chip: str) -> str:
-    """The chip as a GpuTargetConfigProto in text form."""
+    """Return the chip as a GpuTargetConfigProto in text form."""
     major, minor, cores, bandwidth, l2, memory, shared, shared_block = CHIPS[chip]
     extension = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""
@@ -165,12 +164,12 @@ platform_name: "CUDA"
 
 
 def kernels(folder: Path, chip: str) -> dict[str, dict[str, int]]:
-    """Of each kernel of ours in an XLA dump: registers, bytes spilt, bytes of shared memory, threads."""
+    """Return registers, bytes spilt, bytes of shared memory and threads of each of our kernels in an XLA dump."""
     major, minor = CHIPS[chip][:2]
     architecture = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
     found = {}
     for path in folder.glob("*.ptx"):
-        if "razor" not in path.read_text():  # one of XLA's own, or empty
+        if "razor" not in path.read_text():  # a kernel of XLA, or empty
             continue
         command = [assembler(), "-v", "-arch", architecture, str(path), "-o", os.devnull]
         run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
@@ -198,7 +197,7 @@ def test_kernels_fit_their_registers_and_copy_no_cache(chip, tmp_path):
         "XLA_FLAGS": "--xla_gpu_autotune_level=0",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    # Below 8.9 the compiler does not refuse to convert float8: it ends the process. `unsupported` says so before.
+    # Below 8.9 converting float8 crashes the compiler. `unsupported` prevents that in the package.
     cases = [case for case in CASES if CHIPS[chip][:2] >= (8, 9) or case[7] != "float8_e4m3fn"]
     command = [sys.executable, "-c", COMPILE, json.dumps([chip, target(chip), cases, str(tmp_path)])]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
@@ -214,7 +213,7 @@ def test_kernels_fit_their_registers_and_copy_no_cache(chip, tmp_path):
             assert kernel["spilt"] == 0, (case, found)
             assert kernel["registers"] * kernel["threads"] <= REGISTERS, (case, found)
             assert kernel["shared"] <= CHIPS[chip][7], (case, found)
-        # The states of the splits, which are less than one of the two arrays of a cache.
+        # The temporaries are states of the splits, less than one of the two arrays of a cache.
         itemsize = {"float32": 4, "bfloat16": 2}.get(kv, 1)
         assert temporary < B * K * S * H * itemsize, (case, temporary)
         if kind == "step":

@@ -3,8 +3,8 @@
     pip install -e '.[aot]'
     pytest tests/aot
 
-Shapes of Llama-3-8B, Qwen2.5-7B and Llama-3.2-1B (H = 64) at 32k tokens, four layers of them (all with `-m slow`),
-with splits as uneven as they come: layers with one, two, no and only retrieval heads.
+Shapes of Llama-3-8B, Qwen2.5-7B and Llama-3.2-1B (H = 64) at 32k tokens, with four layers (all layers with `-m slow`)
+and very uneven splits: layers with one, two, no and only retrieval heads.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ for L in layers or [config.num_layers]:
 
 
 def compiled(topology, shape, layers, kind, T=1, kv_dtype=None):
-    """What `memory_analysis` says of a call of T tokens for models of these depths, and sizes to hold it against."""
+    """Return the `memory_analysis` of a call of T tokens for models of these depths, and sizes to compare it with."""
     return tpu_compiler.run(COPIES + COMPILE, [topology, shape, layers, kind, T, kv_dtype])
 
 
@@ -87,8 +87,10 @@ def test_a_decode_step_copies_no_cache(shape, kv_dtype, topology):
     "topology", ["v5e:2x2", *(pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES[1:3]), "tpu7x:2x2x1"]
 )
 def test_extending_copies_no_cache(topology):
-    """2,048 tokens onto a cache: temporaries are activations, and more layers need no more of them. (On 7x the compiler
-    lays a layer's weights out anew for the loop.)"""
+    """With 2,048 tokens temporaries are activations, and more layers need no more of them.
+
+    (On 7x the compiler also changes the layout of one layer's weights for the loop.)
+    """
     shallow, deep = compiled(topology, LLAMA, [4, 8], "extend", T=2048)
     for seen in (shallow, deep):
         assert seen["aliased"] >= seen["cache"]
@@ -97,14 +99,14 @@ def test_extending_copies_no_cache(topology):
 
 @pytest.mark.parametrize("shape", [LLAMA, QWEN], ids=["llama", "qwen"])
 def test_exact_prefill_needs_one_layer_at_a_time(shape, record_property):
-    """Temporaries of 4 against 8 layers grow by < 10 % of one layer's K/V per layer."""
+    """From 4 to 8 layers, temporaries grow by < 10 % of one layer's K/V per layer."""
     shallow, deep = compiled("v5e:2x2", shape, [4, 8], "prefill", T=16384)
     growth = (deep["temporary"] - shallow["temporary"]) / 4 / deep["kv"]
     record_property("exact prefill on TPU, temporaries per added layer, share of its K/V", float(growth))
     assert growth < 0.10
 
 
-# Not Llama-3-8B on v5e, whose weights alone take 14.96 of 15.75 GiB: the compiler refuses, as it should.
+# Without Llama-3-8B on v5e: its weights alone take 14.96 of 15.75 GiB, and the compiler rightly refuses.
 WHOLE = [(QWEN, "v5e:2x2"), *((shape, topology) for shape in (LLAMA, QWEN) for topology in TOPOLOGIES[1:])]
 
 
@@ -115,5 +117,5 @@ def test_whole_models(shape, topology):
     in_place(decode)
     (extend,) = compiled(topology, shape, None, "extend", T=2048)
     assert extend["aliased"] >= extend["cache"]
-    # Activations, and on 7x one layer's weights laid out anew.
+    # Activations, and on 7x one layer's weights in another layout.
     assert extend["temporary"] < 0.2e9 + extend["layer"]

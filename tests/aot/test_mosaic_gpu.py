@@ -1,10 +1,10 @@
 """The Mosaic GPU kernel through the real GPU compiler to SASS for H200, on a machine without a GPU.
 
-    pip install --no-deps jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 nvidia-cuda-nvcc    # the installed JAX's
+    pip install --no-deps jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 nvidia-cuda-nvcc    # JAX's version
     pytest tests/aot
 
-The compiler's own report says whether registers were spilled to memory, and `memory_analysis` whether a cache was
-copied to be read. Shared memory that does not fit is refused when the kernel is lowered.
+The compiler reports whether registers were spilled to memory, and `memory_analysis` shows a cache that was copied to be
+read. Lowering fails if shared memory is too small.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def test_it_compiles_without_spills_or_a_copied_cache(tmp_path, record_property)
     for case, report in zip(CASES, reports, strict=True):
         assert "'sm_90a'" in report, report
         assert "0 bytes spill stores, 0 bytes spill loads" in report, (case, report)
-        # Ignored register budgets and serialised tensor core work are warnings.
+        # The compiler warns if it ignores register budgets or serialises tensor core work.
         assert "warning" not in report.lower(), (case, report)
         used = re.search(r"Used (\d+) registers", report)
         assert used is not None, report

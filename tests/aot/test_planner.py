@@ -3,7 +3,7 @@
     pip install -e '.[aot]'
     pytest -n 0 tests/aot/test_planner.py
 
-Each program compiles in a process of its own, and the larger ones take minutes.
+Each program compiles in its own process, and the larger ones take minutes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RAZOR = RazorConfig(kv_dtype="int8")
 
 
 def job(topology: str, layers: int, **changes) -> Job:
-    """The first layers of Llama-3.1-8B, four rows of 32k tokens, read by 2,048, unless changed."""
+    """By default: the first layers of Llama-3.1-8B, four rows of 32k tokens, read in chunks of 2,048."""
     config = dataclasses.replace(planner.find_config("meta-llama/Llama-3.1-8B"), num_layers=layers)
     hardware = planner.find_hardware(topology)
     split = planner.default_split(config)
@@ -32,11 +32,11 @@ def job(topology: str, layers: int, **changes) -> Job:
 
 
 def close(plan: Job, step: planner.Step) -> compiler.Compiled:
-    """The compiler's answer, which is within 3 % of the arithmetic; the cache is written in place."""
+    """Check that the compiler's answer is within 3 % of the arithmetic, and the cache written in place; return it."""
     memory, seen = planner.memory(plan), planner.compile_step(plan, step)
     assert not seen.refused
     assert abs(seen.needed / memory.of(step) - 1) < 0.03, (memory, seen)
-    # The cache, a few numbers a row, and what tiles add to small arrays.
+    # The cache, a few numbers per row, and the padding of small arrays to tiles.
     assert memory.kv <= seen.aliased < 1.001 * memory.kv
     return seen
 

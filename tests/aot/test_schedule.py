@@ -1,9 +1,9 @@
-"""The compiler's schedule of the TPU kernels has not become worse than benchmarks/results/tpu_schedule.json says.
+"""The compiler's schedule of the TPU kernels is not worse than in benchmarks/results/tpu_schedule.json.
 
     pip install -e '.[aot]'
     pytest tests/aot/test_schedule.py
 
-After a change that is meant: python -m benchmarks.tpu_schedule.
+After an intended change run python -m benchmarks.tpu_schedule.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WHOLE = dataclasses.replace(CASES["decode bf16"], block=4096)
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Every case on every generation, compiled at once: (case, topology) -> row."""
+    """Compile every case on every generation at once: (case, topology) -> row."""
     jobs = [(case, topology) for case in (*map(CASES.get, NAMES), HALF, WHOLE) for topology in TOPOLOGIES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = pool.map(lambda job: tpu_schedule.compile_and_measure("razor", *job), jobs)
@@ -56,15 +56,15 @@ def test_no_worse_than_committed(compiled, name, topology):
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_the_region_found_is_a_whole_step(compiled, topology):
-    """Half the slots a step take half the bundles, but for what a step costs whatever its length."""
+    """Half the slots per step take half the bundles, apart from the constant cost of a step."""
     half, whole = (compiled[case, topology] for case in (HALF, WHOLE))
     assert (half["slots"], whole["slots"]) == (2048, 4096)
     assert 1.7 < whole["bundles"] / half["bundles"] < 2.1
     assert 1.7 < whole["masked_bundles"] / half["masked_bundles"] < 2.2
 
 
-def test_a_region_that_is_no_whole_step_is_an_error(compiled):
-    """As it would be if the kernel looped inside its step."""
+def test_a_region_that_is_not_a_whole_step_is_an_error(compiled):
+    """Such a region is found if the kernel loops inside its step."""
     case, topology = WHOLE, TOPOLOGIES[0]
     row = compiled[case, topology]
     schedule = tpu_schedule.Schedule(

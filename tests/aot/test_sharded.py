@@ -1,5 +1,7 @@
-"""Models on eight chips through the real TPU compiler: caches by slot in place, no copy of one and no gather, and
-temporaries of a prompt's prefill flat in depth. Shapes of Llama-3-8B, uneven splits."""
+"""Models on eight chips through the real TPU compiler, with shapes of Llama-3-8B and uneven splits.
+
+Caches by slot are written in place, without a copy or a gather, and temporaries of a prefill do not grow with depth.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ for L in layers:
 
 
 def compiled(topology, form, layers, kind, T=1, kv_dtype=None, layout="slot", shape=LLAMA):
-    """What the compiler says of one device."""
+    """Return the compiler's figures for one device."""
     return tpu_compiler.run(COPIES + COMPILE, [topology, form, shape, layers, kind, T, kv_dtype, layout])
 
 
@@ -74,7 +76,7 @@ def test_a_decode_step_by_slot_sends_no_cache(form, kv_dtype, record_property):
     assert seen["aliased"] >= seen["cache"]
     assert seen["temporary"] < 0.2 * seen["cache"], seen
     assert not seen["copies"], seen
-    # The largest are logits; a layer's are queries and partial results.
+    # The largest collective moves logits; those of a layer move queries and partial results.
     assert sum(size * count for _, size, count, _ in seen["collectives"]) < 1 << 20, seen["table"]
     assert sum(count for op, _, count, _ in seen["collectives"] if op == "all-to-all") == 4
 
@@ -98,7 +100,7 @@ def test_exact_prefill_needs_one_layer_at_a_time(record_property):
 
 @pytest.mark.slow
 def test_extending_by_slot_copies_no_cache():
-    """2,048 tokens onto a cache: every query meets every device's slots."""
+    """With 2,048 tokens, every query meets the slots of every device."""
     (seen,) = compiled("v5e:2x4", "data=1,model=8", [2], "extend", T=2048)
     print(seen["table"])
     assert seen["aliased"] >= seen["cache"]

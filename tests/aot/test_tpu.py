@@ -3,9 +3,9 @@
     pip install -e '.[aot]'
     pytest tests/aot
 
-Every case compiles in a process of its own generation: libtpu reads its environment once, before JAX starts,
-and a suite that runs elsewhere in this process must not see it. A compiled kernel fits fast memory, or the
-compiler refuses it; `memory_analysis` then shows a cache that was copied to be read.
+The cases of each generation compile in their own process, because libtpu reads its environment once, before JAX starts,
+and the rest of the suite must not see it. A compiled kernel fits fast memory, or the compiler would refuse it.
+`memory_analysis` then shows a cache that was copied to be read.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def test_kernels_fit_and_copy_no_cache(topology):
     size = {F32: 4, BF16: 2, INT8: 1, FP8: 1}
     for case, temporary in zip(CASES, seen, strict=True):
         _, B, K, R, S, H, _, kv_type, _, _ = case
-        # m and l as lines, in and out; and rows of 64, which the kernel takes 128 wide. A cache is far more.
+        # m and l as rows, in and out, and query rows of 64, which are padded to 128. A cache is much larger.
         lines = 2 * B * K * 8 * max(R, 128) * 4
         rows = 2 * B * K * R * 128 * 4 if H < 128 else 0
         cache = B * K * S * H * size[kv_type]

@@ -1,4 +1,4 @@
-"""int8 kernels through the real TPU compiler: converted as they are read, never there in bfloat16.
+"""int8 kernels through the real TPU compiler: converted as they are read, never stored in bfloat16.
 
 pytest tests/aot/test_weights_int8.py
 """
@@ -54,9 +54,9 @@ for weights in (None, "int8"):
 
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("kind", ["decode", pytest.param("extend", marks=pytest.mark.slow)])
-def test_no_kernel_is_there_in_bfloat16(kind, count):
+def test_no_kernel_is_stored_in_bfloat16(kind, count):
     floats, int8 = tpu_compiler.run(COMPILE, ["v5e:2x2", count, kind])
-    # All temporaries together have no room for one layer's gate kernel in bfloat16.
+    # All temporaries together are smaller than one layer's gate kernel in bfloat16.
     assert int8["temporary"] < floats["temporary"] + 0.1 * int8["kernel"], (floats, int8)
     saved, expected = (floats[key] - int8[key] for key in ("arguments", "weights"))
     assert abs(saved - expected) < 0.01 * expected, (floats, int8)

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import attention, attention_peers, attention_programs
-from benchmarks.attention_rows import FULL, SMOKE, Case, Row
+from benchmarks.attention_rows import FULL, SMOKE, Case, ResultRow
 from benchmarks.attention_sections import SECTIONS
 
 
@@ -29,7 +29,7 @@ def test_smoke_run_measures_every_section_and_writes_it(tmp_path):
     report = json.loads(out.read_text())
     assert set(report) == {"chip", "sections"}
     assert list(report["sections"]) == list(SECTIONS)
-    fields = set(Row.__dataclass_fields__)
+    fields = set(ResultRow.__dataclass_fields__)
     for section, written in report["sections"].items():
         assert {"date", "device", "jax", "command", "copy_bytes_per_second"} <= set(written["machine"])
         assert written["rows"]
@@ -95,10 +95,10 @@ def test_a_failure_is_one_row_and_time_ends_a_run_cleanly(monkeypatch):
         def broken(row):
             raise RuntimeError("no such kernel\nand a long story")
 
-        yield Case(Row("int8", "broken"), broken)
-        yield Case(Row("int8", "too large", alone=2**50), broken)
+        yield Case(ResultRow("int8", "broken"), broken)
+        yield Case(ResultRow("int8", "too large", alone=2**50), broken)
         bench.stop = -math.inf
-        yield Case(Row("int8", "late"), broken)
+        yield Case(ResultRow("int8", "late"), broken)
         raise ValueError("no plan")
 
     monkeypatch.setitem(SECTIONS, "int8", cases)

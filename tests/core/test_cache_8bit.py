@@ -215,10 +215,10 @@ def test_wrong_inputs_name_the_argument():
         r"v_scale is float32\[1, 2, 1, 7\], must be float32\[1, 2, 1, 8\]": lambda: call(
             q, eight, eight, lengths, k_scale=scales, v_scale=scales[..., :7]
         ),
-        r"block_table int32\[2, 3\]: must be int32 \[B, pages\]": lambda: call(
+        r"block_table is int32\[2, 3\], must be int32 \[B, pages\]": lambda: call(
             q, k, k, lengths, block_table=jnp.zeros((2, 3), jnp.int32)
         ),
-        r"block_table names pages 0 to 3: the pool has 0 to 2": lambda: call(
+        r"block_table names pages 0 to 3, the pool has pages 0 to 2": lambda: call(
             q, *[jnp.zeros((3, 2, 4, H))] * 2, lengths + 8, block_table=jnp.asarray([[0, 3, -7]])
         ),
         r"state's m is float32\[1, 2, 3\], must be float32\[1, 2, 4\]": lambda: call(
@@ -227,8 +227,10 @@ def test_wrong_inputs_name_the_argument():
         "implementation='pallas_tpu' cannot run here: the device is a cpu": lambda: call(
             q, k, k, lengths, implementation="pallas_tpu"
         ),
-        "implementation='cuda': one of xla, pallas_tpu": lambda: call(q, k, k, lengths, implementation="cuda"),
-        "4 rows per KV head, not a multiple of group_size=3": lambda: attention.attend_causal(
+        "implementation='cuda' is unknown: use one of xla, pallas_tpu": lambda: call(
+            q, k, k, lengths, implementation="cuda"
+        ),
+        "4 rows per KV head: must be a multiple of group_size=3": lambda: attention.attend_causal(
             q, k, k, lengths, start=0, group_size=3, scale=1.0
         ),
     }.items():

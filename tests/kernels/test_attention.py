@@ -1,4 +1,4 @@
-"""Blockwise attention against a literal softmax: lengths at block edges, NaN in all that must not be read."""
+"""Blockwise attention against a literal softmax, with lengths at block edges, NaN in unread memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from razor_jax.kernels import attention as kernel
 from razor_jax.kernels.attention import xla
 
 from ..support import oracle
+from ..support.kernel_inputs import NAN, error, literal
 
-NAN = np.float32(np.nan)
 BLOCK, S = 8, 20  # the block does not divide S
 EDGES = np.array([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, S], np.int32)
-# Jitted once a shape: run eagerly, every loop would compile anew.
+# Jitted once per shape: run eagerly, every call would compile its loop again.
 attend = jax.jit(kernel.attend, static_argnames=("scale", "return_state"))
 attend_causal = jax.jit(kernel.attend_causal, static_argnames=("group_size", "scale", "return_state"))
 compensation = jax.jit(kernel.compensation, static_argnames="scale")
@@ -26,7 +26,7 @@ SMALL = settings(max_examples=25, deadline=None, derandomize=True, database=None
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks so short that loops run more than once."""
+    """Make blocks so short that loops run more than once."""
     monkeypatch.setattr(xla, "_BLOCK_FEW_ROWS", BLOCK)
     monkeypatch.setattr(xla, "_BLOCK_MANY_ROWS", BLOCK)
 
@@ -44,28 +44,6 @@ def poison(x, lengths):
     return np.where(np.arange(x.shape[2])[:, None] < np.asarray(lengths)[:, None, None, None], x, NAN)
 
 
-def literal(q, k, v, lengths, causal=None, means=None, n=None):
-    """Every query over its visible slots; `causal[r]` slots at most, and n copies of a mean."""
-    out = np.zeros(q.shape)
-    for b, h, r in np.ndindex(q.shape[:3]):
-        end = lengths[b] if causal is None else min(lengths[b], causal[r])
-        keys, values, weights = list(k[b, h, :end]), list(v[b, h, :end]), [1.0] * end
-        if n is not None and n[b]:
-            keys, values, weights = (
-                [*keys, means[0][b, h, 0]],
-                [*values, means[1][b, h, 0]],
-                [*weights, float(n[b])],
-            )
-        out[b, h, r] = oracle.softmax_attention(q[b, h, r], keys, values, weights)
-    return out
-
-
-def error(got, want) -> float:
-    """max|a - b| / max|b|, NaN if anything is."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
-
-
 @pytest.mark.parametrize(("rows", "H", "slots"), [(1, 64, S), (4, 16, S), (40, 128, 16), (4, 16, 5)])
 def test_attend_sees_its_prefix_and_nothing_else(rows, H, slots):
     lengths = np.minimum(EDGES, slots)
@@ -77,8 +55,8 @@ def test_attend_sees_its_prefix_and_nothing_else(rows, H, slots):
 
 
 @pytest.mark.parametrize("leftover", [1e4, np.inf, np.nan])
-def test_what_unread_slots_hold_is_of_no_account(leftover):
-    # Few rows over a cache more than half full read it at once; only what is not finite needs the masked way.
+def test_values_of_unread_slots_do_not_matter(leftover):
+    # Few rows read a cache that is more than half full at once, and fall back to masked blocks if it is not finite.
     lengths = np.array([S - 3, 1, 0], np.int32)
     q, k, v = inputs(3, 2, 4, S, 16)
     unread = np.arange(S)[:, None] >= lengths[:, None, None, None]
@@ -151,7 +129,7 @@ def test_physical_copies_in_float32(n):
     got = attend(q, k, v, lengths, scale=0.25, state=state)
     k_all, v_all = (np.concatenate([x, np.repeat(m, n, axis=2)], axis=2) for x, m in ((k, k_mean), (v, v_mean)))
     copies = attend(q, k_all, v_all, lengths + n, scale=0.25)
-    # The copies' own sum over 1,500 float32 terms is the less exact of the two.
+    # The sum over 1,500 copies in float32 is the less exact of the two.
     assert error(got, literal(q, k_all, v_all, lengths + n)) < 6e-7
     assert error(got, copies) < (6e-7 if n < 100 else 5e-6)
 
@@ -285,7 +263,7 @@ def test_work_follows_the_longest_row_not_the_slots(causal, monkeypatch):
     q, k, v = inputs(2, 1, 4, 100 * BLOCK, 16)
     lengths = np.array([BLOCK + 1, 3], np.int32)
     if causal:
-        # Of a chunk of 800 tokens the queries 10 to 13 need two blocks of keys.
+        # In a chunk of 800 tokens, queries 10 to 13 need two blocks of keys.
         run = jax.jit(lambda *a: kernel.attend_causal(*a, start=10, group_size=1, scale=0.25))
         lengths = np.full(2, 100 * BLOCK, np.int32)
     else:

@@ -1,7 +1,7 @@
 """Cache writes: the reference against Python lists of tokens, the TPU kernels against the reference.
 
-NaN, or for int8 any number, lies in every slot, scale and mean that a row does not use, and stays there bit by bit.
-What the interpreter cannot show (tiles, hidden copies of a cache) is in `tests/aot`.
+Every slot, scale and mean that a row does not use holds NaN, or for int8 any number, and must keep its bits. What the
+interpreter cannot show (tiles, hidden copies of a cache) is in `tests/aot`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from razor_jax.kernels.cache_write import GroupArrays, tpu, xla
+from razor_jax.kernels.cache_write import CacheWrite, GroupArrays, tpu, xla
 
 from ..support import oracle
 
 K = 2
 TYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 
-reference = jax.jit(xla.write, static_argnames="sinks")
-kernel = jax.jit(functools.partial(tpu.write, interpret=True), static_argnames=("sinks", "block"))
 
-# Slots, sinks, tokens of the call, and each row's window, length and count; window None is a full group.
+def by_arguments(write):
+    """Return a backend's `write` that takes the fields of `CacheWrite` as arguments."""
+
+    def run(group, tokens, lengths, counts, window, sinks, **options):
+        return write(CacheWrite(group, tokens, lengths, counts, window, sinks), **options)
+
+    return run
+
+
+reference = jax.jit(by_arguments(xla.write), static_argnames="sinks")
+kernel = jax.jit(by_arguments(functools.partial(tpu.write, interpret=True)), static_argnames=("sinks", "block"))
+
+# Slots, sinks, tokens of the call, and each row's window, length and count. A window of None is a full group.
 RAGGED = {
     "token": (96, 4, 1, [92, 92, 92, 37, 37, 1, 92, 37], [0, 3, 4, 40, 41, 9, 300, 200], [1, 1, 1, 1, 1, 1, 1, 0]),
     "token, no sinks": (96, 0, 1, [96, 96, 37, 37, 1], [0, 95, 37, 36, 7], [1, 1, 1, 1, 1]),
     "few tokens": (96, 4, 5, [92, 92, 37, 37, 92, 37], [0, 2, 39, 200, 94, 80], [5, 4, 5, 3, 5, 0]),
-    # A tile's end, two laps, a chunk longer than the ring onto an empty cache and onto a wrapped one.
+    # The end of a tile, two laps, a chunk longer than the ring into an empty cache and into a wrapped one.
     "chunk": (160, 4, 40, [156, 156, 37, 37, 8, 130], [0, 127, 0, 90, 300, 255], [40, 40, 40, 39, 40, 0]),
     "chunk, no sinks": (160, 0, 40, [160, 37, 39, 40, 41], [150, 90, 200, 200, 200], [40, 40, 40, 40, 40]),
     "long chunk": (288, 4, 300, [284, 260, 37, 284, 284], [0, 500, 0, 3, 700], [300, 300, 299, 128, 0]),
@@ -44,7 +54,7 @@ RAGGED = {
 
 
 def values(*shape, dtype, seed):
-    """Any values of the type."""
+    """Random values of the type."""
     rng = np.random.default_rng([seed, *shape])
     if dtype == "int8":
         return rng.integers(-127, 128, shape, np.int8)
@@ -56,7 +66,7 @@ def poison(shape, dtype):
 
 
 class History:
-    """All tokens a batch ever sees, and what a group must hold once each row has seen some of them."""
+    """All tokens that a batch ever sees, and the expected group once each row has seen some of them."""
 
     def __init__(self, S, sinks, windows, total, H, dtype, compensation=True):
         self.shape, self.sinks, self.windows = (len(total), K, S, H), sinks, windows
@@ -84,8 +94,8 @@ class History:
             out.append(np.moveaxis(chunk, 2, axis))
         return GroupArrays(*out)
 
-    def held(self, lengths, before: GroupArrays | None = None) -> GroupArrays:
-        """The group after lengths[b] tokens of each row, one at a time in lists; the rest as `before` has it."""
+    def group(self, lengths, before: GroupArrays | None = None) -> GroupArrays:
+        """The group after lengths[b] tokens of each row, appended to lists one by one; the rest as in `before`."""
         B, _, S, H = self.shape
         if before is None:
             scale = None if self.k_scale is None else poison((B, K, 1, S), "float32")
@@ -131,16 +141,16 @@ def same_means(got, want, limit):
 
 
 def arguments(case, dtype, H=128, compensation=True):
-    """(held, new, lengths, counts, window, sinks) of a case, and what must come out."""
+    """(group, tokens, lengths, counts, window, sinks) of a case, and the expected group."""
     S, sinks, T, windows, lengths, counts = case
     total = [a + b for a, b in zip(lengths, counts, strict=True)]
     history = History(S, sinks, windows, total, H, dtype, compensation)
-    held = history.held(lengths)
+    group = history.group(lengths)
     numbers = (np.array(lengths, np.int32), np.array(counts, np.int32))
     window = None if windows is None else np.array(windows, np.int32)
     new = history.tokens(lengths, counts, T)
-    give = jax.tree.map(jnp.asarray, (held, new, *numbers, window))
-    return (*give, sinks), history.held(total, before=held)
+    given = jax.tree.map(jnp.asarray, (group, new, *numbers, window))
+    return (*given, sinks), history.group(total, before=group)
 
 
 @pytest.mark.parametrize(
@@ -148,20 +158,20 @@ def arguments(case, dtype, H=128, compensation=True):
     [*((n, "float32") for n in RAGGED), *((n, t) for n in ("token", "few tokens") for t in TYPES[1:])],
 )
 def test_reference_is_one_by_one_rolling(name, dtype):
-    give, want = arguments(RAGGED[name], dtype, H=8)
-    got = reference(*give)
+    given, want = arguments(RAGGED[name], dtype, H=8)
+    got = reference(*given)
     same_bits(got, want)
     same_means(got, want, 1e-5)
 
 
 def kernel_is_the_reference(name, dtype, H):
-    give, _ = arguments(RAGGED[name], dtype, H)
-    got, want = kernel(*give, block=128), reference(*give)
+    given, _ = arguments(RAGGED[name], dtype, H)
+    got, want = kernel(*given, block=128), reference(*given)
     same_bits(got, want)
     same_means(got, want, 1e-6)
 
 
-# Every case and every type with either head width once; all of their product is slow.
+# Every case and every type once, with one of the head widths; the full product is slow.
 QUICK = [
     *((name, "float32", 128 if i % 2 else 64) for i, name in enumerate(RAGGED)),
     *(("token", dtype, 128 if i % 2 else 64) for i, dtype in enumerate(TYPES[1:])),
@@ -186,14 +196,14 @@ def test_kernel_is_the_reference_everywhere(name, dtype, H):
 @given(st.data())
 @pytest.mark.parametrize("T", [1, 40])
 def test_any_lengths_counts_and_windows(T, data):
-    """Kernel and lists agree whatever the rows have seen, whatever they get, however long their rings are."""
+    """Kernel and lists agree for any lengths, counts and windows."""
     S, sinks, B = 160, 4, 3
     windows, lengths, counts = (
         data.draw(st.lists(st.integers(low, high), min_size=B, max_size=B), label=label)
         for label, low, high in (("window", 1, S - sinks), ("length", 0, 2 * S), ("count", 0, T))
     )
-    give, want = arguments((S, sinks, T, windows, lengths, counts), "float32")
-    got = kernel(*give, block=128)
+    given, want = arguments((S, sinks, T, windows, lengths, counts), "float32")
+    got = kernel(*given, block=128)
     same_bits(got, want)
     same_means(got, want, 1e-5)
 
@@ -204,14 +214,14 @@ def test_a_full_group_takes_any_lengths_and_counts(data):
     S, T, B = 288, 40, 3
     lengths = data.draw(st.lists(st.integers(0, S - T), min_size=B, max_size=B), label="length")
     counts = data.draw(st.lists(st.integers(0, T), min_size=B, max_size=B), label="count")
-    give, want = arguments((S, 0, T, None, lengths, counts), "float32")
-    same_bits(kernel(*give, block=128), want)
+    given, want = arguments((S, 0, T, None, lengths, counts), "float32")
+    same_bits(kernel(*given, block=128), want)
 
 
 def test_a_windowed_group_without_a_compensation_token():
     for name in ("token", "few tokens"):
-        give, want = arguments(RAGGED[name], "int8", compensation=False)
-        got = kernel(*give, block=128)
+        given, want = arguments(RAGGED[name], "int8", compensation=False)
+        got = kernel(*given, block=128)
         same_bits(got, want)
         assert got.k_mean is None
         assert got.v_mean is None
@@ -219,12 +229,12 @@ def test_a_windowed_group_without_a_compensation_token():
 
 @pytest.mark.parametrize("name", ["token", "chunk"])
 def test_uninitialised_memory_stays_out(name):
-    """The detailed interpreter, whose outputs and padding are NaN until written, and which checks every access."""
+    """In the detailed interpreter outputs and padding are NaN until written, and every access is checked."""
     S, *case = RAGGED[name]
-    # Where a block reaches over the end of an aliased array, this interpreter returns the padded one.
-    give, want = arguments((256 if name == "chunk" else S, *case), "float32")
-    run = functools.partial(tpu.write, sinks=give[-1], interpret=pltpu.InterpretParams())
-    got = jax.jit(run)(*give[:-1])
+    # If a block reaches past the end of an aliased array, this interpreter returns the padded array.
+    given, want = arguments((256 if name == "chunk" else S, *case), "float32")
+    run = by_arguments(functools.partial(tpu.write, interpret=pltpu.InterpretParams()))
+    got = jax.jit(run, static_argnames="sinks")(*given)
     same_bits(got, want)
     same_means(got, want, 1e-5)
 
@@ -232,15 +242,15 @@ def test_uninitialised_memory_stays_out(name):
 def test_a_row_without_a_window_yet_keeps_its_bits():
     """W is 0 until a row has its first tokens."""
     for T in (1, 5):
-        give, want = arguments((96, 4, T, [50, 50], [0, 60], [0, T]), "float32")
-        held, new, lengths, counts, window, sinks = give
-        got = kernel(held, new, lengths, counts, window.at[0].set(0), sinks, block=128)
+        given, want = arguments((96, 4, T, [50, 50], [0, 60], [0, T]), "float32")
+        group, new, lengths, counts, window, sinks = given
+        got = kernel(group, new, lengths, counts, window.at[0].set(0), sinks, block=128)
         same_bits(got, want)
         same_means(got, want, 1e-5)
 
 
 def test_steps_visit_what_is_touched_and_load_what_survives():
-    """Blocks of 128: slots [100, 400) of one row are blocks 0 to 3, of which 1 and 2 are not worth reading."""
+    """In blocks of 128, slots [100, 400) of a row are blocks 0 to 3; blocks 1 and 2 need not be read."""
     lengths, counts = np.array([100, 0], np.int32), np.array([300, 0], np.int32)
     steps, longest = tpu._steps(tpu._runs(lengths, counts, None, 0, 512), 128, 5)
     assert longest == 4
@@ -256,7 +266,7 @@ def test_steps_visit_what_is_touched_and_load_what_survives():
     ("H", "dtype", "reason"),
     [(96, "float32", "head width H=96"), (128, "float16", "cache is float16"), (64, "int8", None)],
 )
-def test_what_the_kernel_cannot_write_is_said(H, dtype, reason):
+def test_unsupported_groups_have_a_reason(H, dtype, reason):
     x = jax.ShapeDtypeStruct((1, 1, 32, H), dtype)
     said = tpu.unsupported(GroupArrays(x, x))
     assert said is reason is None or reason in said

@@ -25,7 +25,7 @@ LENGTHS = np.array([24, 17], np.int32)
 
 @pytest.fixture
 def on_tpu(monkeypatch):
-    """As on a TPU: its kernels are chosen, and interpreted."""
+    """Run as on a TPU: its kernels are chosen, and interpreted."""
     interpreted(monkeypatch, "tpu")
 
 
@@ -55,7 +55,7 @@ def test_a_model_on_the_kernels_equals_the_model_on_xla(platform, head_dim, kv_d
     assert reference.spec.implementation == "xla"
     assert (np.asarray(cache.dropped) > 0).all()
     for a, b in zip(got, want, strict=True):
-        # A key on the edge of two int8 values may round the other way.
+        # A key halfway between two int8 values may round either way.
         np.testing.assert_allclose(a, b, atol=(2e-5 if kv_dtype is None else 2e-2) * np.abs(b).max())
     if kv_dtype is None:
         for mine, other in zip(jax.tree.leaves(cache.layers), jax.tree.leaves(reference.layers), strict=True):
@@ -82,7 +82,7 @@ def test_generate_reports_the_implementation(on_tpu):
     assert results[0].tokens == results[1].tokens
 
 
-def test_other_head_widths_run_on_xla_and_say_so(on_tpu):
+def test_other_head_widths_run_on_xla_with_a_warning(on_tpu):
     params = model(16)
     with pytest.warns(UserWarning, match=r"runs without its pallas_tpu kernels, on XLA: head width H=16"):
         cache = functional.init_cache(params, batch=1, capacity=8, razor=None)
@@ -92,7 +92,7 @@ def test_other_head_widths_run_on_xla_and_say_so(on_tpu):
         functional.init_cache(forced, batch=1, capacity=8, razor=None)
 
 
-def test_nothing_is_said_where_there_are_no_kernels():
+def test_no_warning_on_a_device_without_kernels():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cache = functional.init_cache(model(16), batch=1, capacity=8, razor=None)
@@ -105,8 +105,9 @@ def test_a_forced_implementation_needs_its_device():
     with pytest.raises(ValueError, match=r"'pallas_tpu' cannot run here: the device is a cpu"):
         functional.init_cache(params, batch=1, capacity=8, razor=None)
     with pytest.raises(ValueError, match=r"'pallas_tpu' cannot run here: the device is a cpu"):
-        razor_jax.load("no such folder", implementation="pallas_tpu")  # said before anything is read
-    with pytest.raises(ValueError, match=r"implementation='cuda': one of xla, pallas_tpu, pallas_gpu, mosaic_gpu"):
+        razor_jax.load("no such folder", implementation="pallas_tpu")  # raised before anything is read
+    names = "xla, pallas_tpu, pallas_gpu, mosaic_gpu"
+    with pytest.raises(ValueError, match=f"implementation='cuda' is unknown: use one of {names}"):
         razor_jax.load("razor-mini", implementation="cuda")
 
 

@@ -1,9 +1,9 @@
 """The Mosaic GPU kernel in JAX's interpreter of Mosaic GPU against a literal float64 softmax.
 
-The interpreter runs warpgroups as threads over simulated shared memory and barriers, with races reported, fresh
-memory and what a copy reads past the end of a cache NaN. It is partial and can hang: the cases run in a process with
-a time limit. The one of JAX 0.12 takes the kernel as it is, in seconds a case. That of 0.10.2 lacks transposed operands
-and needs about a minute a case: there the product of q and K is replaced, and one slow case runs.
+The interpreter runs warpgroups as threads over simulated shared memory and barriers, and reports races. Fresh memory is
+NaN, and so are reads past the end of a cache. The interpreter is incomplete and can hang, so the cases run in a process
+with a time limit. The interpreter of JAX 0.12 runs the whole kernel, in seconds per case. That of 0.10.2 lacks
+transposed operands and needs about a minute per case: there the product of q and K is replaced, and one slow case runs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def error(B, K, R, H, S, lengths, group_size, start, splits, state, dtype):
     q, k, v = random(B, K, R, H), random(B, K, S, H), random(B, K, S, H)
     means, n = [random(B, K, 1, H) for _ in range(2)], np.resize([37, 0, 1, 1000], B)
     lengths = np.array(lengths, np.int32)
-    held = np.arange(S)[:, None] < lengths[:, None, None, None]
+    valid = np.arange(S)[:, None] < lengths[:, None, None, None]
     unread = [np.where((n > 0)[:, None, None, None], x, np.nan) for x in means]
     fixed = dict(scale=H**-0.5, splits=splits, interpret=interpret)
     if group_size is not None:
@@ -70,9 +70,9 @@ def error(B, K, R, H, S, lengths, group_size, start, splits, state, dtype):
     def run(q, k, v, lengths, means):
         before = compensation(q, *means, n, H**-0.5) if state else None
         return attend(Part(q, k, v, lengths, before), **fixed)
-    # XLA's maximum on CPU may lose NaN: large keys show what a mask of logits must keep out.
+    # XLA's maximum on CPU may lose NaN, so half of the unread keys are large numbers instead.
     unread_keys = np.where(np.arange(S)[:, None] % 2, np.nan, 1e4)
-    poisoned = (jnp.asarray(np.where(held, x, y), dtype) for x, y in ((k, unread_keys), (v, np.nan)))
+    poisoned = (jnp.asarray(np.where(valid, x, y), dtype) for x, y in ((k, unread_keys), (v, np.nan)))
     got = jax.jit(run)(jnp.asarray(q, dtype), *poisoned, lengths, [jnp.asarray(x, jnp.float32) for x in unread])
     assert got.dtype == dtype
     want = np.zeros(q.shape)
@@ -90,7 +90,7 @@ print(json.dumps({name: error(*case) for name, case in json.loads(sys.argv[1]).i
 
 
 def errors(cases: dict[str, tuple], seconds: int) -> dict[str, float]:
-    """Largest error over largest value of each case; NaN where a result has one."""
+    """Largest error over largest value of each case; NaN if a result has one."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", RUN, json.dumps(cases)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
@@ -132,14 +132,14 @@ def test_the_older_interpreter_runs_all_but_one_product(record_property):
         (((1, 1, 4, 128), "bfloat16"), ((1, 1, 4100, 128), "bfloat16"), "S=4100 slots.*multiple of 8"),
     ],
 )
-def test_what_it_cannot_take_it_says(q, kv, reason):
+def test_unsupported_inputs_have_a_reason(q, kv, reason):
     q, kv = (jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in (q, kv))
     assert re.search(reason, mosaic_gpu.unsupported(q, kv, kv) or "")
 
 
 @pytest.mark.parametrize("H", [64, 128])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_what_it_takes(H, dtype, monkeypatch):
+def test_supported_types_and_gpus(H, dtype, monkeypatch):
     x = jax.ShapeDtypeStruct((1, 1, 4112, H), jnp.dtype(dtype))
     for capability, reason in (("9.0", None), ("8.0", "the GPU has compute capability 8.0: the kernel is for 9.0")):
         device = type("Device", (), {"compute_capability": capability})
@@ -170,7 +170,7 @@ def test_split_choice(heads, R, S, want):
 
 
 def test_empty_splits_weigh_nothing():
-    """Sums of nothing, m far below, beside a real one and a state; in float32 their differences must stay 0."""
+    """The m of an empty split is NEG; in float32 the differences of such m must be exactly 0."""
     acc = jnp.zeros((1, 1, 2, 1, 64)).at[:, :, 1].set(3.0)
     m = jnp.full((1, 1, 2, 1), np.float32(mosaic_gpu.NEG / mosaic_gpu._LOG2E)).at[:, :, 1].set(2.0)
     l = jnp.zeros((1, 1, 2, 1)).at[:, :, 1].set(1.5)

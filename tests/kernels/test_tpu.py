@@ -1,4 +1,4 @@
-"""The TPU kernel in interpret mode against a literal float64 softmax; NaN in all that must not be read.
+"""The TPU kernel in interpret mode against a literal float64 softmax, NaN in unread memory.
 
 What the interpreter cannot show (tiles, fast memory, hidden copies of a cache) is in `tests/aot`.
 """
@@ -17,7 +17,7 @@ from razor_jax.kernels.attention import dispatch, tpu, xla
 
 from ..support import oracle
 from ..support.kernel_cases import BLOCK, COPIES, EDGES, SCALE, H, S, compensation, inputs
-from ..support.kernel_inputs import NAN, by_arguments, literal, poison, random
+from ..support.kernel_inputs import NAN, by_arguments, error, literal, poison, random
 
 backend = by_arguments(tpu.attend)
 backend_causal = by_arguments(tpu.attend_causal)
@@ -34,9 +34,7 @@ attend_causal = jax.jit(
 
 
 def check(got, want, dtype):
-    """Largest error over largest value, in NumPy, where NaN is not lost."""
-    got = np.asarray(got.astype(jnp.float32), np.float64)
-    assert np.max(np.abs(got - want)) / np.max(np.abs(want)) <= LIMIT[dtype]
+    assert error(got, want) <= LIMIT[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -66,13 +64,13 @@ def test_decode_without_a_state(H, dtype):
 
 
 def test_many_rows_against_the_cache():
-    """20 rows in blocks of 8: the last reaches over the end."""
+    """20 rows in blocks of 8: the last block reaches past the end."""
     q, k, v = inputs(3, 1, 20, S, "float32")
     lengths = np.array([0, BLOCK + 1, S], np.int32)
     k_, v_ = poison(k, lengths, "float32"), poison(v, lengths, "float32")
     got = attend(q, k_, v_, lengths, blocks=BLOCKS)
     check(got, literal(q, k, v, lengths), "float32")
-    # A state goes in and out by the same blocks.
+    # States use the same blocks.
     state = attend(q, k_, v_, lengths, blocks=BLOCKS, return_state=True)
     twice = attend(q, k_, v_, lengths, blocks=BLOCKS, state=state)
     check(twice, literal(q, k, v, lengths), "float32")
@@ -84,7 +82,7 @@ def test_many_rows_against_the_cache():
     [(1, 20, 9, 128), (4, 6, 11, 128), (8, 3, 0, 128), (8, 3, BLOCK, 64), (4, 5, S - 5, 64)],
 )
 def test_causal_sees_the_chunk_up_to_each_token(G, tokens, start, H, dtype):
-    """Starts such that a block of query rows straddles a block of slots, and such that none does."""
+    """With some starts a block of query rows straddles two blocks of slots, with others it does not."""
     q, k, v = inputs(len(EDGES), 1, G * tokens, S, dtype, H=H)
     got = attend_causal(
         jnp.asarray(q, dtype),
@@ -157,7 +155,7 @@ def test_a_wide_query_over_a_narrow_cache():
 
 
 def test_uninitialised_memory_stays_out():
-    """The detailed interpreter, whose scratch and padding are NaN and which checks every access."""
+    """In the detailed interpreter scratch and padding are NaN, and every access is checked."""
     q, k, v = inputs(2, 1, 12, S, "float32")
     lengths = np.array([S, 0], np.int32)
     run = functools.partial(backend, scale=SCALE, blocks=BLOCKS, interpret=pltpu.InterpretParams())
@@ -166,7 +164,7 @@ def test_uninitialised_memory_stays_out():
 
 
 def test_blocks_past_the_last_seen_slot_are_not_steps(monkeypatch):
-    """Grid steps follow the longest row; the kernel's body runs for blocks that a row sees."""
+    """The grid ends with the longest row, and the kernel's body runs only for blocks that a row sees."""
     steps, fold = [], tpu._fold
 
     def counted(*args):
@@ -227,5 +225,5 @@ def test_a_forced_backend_that_cannot_run_says_why(shape, dtype, reason, monkeyp
 
 def test_an_unknown_implementation_is_named(unchecked):
     x = jnp.zeros((1, 1, 4, 128))
-    with pytest.raises(ValueError, match="implementation='cuda': one of xla, pallas_tpu"):
+    with pytest.raises(ValueError, match="implementation='cuda' is unknown: use one of xla, pallas_tpu"):
         dispatch.attend(x, x, x, jnp.zeros(1, jnp.int32), scale=1.0, implementation="cuda")

@@ -1,4 +1,4 @@
-"""The TPU kernel over 8-bit and paged caches, in interpret mode, against float64 over what the cache holds."""
+"""The TPU kernel over 8-bit and paged caches, in interpret mode, against float64 over the cached values."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import pytest
 
 from razor_jax.kernels import INT8
 from razor_jax.kernels.attention import tpu, xla
+from razor_jax.kernels.attention.launch import visible_slots
 from razor_jax.kernels.cache_write import dequantize, quantize
 
 from ..support.kernel_cases import BLOCK, COPIES, EDGES, SCALE, H, S, compensation, inputs
-from ..support.kernel_inputs import NAN, by_arguments, literal, random
+from ..support.kernel_inputs import NAN, by_arguments, error, literal, random
 
 backend = by_arguments(tpu.attend)
 backend_causal = by_arguments(tpu.attend_causal)
@@ -28,15 +29,15 @@ EIGHT_BIT = ["int8", "float8_e4m3fn"]
 LIMIT = {"float32": 2e-6, "bfloat16": 8e-3}
 
 
-def held(x, lengths, dtype):
-    """x [B,K,S,H] as a cache of `dtype` holds it: (array, scales or None), unread memory poisoned, float64 values."""
+def cached(x, lengths, dtype):
+    """x [B,K,S,H] in a cache of `dtype`, unread memory poisoned: the array, its scales or None, the float64 values."""
     array, scale = quantize(jnp.asarray(x), jnp.dtype(dtype))
     values = np.asarray(dequantize(array, scale), np.float64)
     unread = np.arange(x.shape[2]) >= np.asarray(lengths)[:, None, None]
     if scale is not None:
         return jnp.where(unread[..., None], jnp.int8(-128), array), jnp.where(unread[:, :, None], NAN, scale), values
     if array.dtype.itemsize == 1:
-        # By its bits: a conversion would have to know NaN.
+        # NaN is written by its bits, because not every conversion to the type keeps it.
         bits = jax.lax.bitcast_convert_type(array, jnp.uint8)
         return (
             jax.lax.bitcast_convert_type(jnp.where(unread[..., None], 0x7F, bits).astype(jnp.uint8), dtype),
@@ -46,17 +47,11 @@ def held(x, lengths, dtype):
     return jnp.where(unread[..., None], NAN, array).astype(dtype), None, values
 
 
-def error(got, want):
-    """Largest error over largest value, in NumPy, where NaN is not lost."""
-    got = np.asarray(got.astype(jnp.float32), np.float64)
-    return np.max(np.abs(got - want)) / np.max(np.abs(want))
-
-
 def case(G, T, H, q_type, kv_type, lengths, K=2, S=S):
-    """q, (k, v, k_scale, v_scale), and the float64 k and v that the cache stands for."""
+    """q, the cache (k, v), its scales, and its float64 values."""
     q, k, v = inputs(len(lengths), K, G * T, S, q_type, H=H)
-    k, k_scale, k_values = held(k, lengths, kv_type)
-    v, v_scale, v_values = held(v, lengths, kv_type)
+    k, k_scale, k_values = cached(k, lengths, kv_type)
+    v, v_scale, v_values = cached(v, lengths, kv_type)
     scales = {} if k_scale is None else {"k_scale": k_scale, "v_scale": v_scale}
     return q, (k, v), scales, (k_values, v_values)
 
@@ -90,7 +85,7 @@ def test_decode_over_8_bits_and_a_compensation_token(G, T, H, q_type, kv_type, r
 
 @pytest.mark.parametrize("kv_type", EIGHT_BIT)
 def test_many_rows_in_parts_over_8_bits(kv_type, monkeypatch):
-    """16 rows in parts of 8, in blocks of 16, and a state out and in."""
+    """20 rows in blocks of 16 and parts of 8, also with a state out and in."""
     monkeypatch.setattr(tpu, "_PART", 8)
     lengths = np.array([0, BLOCK + 1, S], np.int32)
     q, cache, scales, values = case(4, 5, H, "bfloat16", kv_type, lengths, K=1)
@@ -110,7 +105,7 @@ def test_many_rows_in_parts_see_the_chunk_up_to_each_token(monkeypatch):
     monkeypatch.setattr(tpu, "_PART", 8)
     G, tokens, start = 4, 12, 11
     q, k, v = inputs(len(EDGES), 1, G * tokens, S, "float32")
-    k_, v_ = (held(x, EDGES, "float32")[0] for x in (k, v))
+    k_, v_ = (cached(x, EDGES, "float32")[0] for x in (k, v))
     run = functools.partial(backend_causal, scale=SCALE, interpret=True, group_size=G, blocks=tpu.Blocks(16, BLOCK))
     got = jax.jit(run)(q, k_, v_, EDGES, start=np.int32(start))
     want = literal(q, k, v, EDGES, [start + r // G + 1 for r in range(G * tokens)])
@@ -118,9 +113,9 @@ def test_many_rows_in_parts_see_the_chunk_up_to_each_token(monkeypatch):
 
 
 def paged(x, lengths, page, pool_pages, seed, axis=2):
-    """x [B,K,S,H] (or scales, slots on axis 3) cut into pages of a shuffled pool, NaN (or -128) in all others.
+    """x [B,K,S,H] (or scales, slots on axis 3) as pages of a shuffled pool; all other pages are NaN (or -128).
 
-    Gives the pool and a table whose entries past each row's last valid page point outside it.
+    Returns the pool, and a table whose entries past each row's last valid page point outside the pool.
     """
     x = np.asarray(x)
     B, pages = x.shape[0], x.shape[axis] // page
@@ -142,7 +137,7 @@ def test_pages_are_found_by_the_table(kv_type, H, page):
     q, (k, v), scales, values = case(4, 1, H, q_type, kv_type, lengths, S=3 * page)
     pool_pages = 20
     if kv_type == "bfloat16":
-        k, v = (x.astype(jnp.float32) for x in (k, v))  # NumPy's kind of float, for `paged`
+        k, v = (x.astype(jnp.float32) for x in (k, v))  # `paged` takes NumPy's own types only
     (k, table), (v, _) = (paged(x, lengths, page, pool_pages, seed=3) for x in (k, v))
     scales = {name: paged(x, lengths, page, pool_pages, seed=3, axis=3)[0] for name, x in scales.items()}
     run = jax.jit(functools.partial(backend, scale=H**-0.5, interpret=True))
@@ -158,14 +153,13 @@ def test_pages_are_found_by_the_table(kv_type, H, page):
 
 
 def test_entries_past_the_last_valid_page_are_never_followed():
-    """The index maps themselves: a masked block would hide in the output that its page was loaded."""
+    """Checked on the index maps, because the output does not show whether the page of a masked block was loaded."""
     pages, page = 4, 16
     lengths = np.array([0, 1, page, page + 1, 4 * page])
     table = np.arange(len(lengths) * pages) + 100
     blocks = tpu.Blocks(4, page)
-    call = tpu._Static(None, 1.0, False, True)
-    reach = functools.partial(tpu._reach, call, blocks.rows, 4)
-    _, slots, scales, _ = tpu._specs(reach, blocks, 128, False, pages)
+    visible = functools.partial(visible_slots, None, blocks.rows, 4)
+    _, slots, scales, _ = tpu._specs(visible, blocks, 128, False, pages)
     for b, length in enumerate(lengths):
         for spec in (slots, scales):
             read = [spec.index_map(b, 0, 0, j, lengths, [0], table) for j in range(pages)]
@@ -185,7 +179,7 @@ def test_entries_past_the_last_valid_page_are_never_followed():
         ("bfloat16", 128, 16384, 16),
     ],
 )
-def test_a_page_of_no_whole_tiles_or_too_long_is_refused(dtype, H, page, allowed):
+def test_a_page_that_is_too_long_or_not_whole_tiles_is_refused(dtype, H, page, allowed):
     pool = jnp.zeros((4, 1, page, H), dtype)
     scale = jnp.zeros((4, 1, 1, page)) if dtype == INT8 else None
     q, lengths, table = jnp.zeros((1, 1, 4, H), "bfloat16"), jnp.ones(1, jnp.int32), jnp.zeros((1, 2), jnp.int32)

@@ -1,4 +1,4 @@
-"""The Pallas-Triton kernel in interpret mode against a literal float64 softmax; NaN in all that must not be read.
+"""The Pallas-Triton kernel in interpret mode against a literal float64 softmax, NaN in unread memory.
 
 What the interpreter cannot show (registers, shared memory, hidden copies of a cache) is in `tests/aot`.
 """
@@ -17,7 +17,8 @@ from razor_jax.kernels.attention import triton, xla
 from razor_jax.kernels.cache_write import dequantize, quantize
 
 from ..support import oracle
-from ..support.kernel_inputs import NAN, by_arguments, literal, poison, random
+from ..support.kernel_cases import BLOCK, COPIES, EDGES, SCALE, H, S, compensation, inputs
+from ..support.kernel_inputs import NAN, by_arguments, error, literal, poison, random
 
 backend = by_arguments(triton.attend)
 backend_causal = by_arguments(triton.attend_causal)
@@ -25,12 +26,8 @@ xla_attend = by_arguments(xla.attend)
 
 pytestmark = pytest.mark.skipif(triton.plt is None, reason="this JAX has no Pallas-Triton")
 
-BLOCK, S, H = 16, 40, 128  # the block does not divide S
 BLOCKS = triton.Blocks(16, BLOCK)
 SPLIT = triton.Blocks(16, BLOCK, splits=2)
-EDGES = np.array([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, S], np.int32)
-COPIES = np.array([37, 0, 1, 1_000_000, 0, 37], np.int32)
-SCALE = H**-0.5
 LIMIT = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 8e-3}
 
 attend = jax.jit(functools.partial(backend, interpret=True), static_argnames=("scale", "return_state", "blocks"))
@@ -39,25 +36,18 @@ attend_causal = jax.jit(
     static_argnames=("scale", "group_size", "return_state", "blocks"),
 )
 reference = jax.jit(xla_attend, static_argnames=("scale", "return_state"))
-compensation = jax.jit(kernel.compensation, static_argnames="scale")
 
 
 @pytest.fixture
 def check(record_property):
-    """Largest error over largest value, in NumPy, where NaN is not lost."""
+    """Check the largest error, and record it."""
 
     def compare(got, want, dtype, name="float"):
-        got = np.asarray(got.astype(jnp.float32), np.float64)
-        error = np.max(np.abs(got - want)) / np.max(np.abs(want))
-        assert error <= LIMIT[dtype]
-        record_property(f"Triton kernel, {name} cache, {dtype} queries", float(error))
+        largest = error(got, want)
+        assert largest <= LIMIT[dtype]
+        record_property(f"Triton kernel, {name} cache, {dtype} queries", largest)
 
     return compare
-
-
-def inputs(B, K, R, S, dtype, seed=0, H=H):
-    shapes = ((B, K, R, H), (B, K, S, H), (B, K, S, H))
-    return tuple(random(*shape, seed=seed + i, dtype=dtype) for i, shape in enumerate(shapes))
 
 
 def unseen(S, lengths):
@@ -66,15 +56,15 @@ def unseen(S, lengths):
 
 
 def int8(x, lengths):
-    """x [B,K,S,H] as int8 with scales, what they stand for, and both spoilt from lengths[b] on."""
-    held, scale = quantize(jnp.asarray(x), jnp.dtype("int8"))
-    meant = np.asarray(dequantize(held, scale), np.float64)
+    """x [B,K,S,H] as int8 with scales, both poisoned from lengths[b] on, and their float64 values."""
+    quantised, scale = quantize(jnp.asarray(x), jnp.dtype("int8"))
+    values = np.asarray(dequantize(quantised, scale), np.float64)
     bad = unseen(x.shape[2], lengths)
-    return jnp.where(bad, jnp.int8(127), held), jnp.where(bad.swapaxes(2, 3), NAN, scale), meant
+    return jnp.where(bad, jnp.int8(127), quantised), jnp.where(bad.swapaxes(2, 3), NAN, scale), values
 
 
 def compensated(q, K, dtype):
-    """The means of `COPIES` dropped tokens, and the state that stands for them; NaN where none is dropped."""
+    """The means of `COPIES` dropped tokens, NaN if none is dropped, and the state that stands for them."""
     means = [random(len(COPIES), K, 1, q.shape[3], seed=9 + i, size=0.3) for i in (0, 1)]
     poisoned = [np.where(COPIES[:, None, None, None] == 0, NAN, x) for x in means]
     return means, compensation(jnp.asarray(q, dtype), *poisoned, COPIES, scale=q.shape[3] ** -0.5)
@@ -111,7 +101,7 @@ def test_decode_without_a_state(H, dtype, check):
 
 @pytest.mark.parametrize("splits", [1, 3, 40])
 def test_splits_give_one_state(splits, check):
-    """Also more of them than any row has blocks, and than are merged at once."""
+    """Also if there are more splits than a row has blocks, and more than are merged at once."""
     q, k, v = inputs(len(EDGES), 1, 4, S, "float32")
     means, state = compensated(q, 1, "float32")
     run = functools.partial(attend, q, poison(k, EDGES, "float32"), poison(v, EDGES, "float32"), EDGES, scale=SCALE)
@@ -133,7 +123,7 @@ def test_the_chosen_blocks_run(check):
 
 @pytest.mark.parametrize("blocks", [BLOCKS, SPLIT])
 def test_many_rows_against_the_cache(blocks, check):
-    """20 rows in blocks of 16: the last reaches over the end. A state goes in and out by the same blocks."""
+    """20 rows in blocks of 16: the last block reaches past the end. States use the same blocks."""
     q, k, v = inputs(3, 1, 20, S, "float32")
     lengths = np.array([0, BLOCK + 1, S], np.int32)
     k_, v_ = poison(k, lengths, "float32"), poison(v, lengths, "float32")
@@ -153,7 +143,7 @@ def test_many_rows_against_the_cache(blocks, check):
     ],
 )
 def test_causal_sees_the_chunk_up_to_each_token(G, tokens, start, H, blocks, dtype, check):
-    """Starts such that a block of query rows straddles a block of slots, and such that none does."""
+    """With some starts a block of query rows straddles two blocks of slots, with others it does not."""
     q, k, v = inputs(len(EDGES), 1, G * tokens, S, dtype, H=H)
     k_, v_ = poison(k, EDGES, dtype), poison(v, EDGES, dtype)
     got = attend_causal(
@@ -240,7 +230,7 @@ def test_float8_has_no_scale(check):
 
 @pytest.mark.parametrize(("quantised", "blocks"), [(False, SPLIT), (True, None)])
 def test_pages_are_looked_up_and_garbage_entries_never_followed(quantised, blocks, check):
-    """Rows share no page. An entry past a row's last page leads, if followed, to a page of nothing but NaN."""
+    """Rows share no page. An entry past a row's last page, if followed, leads to a page full of NaN."""
     page, pages = 2 * BLOCK, 3
     lengths = np.array([0, 1, page, page + 1, pages * page], np.int32)
     B, K = len(lengths), 2
@@ -254,7 +244,7 @@ def test_pages_are_looked_up_and_garbage_entries_never_followed(quantised, block
     place = np.random.default_rng(7).permutation(B * pages).reshape(B, pages)
 
     def pool(x, spoilt):
-        """[B,K,S,H] or scales [B,K,1,S] as pages [P,K,page,H] or [P,K,1,page], and one more at the end."""
+        """[B,K,S,H] or scales [B,K,1,S] as pages [P,K,page,H] or [P,K,1,page], with one unused page at the end."""
         x = np.asarray(x)
         axis = 3 if x.shape[2] == 1 else 2
         parts = np.split(x, pages, axis=axis)
@@ -275,7 +265,7 @@ def test_pages_are_looked_up_and_garbage_entries_never_followed(quantised, block
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_head_groups_of_a_layer_are_one_launch(dtype, check):
-    """A full group of long rows and a windowed one, with its state, in one kernel beside the merge of the splits."""
+    """A full group of long rows and a windowed group with a state run in one kernel, plus the merge of the splits."""
     lengths = np.array([0, 3, 300], np.int32)
     rings = np.minimum(lengths, S).astype(np.int32)
     q, k, v = inputs(3, 1, 4, 300, dtype)
@@ -301,7 +291,7 @@ def test_head_groups_of_a_layer_are_one_launch(dtype, check):
 
 @pytest.mark.parametrize("blocks", [BLOCKS, triton.Blocks(16, BLOCK, splits=4)])
 def test_blocks_past_the_last_seen_slot_are_not_steps(blocks, monkeypatch):
-    """Each row walks over its own blocks, however long the cache; splits share them."""
+    """Each row walks over its own blocks only, whatever the length of the cache; splits share them."""
     steps, fold = [], triton._fold
 
     def counted(*args):
@@ -320,7 +310,7 @@ def test_blocks_past_the_last_seen_slot_are_not_steps(blocks, monkeypatch):
 @pytest.mark.parametrize(
     ("heads", "rows", "slots", "dtype", "page", "want"),
     [
-        (8, 4, 32768, "bfloat16", None, triton.Blocks(16, 64, 66)),  # four programs a multiprocessor
+        (8, 4, 32768, "bfloat16", None, triton.Blocks(16, 64, 66)),  # four programs per multiprocessor
         (1, 4, 32768, "bfloat16", None, triton.Blocks(16, 64, 128)),  # no shorter than four blocks
         (600, 4, 32768, "bfloat16", None, triton.Blocks(16, 64, 1)),
         (8, 40, 4100, "bfloat16", None, triton.Blocks(64, 64, 8)),
@@ -335,7 +325,7 @@ def test_block_choice(heads, rows, slots, dtype, page, want):
     assert triton.choose_blocks(heads, rows, slots, 128, jnp.dtype(dtype), page) == want
 
 
-def test_pages_that_are_no_whole_tiles_are_refused():
+def test_pages_that_are_not_whole_tiles_are_refused():
     with pytest.raises(ValueError, match=r"pages of 24 slots: .* multiple of 16"):
         triton.choose_blocks(8, 4, 4096, 128, jnp.dtype("bfloat16"), page=24)
 
@@ -352,7 +342,7 @@ def test_pages_that_are_no_whole_tiles_are_refused():
         (64, "float16", "float16", "float16", 8, None),
     ],
 )
-def test_what_it_cannot_take_has_a_reason(width, q, k, v, slots, reason, unchecked):
+def test_unsupported_inputs_have_a_reason(width, q, k, v, slots, reason, unchecked):
     q, k, v = (jax.ShapeDtypeStruct((1, 1, S, width), dtype) for S, dtype in ((4, q), (slots, k), (slots, v)))
     got = triton.unsupported(q, k, v)
     assert (got is None) if reason is None else reason in got
@@ -361,14 +351,15 @@ def test_what_it_cannot_take_has_a_reason(width, q, k, v, slots, reason, uncheck
 def test_float8_needs_a_gpu_that_converts_it(monkeypatch, unchecked):
     x = jax.ShapeDtypeStruct((1, 1, 4, 128), "bfloat16")
     k = jax.ShapeDtypeStruct((1, 1, 4, 128), "float8_e4m3fn")
-    for capability, reason in (("8.0", "compute capability is below 8.9"), ("9.0", None), ("10.0", None)):
+    refused = "compute capability 8.0, and converting float8 needs 8.9"
+    for capability, reason in (("8.0", refused), ("9.0", None), ("10.0", None)):
         device = type("Device", (), {"compute_capability": capability})()
         monkeypatch.setattr(jax, "local_devices", lambda backend, device=device: [device])
         got = triton.unsupported(x, k, k)
         assert (got is None) if reason is None else reason in got
 
 
-def test_without_pallas_triton_it_says_so(monkeypatch, unchecked):
+def test_a_jax_without_pallas_triton_is_named(monkeypatch, unchecked):
     monkeypatch.setattr(triton, "plt", None)
     x = jax.ShapeDtypeStruct((1, 1, 4, 128), "bfloat16")
     assert "no Pallas-Triton" in triton.unsupported(x, x, x)

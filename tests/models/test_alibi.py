@@ -1,4 +1,4 @@
-"""Theorem 1 of RazorAttention: how far ALiBi heads look, and the cache that keeps no more."""
+"""Theorem 1 of RazorAttention: how far ALiBi heads look, and the cache that is cut to it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..support import tiny
 D, N, H, V = 32, 8, 8, 97
 LONGEST, LENGTHS = 200, (480, 450, 30)
 RAZOR = RazorConfig()
-NO_ROPE = (jnp.zeros((1, 1, 1)),) * 2  # what a block of an ALiBi model is given and does not read
+NO_ROPE = (jnp.zeros((1, 1, 1)),) * 2  # a block of an ALiBi model takes it and does not read it
 
 
 def _config(**fields) -> ModelConfig:
@@ -40,7 +40,7 @@ def _config(**fields) -> ModelConfig:
 
 @functools.cache
 def _params(query_scale: float = 0.02, **fields) -> Params:
-    """Random weights; queries and keys small enough that theorem 1 cuts at least half of the heads."""
+    """Random weights, with queries and keys so small that theorem 1 cuts at least half of the heads."""
     rng, config = np.random.default_rng(0), _config(**fields)
 
     def draw(path, a):
@@ -54,7 +54,7 @@ def _params(query_scale: float = 0.02, **fields) -> Params:
 
 
 def _run(params, razor, calls):
-    """float32 logits [tokens, B, V] of the last token of each call, and the cache."""
+    """float32 logits [calls, B, V] of the last token of each call, and the cache."""
     rng = np.random.default_rng(1)
     cache = functional.init_cache(params, batch=len(LENGTHS), capacity=520, razor=razor)
     left, out = np.asarray(LENGTHS), []
@@ -69,7 +69,7 @@ def _run(params, razor, calls):
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_a_cache_cut_by_scope_answers_as_the_whole_one(groups, record_property):
-    """Ragged rows of more than twice every cut scope, in one call, small calls and single tokens."""
+    """Ragged rows, longer than twice every cut scope, in one large call, small calls and single tokens."""
     plain = _params()
     split = alibi.split(plain, groups=groups)
     params = with_heads(plain, split)
@@ -82,7 +82,7 @@ def test_a_cache_cut_by_scope_answers_as_the_whole_one(groups, record_property):
     got, cache = _run(params, RAZOR, calls)
     error = np.abs(got - want).max() / np.abs(want).max()
     record_property(f"logits of a cache cut to {groups} ALiBi scopes a layer, error against dense", float(error))
-    assert 1e-9 < error < 10 * alibi.EPSILON  # measured; what theory bounds is tested below
+    assert 1e-9 < error < 10 * alibi.EPSILON  # as measured; the theoretical bounds are tested below
     assert cache.spec.kv_bytes(len(LENGTHS)) == kv.allocated_bytes(cache) < kv.allocated_bytes(dense)
     assert all(len({g.scope for g in layer}) == len(layer) <= groups + 1 for layer in cache.layers)
     np.testing.assert_array_equal(cache.dropped, np.maximum(np.asarray(LENGTHS) - min(cut), 0))
@@ -95,7 +95,7 @@ def test_an_8_bit_cut_cache_and_its_growth():
     got, cache = _run(params, razor, [240, 240])
     assert np.abs(got - want).max() < 2e-2 * np.abs(want).max()
     assert cache.spec.kv_bytes(len(LENGTHS)) == kv.allocated_bytes(cache)
-    # A small cache that grows holds the same tokens in the same slots.
+    # A cache that grows has the same tokens in the same slots as a larger one.
     small = functional.init_cache(params, batch=1, capacity=50, razor=razor)
     tokens = np.random.default_rng(3).integers(0, V, (1, 50), np.int32)
     extend = jax.jit(functional.extend)
@@ -108,7 +108,7 @@ def test_an_8_bit_cut_cache_and_its_growth():
 
 
 def test_what_a_cut_head_sees_and_what_it_loses(record_property):
-    """One layer, float64: exactly the newest L_h tokens, each dropped one below ε, all of them below their bound."""
+    """In one layer a head sees exactly the newest L_h tokens, and the weights of dropped ones are within the bounds."""
     plain = _params()
     split = alibi.split(plain)
     params, T = with_heads(plain, split), 480
@@ -148,7 +148,7 @@ def test_what_a_cut_head_sees_and_what_it_loses(record_property):
 
 
 def test_the_logit_bound_holds_and_is_reached():
-    """No input passes M, and the singular vectors reach it: uneven γ and 1/√H are inside, and nothing is to spare."""
+    """No input exceeds M, and the singular vectors reach it: uneven γ and 1/√H are covered, and the bound is tight."""
     params = _params(query_scale=0.3)
     bound = alibi.logit_bound(params)
     rng = np.random.default_rng(4)
@@ -162,7 +162,7 @@ def test_the_logit_bound_holds_and_is_reached():
             u *= math.sqrt(D) / np.linalg.norm(u, axis=-1, keepdims=True)
             assert np.abs(u[0] @ form @ u[1].T).max() / math.sqrt(H) <= bound[layer, head]
             left, _, right = np.linalg.svd(form)
-            # Through the model's own projections, in float32.
+            # Through the model's projections, in float32.
             x = jnp.asarray(np.stack([left[:, 0], right[0]])[None], jnp.float32) * math.sqrt(D)
             block = functools.partial(Block(params.config).apply, {"params": w})
             q, k = block(x, NO_ROPE, method="queries"), block(x, NO_ROPE, method="keys_values")[0]
@@ -171,7 +171,7 @@ def test_the_logit_bound_holds_and_is_reached():
 
 
 def _quoted_scopes(params, epsilon):
-    """The theorem as quoted: 2‖W_Q W_Kᵀ‖₂ (‖γ‖² + ‖b‖²) - ln ε over the slope, no √H, b = 0."""
+    """The theorem as quoted: (2‖W_Q W_Kᵀ‖₂ (‖γ‖² + ‖b‖²) - ln ε) / slope, without √H, with b = 0."""
     w, c = params.weights["blocks_0"], params.config
     q, k = (np.asarray(w[n]["kernel"], np.float64).reshape(c.hidden_size, c.num_heads, c.head_dim) for n in ("q", "k"))
     norms = np.asarray([np.linalg.norm(q[:, h] @ k[:, h].T, 2) for h in range(c.num_heads)])
@@ -180,7 +180,7 @@ def _quoted_scopes(params, epsilon):
 
 
 def test_the_theorem_as_quoted_loses_a_token_that_has_nearly_all_the_weight():
-    """Uneven γ: a far token whose energy lies in one strong channel. Our scope keeps it, the quoted one does not."""
+    """With uneven γ, a far token has its energy in one strong channel. Our scope keeps it, the quoted one does not."""
     width, heads = 64, 2
     config = _config(vocab_size=4, hidden_size=width, num_layers=1, num_heads=heads, num_kv_heads=heads, head_dim=4)
     weights = jax.tree.map(lambda a: np.zeros(a.shape, np.float32), abstract_weights(config))
@@ -237,7 +237,7 @@ def test_split_by_epsilon():
     np.testing.assert_array_equal(rows[1], np.where(np.ceil(exact) < LONGEST, np.ceil(exact), 0))
     for one, two in itertools.pairwise(rows):
         assert all(0 < a <= b or b == 0 for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=True))
-    # Of a split's own weights the scopes are found in the checkpoint's order.
+    # With a split's weights the scopes are still in the checkpoint's order.
     np.testing.assert_array_equal(alibi.scopes(with_heads(params, alibi.split(params))), exact)
     with pytest.raises(ValueError, match="epsilon=0"):
         alibi.scopes(params, 0)

@@ -35,7 +35,7 @@ def _published_slopes(n: int) -> list[float]:
 
 
 def _logits(w: dict[str, torch.Tensor], heads: int, tokens) -> np.ndarray:
-    """float32 [T, V] of one row: full maps, every bias written out."""
+    """float32 logits [T, V] of one row, with full attention maps and every bias computed."""
 
     def norm(x, name):
         return w[name] * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
@@ -85,7 +85,7 @@ def test_logits_and_greedy_tokens_equal_torch(tmp_path, heads, record_property):
 
 
 def test_the_order_of_calls_changes_nothing(tmp_path):
-    """A chunked prefill past CHUNK, small calls and single tokens see the same distances."""
+    """A prefill longer than CHUNK, small calls and single tokens see the same distances."""
     baichuan.write(tmp_path, 6)
     params = checkpoint.read(tmp_path)
     tokens = np.random.default_rng(1).integers(0, V, (1, 300), np.int32)
@@ -124,16 +124,16 @@ def test_which_baichuan_is_read():
     for field, value in (("max_position_embeddings", 4096), ("hidden_size", 4096), ("rope_theta", 1e4)):
         with pytest.raises(ValueError, match=f"{field}=.*7B, with rotary embedding"):
             read_config(baichuan.config(6) | {field: value})
-    with pytest.raises(ValueError, match="one KV head a query head"):
+    with pytest.raises(ValueError, match="one KV head per query head"):
         read_config(baichuan.config(6) | {"num_key_value_heads": 2})
-    with pytest.raises(ValueError, match="output head of its own"):
+    with pytest.raises(ValueError, match="does not tie its output head"):
         read_config(baichuan.config(6) | {"tie_word_embeddings": True})
 
 
 @pytest.mark.parametrize("lengths", [[700, 300], [1, 0]])
 @pytest.mark.parametrize("far", [0, 1_000_000])
 def test_biases_equal_float64_far_out(lengths, far):
-    """Slots in any order, positions of a million, NaN in what must not be read."""
+    """Slots in any order, positions up to a million, NaN in everything that must not be read."""
     B, K, G, T, S, H = 2, 2, 3, 2, 700, 8
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, K, T * G, H), (B, K, S, H), (B, K, S, H)))

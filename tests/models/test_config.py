@@ -155,7 +155,10 @@ REFUSED = {
         r"'longrope'.*default, linear, llama3, yarn, dynamic",
     ),
     "part of a head": (_llama(partial_rotary_factor=0.5), r"partial_rotary_factor=0.5"),
-    "no factor": (_llama(rope_scaling={"rope_type": "linear"}), r"'linear' needs factor.*None"),
+    "no factor": (
+        _llama(rope_scaling={"rope_type": "linear"}),
+        r"factor=None in config.json: rope type 'linear' needs a number",
+    ),
     "mistral's window": (
         {**PUBLISHED["mistral nemo"], "sliding_window": 4096},
         r"sliding_window=4096.*131072",

@@ -23,7 +23,7 @@ from ..support import hf
 PROMPT, STEPS = 48, 64
 LONG = PROMPT + STEPS
 
-# The trained length lies well below the prompt's: at short positions all rope types look alike.
+# The trained length is far below the prompt's, because at short positions all rope types look alike.
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 500.0},
     "default-far": {"rope_type": "default", "rope_theta": 1e6},
@@ -136,7 +136,7 @@ def _forward(config, weights, tokens, lengths):
 
 
 def _greedy(forward, tokens, lengths):
-    """Fill tokens [B, LONG] behind the prompts with the likeliest; each step's logits [STEPS, B, V]."""
+    """Append the likeliest tokens to the prompts in tokens [B, LONG]; return each step's logits [STEPS, B, V]."""
     rows, steps = np.arange(len(lengths)), []
     for step in range(STEPS):
         steps.append(np.asarray(forward(tokens, lengths + step))[rows, lengths + step - 1])
@@ -145,10 +145,10 @@ def _greedy(forward, tokens, lengths):
 
 
 def _greedy_of_oracle(model, row, length, every_pass):
-    """The oracle's logits [STEPS, V] behind each prefix of a row that `_greedy` filled.
+    """The oracle's logits [STEPS, V] after each prefix of a row that `_greedy` filled.
 
-    As long as both choose alike the prefixes are its own greedy ones. One pass gives them all, unless
-    frequencies change with the length.
+    As long as both choose the same tokens, the prefixes are the oracle's own greedy ones. One pass returns all logits,
+    unless frequencies change with the length.
     """
     if not every_pass:
         return hf.logits(model, row[: length + STEPS - 1])[length - 1 :]
@@ -156,10 +156,10 @@ def _greedy_of_oracle(model, row, length, every_pass):
 
 
 def _assert_same_choices(ours, theirs):
-    """Logits [STEPS, V] within 1e-4 and the same likeliest token, wherever the oracle itself has one."""
+    """Check logits [STEPS, V] to 1e-4, and the likeliest token wherever the oracle has a clear one."""
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
     best = np.sort(theirs, axis=-1)
-    # Nearer than two errors are to each other, rounding chooses, on each machine its own.
+    # If the two best logits differ by less than two errors, rounding chooses, and differs between machines.
     decided = best[:, -1] - best[:, -2] > 2e-4
     assert decided.sum() >= STEPS - 2
     np.testing.assert_array_equal(ours.argmax(-1)[decided], theirs.argmax(-1)[decided])
@@ -210,7 +210,7 @@ def test_hidden_states_equal_transformers_layer_by_layer(tmp_path, setting):
     want = hf.hidden_states(model, tokens)
     positions = jnp.arange(PROMPT)[None]
     rope = tables(config.rope, config.head_dim, positions, jnp.full((1,), PROMPT))
-    # Layers of the oracle's own input each, so that an error is found where it is made.
+    # Every layer gets the oracle's input, so that an error is found in the layer that makes it.
     embedded = Transformer(config).apply({"params": params.weights}, jnp.asarray(tokens)[None], method="embed")
     np.testing.assert_array_equal(embedded[0], want[0])
     for i in range(config.num_layers):

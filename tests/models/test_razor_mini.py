@@ -1,4 +1,4 @@
-"""The packaged model end to end: its split is the probe's, and it answers from what the cache kept."""
+"""The packaged model end to end: its split is the probe's, and it answers from its compressed cache."""
 
 from __future__ import annotations
 

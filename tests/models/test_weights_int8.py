@@ -1,4 +1,4 @@
-"""int8 kernels: how far they are from the floats, through the whole model, and on disk."""
+"""int8 kernels: their distance from the floats, in a whole model, and on disk."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_channel_is_within_half_a_step(name, dtype):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2), ("float16", 2e-3)])
 def test_the_matmul_dequantises(dtype, tolerance):
-    """float16 too, whose largest number a sum of products with int8 passes."""
+    """float16 too, although a sum of products with int8 exceeds its largest number."""
     rng = np.random.default_rng(2)
     kernel, bias = rng.normal(size=(4096, 5)).astype(np.float32), rng.normal(size=5).astype(dtype)
     kernel[:, 0] = np.abs(kernel[:, 0])
@@ -89,7 +89,7 @@ def test_the_matmul_dequantises(dtype, tolerance):
 
 
 def test_logits_are_those_of_the_dequantised_model(folder, record_property):
-    """And near those of the floats."""
+    """They are also close to those of the floats."""
     params = checkpoint.read(folder, weights="int8")
     got, floats = _logits(params, TOKENS), _logits(checkpoint.read(folder), TOKENS)
     np.testing.assert_allclose(got, _logits(_floats(params), TOKENS), atol=2e-5 * np.abs(got).max(), rtol=0)

@@ -1,4 +1,4 @@
-"""Kernels interpreted as on a TPU or GPU, in a small model."""
+"""A small model, and its kernels interpreted as on a TPU or GPU."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from razor_jax.params import abstract_weights
 
 
 def interpreted(monkeypatch, platform: str):
+    """Choose the kernels of `platform`, and run them in the interpreter."""
     call = pl.pallas_call
     monkeypatch.setattr(backend, "platform", lambda: platform)
     monkeypatch.setattr(dispatch, "platform", lambda: platform)

@@ -1,4 +1,4 @@
-"""Inputs of the attention kernels' tests, spoilt where nothing may be read, and what they come to in float64."""
+"""Inputs of the attention kernels' tests, NaN where nothing may be read, and the expected output in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAN = np.float32(np.nan)
 
 
 def random(*shape, seed, size=1.0, dtype="float32"):
-    """Normal numbers that the type holds exactly, as float32."""
+    """Normal numbers, as float32, that the type represents exactly."""
     x = size * np.random.default_rng([seed, *shape]).standard_normal(shape)
     return np.asarray(jnp.asarray(x, dtype).astype(jnp.float32))
 
@@ -25,7 +25,7 @@ def poison(x, lengths, dtype):
 
 
 def literal(q, k, v, lengths, causal=None, means=None, n=None):
-    """Every query over its visible slots; `causal[r]` slots at most, and n copies of a mean."""
+    """Softmax of every query over the slots that it sees: at most `causal[r]` slots, and n copies of a mean."""
     out = np.zeros(q.shape)
     for b, h, r in np.ndindex(q.shape[:3]):
         end = lengths[b] if causal is None else min(lengths[b], causal[r])
@@ -34,6 +34,12 @@ def literal(q, k, v, lengths, causal=None, means=None, n=None):
             keys, values, weights = [*keys, means[0][b, h, 0]], [*values, means[1][b, h, 0]], [*weights, float(n[b])]
         out[b, h, r] = oracle.softmax_attention(q[b, h, r], keys, values, weights)
     return out
+
+
+def error(got, want) -> float:
+    """max|a - b| / max|b|, computed in NumPy, where NaN is not lost."""
+    got, want = np.asarray(jnp.asarray(got, jnp.float32), np.float64), np.asarray(want, np.float64)
+    return float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
 
 
 def by_arguments(attend):

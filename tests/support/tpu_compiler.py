@@ -1,4 +1,4 @@
-"""The real TPU compiler in a process of its own: libtpu reads its environment once, before JAX starts."""
+"""The real TPU compiler in its own process, because libtpu reads its environment once, before JAX starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 # Llama-3-8B, as arguments of ModelConfig.
 LLAMA = {"args": ["llama", 128256, 4096, 14336, 32, 32, 8, 128, 131072]}
 
-# Of an array as large as a cache's, fast memory included, which `memory_analysis` does not count.
+# Counts copies of an array as large as a cache, also those in fast memory, which `memory_analysis` does not count.
 COPIES = """
 import re
 
@@ -29,7 +29,7 @@ def copies(compiled, leaves):
 
 
 def run(script: str, argument: Any, timeout: int = 900) -> list[Any]:
-    """What `script` prints as JSON, a line each; it finds `argument` as JSON in sys.argv[1]."""
+    """Return the JSON lines that `script` prints, given `argument` as JSON in sys.argv[1]."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
