@@ -180,8 +180,8 @@ def find(model: str | os.PathLike[str]) -> Path:
         return _download_file(repository, file)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise FileNotFoundError(
-            f"no model at {name!r}: give {' or '.join(map(repr, PACKAGED))}, an existing checkpoint folder "
-            "or .gguf file, or a Hugging Face id 'owner/name'"
+            f"no model at {name!r}: give {', '.join(map(repr, [*PACKAGED, *INSTALLED]))}, an existing checkpoint "
+            "folder or .gguf file, or a Hugging Face id 'owner/name'"
         )
     return _download(name)
 

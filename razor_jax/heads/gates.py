@@ -33,12 +33,11 @@ from .causal import Ablation
 from .scores import HeadScores, ProbeMeta
 
 GRID = (0.25, 0.5, 0.75)  # gates at which the integrated gradient is taken
-STEPS, RATE, PENALTY, RISE = (
-    72,
-    0.06,
-    0.02,
-    0.7,
-)  # steps, Adam's rate, final weight of the gates' sum, share of its rise
+STEPS = 72
+RATE = 0.06  # Adam's
+PENALTY = 0.02  # final weight of the gates' sum
+RISE = 0.7  # share of the steps in which the penalty rises to its final weight
+_ANSWER = 8  # most tokens of an answer that count: the values of `needles.tasks` are shorter
 
 
 def gate_heads(
@@ -194,8 +193,7 @@ def _answer(
 
         block = {"params": params.weights[f"blocks_{index}"]}
         x, _ = cast(Any, Block(config).apply(block, x, rope, attend, gates[index], method="__call__"))
-    longest = min(T, 8)
-    at = starts[:, None] - 1 + jnp.arange(longest, dtype=jnp.int32)
+    at = starts[:, None] - 1 + jnp.arange(min(T, _ANSWER), dtype=jnp.int32)
     before = jnp.take_along_axis(x, jnp.clip(at, 0, T - 1)[..., None], axis=1)
     logits = cast(jax.Array, model.apply({"params": params.weights}, before, method="logits"))
     answer = jnp.take_along_axis(tokens, jnp.clip(at + 1, 0, T - 1), axis=1)

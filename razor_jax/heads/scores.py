@@ -26,7 +26,7 @@ class ProbeMeta:
     """How scores were made: enough to make them again.
 
     Attributes:
-      preset: "paper", "vendor", or the name of another scorer.
+      preset: "paper", "vendor", or the name of another method.
       seeds: seeds of the random blocks; scores are their mean.
       block: K_p, ids in one block.
       repeats: times the block was repeated.

@@ -178,14 +178,14 @@ def test_unknown_heads_are_refused(model):
 
 
 def test_missing_folders_and_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="'razor-mini-qwen3', an existing checkpoint folder, or"):
+    with pytest.raises(FileNotFoundError, match=r"'smollm2', an existing checkpoint folder or \.gguf"):
         load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"no model at '\./nothing/here'"):
         load("./nothing/here")
     with pytest.raises(FileNotFoundError, match="no model at 'llama'"):
         load("llama")
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(NotADirectoryError, match="give the folder"):
+    with pytest.raises(NotADirectoryError, match=r"give a \.gguf file, or the folder"):
         load(tmp_path / "file")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 import razor_jax
 from razor_jax.cli import heads
-from razor_jax.heads import causal, interchange, needle, random_heads, store
+from razor_jax.heads import causal, gates, interchange, needle, promise, random_heads, store
 from tests.support import tiny
 
 
@@ -72,16 +73,30 @@ def test_vendor_file(run, tmp_path):
     assert "1 prefix_matching + 1 copying KV heads" in run("import", file, "--numbered", "query").stdout
 
 
-@pytest.mark.parametrize(("scorer", "module"), [("needle", needle), ("causal", causal)])
-def test_other_searches_take_the_seeds(run, monkeypatch, scorer, module):
+@pytest.mark.parametrize(("method", "module"), [("needle", needle), ("causal", causal)])
+def test_other_searches_take_the_seeds(run, monkeypatch, method, module):
     def made(params, *, seeds, progress=None):
         return random_heads(params, seeds=seeds)
 
-    monkeypatch.setattr(module, f"{scorer}_heads", made)
+    monkeypatch.setattr(module, f"{method}_heads", made)
     want = random_heads(tiny.params(), seeds=(0, 1, 2)).select(share=0.5)
-    assert split_of(run("find", "--method", scorer, "--seeds", 3, "--share", 0.5, "--json")) == [
+    assert split_of(run("find", "--method", method, "--seeds", 3, "--share", 0.5, "--json")) == [
         list(h) for h in want.retrieval
     ]
+
+
+def test_learned_heads_come_with_a_promise(run, monkeypatch, tmp_path):
+    """A learned split is measured at once, and the promise and the policy go into razor.json."""
+    short = functools.partial(gates.gate_heads, documents=2, tokens=224, steps=2)
+    monkeypatch.setattr(gates, "gate_heads", lambda params, **options: short(params, **options))
+    monkeypatch.setattr(promise, "measure", functools.partial(promise.measure, documents=2, tokens=224))
+    file = tmp_path / "razor.json"
+    done = run("find", "--method", "gates", "--share", 0.5, "--window", 24, "--save", file, "--json")
+    saved = store.read(file)
+    assert saved.promise is not None
+    assert saved.promise.to_dict() == json.loads(done.stdout)["promise"]
+    assert saved.recommended.window == 24
+    assert sum(saved.split.counts) == saved.promise.heads == 2
 
 
 @pytest.mark.parametrize(
