@@ -182,7 +182,8 @@ class _Parser:
         if not isinstance(alignment, int) or alignment < 1 or alignment > 1 << 20:
             raise self._error(f"general.alignment={alignment!r}: must be 1 to 1,048,576")
         base = -(-self._at // alignment) * alignment
-        return Header(self._path, metadata, {name: self._placed(name, base, *info) for name, *info in infos})
+        tensors = {name: self._placed(name, base, shape, kind, at) for name, shape, kind, at in infos}
+        return Header(self._path, metadata, tensors)
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         name, dimensions = self._string(), self._scalar("I")

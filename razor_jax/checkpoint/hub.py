@@ -105,6 +105,8 @@ def load(
     with _naming(directory, heads):
         # A split that was known is only checked here: its heads have been read in place.
         params = with_heads(params, found.split, donate=True)
+    if found.promise is not None:
+        log.info("measured with these heads: %s", found.promise)
     return dataclasses.replace(params, razor=found.recommended)
 
 

@@ -19,18 +19,36 @@ from razor_jax.cli.options import Dtype, JsonOption, ModelName, ModelOptions, gr
 from razor_jax.cli.terminal import note, print_json
 from razor_jax.config import check_split
 from razor_jax.evals.bench import machine
-from razor_jax.heads import HeadScores, alibi, causal, find_heads, interchange, needle, plots, report, store, study
+from razor_jax.heads import (
+    HeadScores,
+    alibi,
+    causal,
+    find_heads,
+    gates,
+    interchange,
+    needle,
+    plots,
+    promise,
+    report,
+    store,
+    study,
+)
 
 app = typer.Typer(
     cls=terminal.Commands, no_args_is_help=True, help="Which KV heads keep everything: find, import, or study them."
 )
 
+_WINDOW = 256  # of learned and measured heads where neither the model nor the caller names one
+
 Budget = partial(typer.Option, rich_help_panel="Budget")
 Save = partial(typer.Option, rich_help_panel="Output")
 Seeds = Annotated[int, typer.Option(min=1, help="Searches; scores are their mean.")]
-Scorer = Annotated[
-    Literal["probe", "needle", "causal", "random"],
-    typer.Option(help="Random tokens, a fact twice in prose, trying every head (small models), or chance."),
+Method = Annotated[
+    Literal["probe", "needle", "causal", "gradient", "gates", "random"],
+    typer.Option(
+        help="probe: random tokens, seconds. needle: a fact twice in prose. gradient: of answers by gates, a minute. "
+        "gates: learned, minutes. causal: every head alone, small models. random: chance."
+    ),
 ]
 Preset = Annotated[Literal["paper", "vendor"], typer.Option(help="Which probe.")]
 
@@ -94,10 +112,11 @@ class SaveOptions:
         if self.save_duo is not None and policy.window is None:
             raise typer.BadParameter("--save-duo writes a fixed window, this policy has none: give --window")
 
-    def write(self, chosen: HeadSplit, policy: RazorConfig) -> None:
+    def write(self, chosen: HeadSplit, policy: RazorConfig, kept: promise.Promise | None = None) -> None:
         """Write the files that were requested."""
         if self.save is not None:
-            note(f"saved {store.write(self.save, chosen)}")
+            recommended = None if kept is None else policy
+            note(f"saved {store.write(self.save, chosen, recommended, kept)}")
         if self.save_duo is not None:
             note(f"saved {interchange.write_duo(self.save_duo, chosen, policy)}")
 
@@ -106,9 +125,13 @@ class SaveOptions:
 @grouped
 def find(
     model: ModelName = "razor-mini",
-    scorer: Scorer = "probe",
+    method: Method = "probe",
     preset: Preset = "paper",
     seeds: Seeds = 1,
+    measure: Annotated[
+        bool | None,
+        typer.Option("--measure/--no-measure", help="Ask held-out questions, dense and compressed; on for gates."),
+    ] = None,
     dtype: Dtype = None,
     *,
     budget: BudgetOptions,
@@ -116,20 +139,34 @@ def find(
 ) -> None:
     """Find a model's retrieval heads: the scores of every KV head, and which to keep."""
     budget.check()
-    _check_scorer(scorer, preset)
-    uses_policy = budget.size is not None or output.save_duo is not None
+    _check_method(method, preset)
+    learned = method in ("gates", "gradient")
+    measured = learned if measure is None else measure
+    uses_policy = budget.size is not None or output.save_duo is not None or learned or measured
     if budget.window is not None and not uses_policy:
-        raise typer.BadParameter("--window goes with --bytes or --save-duo")
+        raise typer.BadParameter("--window goes with --bytes, --save-duo, --measure, or --method gates or gradient")
     params = _load(model, dtype, uses_policy)
     if params.config.alibi:
-        if budget.given or output.save_duo is not None or scorer != "probe":
+        if budget.given or output.save_duo is not None or method != "probe":
             raise typer.BadParameter("an ALiBi model's scopes follow from its weights: only --save and --json apply")
         _scopes(params, model, output.save, output.as_json)
         return
     policy = budget.policy(params)
+    if (learned or measured) and policy.window is None:
+        policy = dataclasses.replace(policy, window=_WINDOW)
+        note(f"--window {_WINDOW}: documents of calibration are shorter than the paper's window")
     output.check(policy)
-    scores = _scores(params, model, scorer, preset, seeds)
-    _finish(model, scores, budget.select(scores, policy), policy, output)
+    scores = _scores(params, model, method, preset, seeds, policy)
+    chosen = budget.select(scores, policy)
+    kept = None
+    if measured:
+        with terminal.working("asking held-out questions"):
+            kept = promise.measure(params, chosen, policy)
+    _finish(model, scores, chosen, policy, output, kept)
+    if method == "probe" and not measured:
+        note(
+            "these heads were only probed: --measure tells what they lose, --method gates learns better ones in minutes"
+        )
 
 
 @app.command("import")
@@ -172,7 +209,7 @@ def import_heads(
 def report_heads(
     folder: Annotated[Path, typer.Argument(help="Where the report, its figures and pictures go.")],
     model: ModelName = "razor-mini",
-    scorer: Scorer = "probe",
+    method: Method = "probe",
     preset: Preset = "paper",
     seeds: Seeds = 4,
     dtype: Dtype = None,
@@ -181,21 +218,21 @@ def report_heads(
 ) -> None:
     """Study a model's heads: stability, causal importance and pictures; minutes."""
     budget.check()
-    _check_scorer(scorer, preset)
+    _check_method(method, preset)
     plots.require()
     params = _load(model, dtype, uses_policy=True)
     if params.config.alibi:
         raise typer.BadParameter("an ALiBi model's scopes follow from its weights: there is nothing to study")
     policy = budget.policy(params)
-    chosen = budget.select(_scores(params, model, scorer, preset, seeds), policy)
+    chosen = budget.select(_scores(params, model, method, preset, seeds, policy), policy)
     found = study.study(params.replace(heads=chosen, razor=policy), seeds=max(seeds, 4), say=_say)
     for path in report.write(found, folder, model=model, machine=machine()):
         note(f"saved {path}")
 
 
-def _check_scorer(scorer: str, preset: str) -> None:
-    if scorer != "probe" and preset != "paper":
-        raise typer.BadParameter(f"--preset {preset} is for the probe: leave it out with --scorer {scorer}")
+def _check_method(method: str, preset: str) -> None:
+    if method != "probe" and preset != "paper":
+        raise typer.BadParameter(f"--preset {preset} is for the probe: leave it out with --method {method}")
 
 
 def _load(model: str, dtype: Any, uses_policy: bool) -> Params:
@@ -208,16 +245,26 @@ def _say(phase: str) -> Any:
     return lambda done, total: None
 
 
-def _finish(model: str, scores: HeadScores | None, chosen: HeadSplit, policy: RazorConfig, output: SaveOptions) -> None:
+def _finish(
+    model: str,
+    scores: HeadScores | None,
+    chosen: HeadSplit,
+    policy: RazorConfig,
+    output: SaveOptions,
+    kept: promise.Promise | None = None,
+) -> None:
     """Write and print scores and split."""
-    output.write(chosen, policy)
+    output.write(chosen, policy, kept)
     if output.as_json:
-        print_json({"model": model, "scores": scores and scores.to_json(), "split": dataclasses.asdict(chosen)})
+        content = {"model": model, "scores": scores and scores.to_json(), "split": dataclasses.asdict(chosen)}
+        print_json(content | ({} if kept is None else {"promise": kept.to_dict()}))
         return
     if scores is not None:
         for name, values in (("induction", scores.induction), ("echo", scores.echo)):
             Console().print(_table(f"{name} score of each KV head, %", 100 * values, chosen))
     _print_split(chosen)
+    if kept is not None:
+        typer.echo(f"● {kept}")
 
 
 def _print_split(chosen: HeadSplit) -> None:
@@ -225,16 +272,20 @@ def _print_split(chosen: HeadSplit) -> None:
     typer.echo(f"● {sum(chosen.counts)} of {total} KV heads keep every token: {chosen.note}")
 
 
-def _scores(params: Params, model: str, scorer: str, preset: str, seeds: int) -> HeadScores:
+def _scores(params: Params, model: str, method: str, preset: str, seeds: int, policy: RazorConfig) -> HeadScores:
     draws = tuple(range(seeds))
-    if scorer == "random":
+    if method == "random":
         return needle.random_heads(params, seeds=draws)
     with terminal.working(model) as progress:
         probed = partial(progress, "probed")
-        if scorer == "needle":
+        if method == "needle":
             return needle.needle_heads(params, seeds=draws, progress=probed)
-        if scorer == "causal":
+        if method == "causal":
             return causal.causal_heads(params, seeds=draws)
+        if method == "gates":
+            return gates.gate_heads(params, razor=policy, progress=partial(progress, "learned"))
+        if method == "gradient":
+            return gates.gradient_heads(params, razor=policy, progress=partial(progress, "differentiated"))
         return find_heads(params, seeds=draws, preset=preset, progress=probed)
 
 

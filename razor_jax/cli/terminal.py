@@ -20,7 +20,7 @@ from ..text.session import Piece
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells write it
 
-_UNITS = {"read": "bytes", "probed": "layers"}
+_UNITS = {"read": "bytes", "probed": "layers", "learned": "steps", "differentiated": "documents"}
 
 console = Console(stderr=True, highlight=False)
 

@@ -3,9 +3,11 @@ choice (`store`, `interchange`), judging it (`study`, `report`, `plots`). `alibi
 """
 
 from .causal import causal_heads
+from .gates import gate_heads, gradient_heads
 from .interchange import read_duo, read_vendor, write_duo
 from .needle import needle_heads, random_heads
 from .probe import find_heads
+from .promise import Promise, measure
 from .scores import HeadScores, ProbeMeta
 from .store import HeadFile
 
@@ -13,8 +15,12 @@ __all__ = (
     "HeadFile",
     "HeadScores",
     "ProbeMeta",
+    "Promise",
     "causal_heads",
     "find_heads",
+    "gate_heads",
+    "gradient_heads",
+    "measure",
     "needle_heads",
     "random_heads",
     "read_duo",

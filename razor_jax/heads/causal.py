@@ -26,6 +26,7 @@ from ..functional import init_cache
 from ..models.rope import tables
 from ..models.transformer import Transformer
 from ..needles.facts import needle_document
+from ..needles.tasks import Task
 from ..params import Params, with_heads
 from ..text import prompts
 from ..text.loop import read_prompt
@@ -35,14 +36,6 @@ from .scores import HeadScores, ProbeMeta
 from .select import Head
 
 _BATCH = 8  # documents that are read together
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A document, and questions that were unknown while it was read, with their answers: token ids."""
-
-    document: tuple[int, ...]
-    turns: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +92,7 @@ class Ablation:
         config = params.config
         self.shape = (config.num_layers, config.num_kv_heads)
         # No head kept and no head windowed hold the heads in one order, so one set of weights serves both caches.
-        self._params = with_heads(params, HeadSplit.none(*self.shape))
+        self.params = with_heads(params, HeadSplit.none(*self.shape))
         turns = [turn for task in tasks for turn in task.turns]
         longest = max(len(question) + len(answer) for question, answer in turns)
         documents = [task.document for task in tasks]
@@ -110,13 +103,13 @@ class Ablation:
                 "use longer documents or razor=RazorConfig.compact(window=…)"
             )
         capacity = max(map(len, documents)) + longest
-        self._caches = [self._read(documents, capacity, policy) for policy in (None, razor)]
+        self.caches = [self._read(documents, capacity, policy) for policy in (None, razor)]
         rows = [[question + answer for question, answer in task.turns] for task in tasks]
         tokens = np.asarray([prompts.pad(part, longest)[0] for part in rows])
         starts = np.asarray([[len(question) for question, _ in task.turns] for task in tasks], np.int32)
         ends = np.asarray([[len(row) for row in part] for part in rows], np.int32)
         # One question of every document at a time: [Q, B, …].
-        self._turns = tuple(jnp.asarray(a.swapaxes(0, 1)) for a in (tokens, starts, ends))
+        self.turns = tuple(jnp.asarray(a.swapaxes(0, 1)) for a in (tokens, starts, ends))
 
     def __call__(self, kept: HeadSplit | Bool[np.ndarray, "L K"]) -> Outcome:
         """Return answers when these KV heads keep everything and the others are windowed."""
@@ -124,7 +117,7 @@ class Ablation:
             kept = mask_of(kept)
         if kept.shape != self.shape:
             raise ValueError(f"kept {kept.shape}: must be [layers, KV heads] = {self.shape}")
-        losses, right = _answers(self._params, *self._caches, jnp.asarray(kept), *self._turns)
+        losses, right = _answers(self.params, *self.caches, jnp.asarray(kept), *self.turns)
         return Outcome(np.asarray(losses, np.float64).reshape(-1), np.asarray(right).reshape(-1))
 
     def _read(self, documents: Sequence[tuple[int, ...]], capacity: int, razor: RazorConfig | None) -> KVCache:
@@ -136,9 +129,9 @@ class Ablation:
         for first in range(0, len(documents), _BATCH):
             tokens, lengths = prompts.pad(documents[first : first + _BATCH], width)
             empty = init_cache(
-                self._params, batch=len(tokens), capacity=capacity, razor=razor, prompt_lengths=jnp.asarray(lengths)
+                self.params, batch=len(tokens), capacity=capacity, razor=razor, prompt_lengths=jnp.asarray(lengths)
             )
-            parts.append(_read(self._params, empty, jnp.asarray(tokens), jnp.asarray(lengths)))
+            parts.append(_read(self.params, empty, jnp.asarray(tokens), jnp.asarray(lengths)))
         return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
 
 

@@ -13,6 +13,7 @@ from ..compilation import user_cache
 from ..config import HeadSplit, RazorConfig
 from ..files import write_text
 from ..params import Params, architecture_fingerprint, weights_fingerprint
+from .promise import Promise
 
 NAME = "razor.json"
 FORMAT, VERSION = "razor_jax.heads", 1
@@ -20,13 +21,19 @@ FORMAT, VERSION = "razor_jax.heads", 1
 
 @dataclasses.dataclass(frozen=True)
 class HeadFile:
-    """What a razor.json says: the split, and the cache policy its maker recommends, if any."""
+    """The contents of a razor.json: the split, a recommended cache policy, and what was measured with both."""
 
     split: HeadSplit
     recommended: RazorConfig | None = None
+    promise: Promise | None = None
 
 
-def write(path: str | os.PathLike[str], split: HeadSplit, recommended: RazorConfig | None = None) -> Path:
+def write(
+    path: str | os.PathLike[str],
+    split: HeadSplit,
+    recommended: RazorConfig | None = None,
+    promise: Promise | None = None,
+) -> Path:
     """Write razor.json (into `path` if that is a folder) and return where; atomic: a reader sees the
     old file or the new one.
     """
@@ -41,6 +48,7 @@ def write(path: str | os.PathLike[str], split: HeadSplit, recommended: RazorConf
         "note": split.note,
         **({"scopes": [list(layer) for layer in split.scopes]} if split.scopes else {}),
         "recommended": None if recommended is None else dataclasses.asdict(recommended),
+        **({} if promise is None else {"promise": promise.to_dict()}),
     }
     return write_text(path, _render(data))
 
@@ -86,7 +94,8 @@ def parse(data: Any) -> HeadFile:
         split = HeadSplit(tuple(map(tuple, layers)), num_kv_heads, **texts, scopes=_scopes(data))
     except ValueError as error:
         raise ValueError(f"retrieval_heads: {error}") from error
-    return HeadFile(split, _policy(data.get("recommended")))
+    promise = data.get("promise")
+    return HeadFile(split, _policy(data.get("recommended")), None if promise is None else Promise.of(promise))
 
 
 def cache_path(params: Params) -> Path:

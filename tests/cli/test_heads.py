@@ -36,11 +36,11 @@ def split_of(done) -> list:
 
 def test_share_layers_and_devices(run, tmp_path):
     done = run(
-        "find", "--scorer", "random", "--share", 0.5, "--keep-layer", 1, "--save", tmp_path / "razor.json", "--json"
+        "find", "--method", "random", "--share", 0.5, "--keep-layer", 1, "--save", tmp_path / "razor.json", "--json"
     )
     assert split_of(done) == [[], [0, 1]]
     assert store.read(tmp_path / "razor.json").split.counts == (0, 2)
-    assert split_of(run("find", "--scorer", "random", "--share", 0.25, "--balanced-over", 2, "--json")) in (
+    assert split_of(run("find", "--method", "random", "--share", 0.25, "--balanced-over", 2, "--json")) in (
         [[0, 1], []],
         [[], [0, 1]],
     )
@@ -48,7 +48,7 @@ def test_share_layers_and_devices(run, tmp_path):
 
 def test_bytes_say_what_they_hold(run):
     dense = 4 * 1024 * 2 * 16 * 4  # KV heads × tokens × (key, value) × H × float32
-    options = ("--scorer", "random", "--capacity", 1024, "--window", 100)
+    options = ("--method", "random", "--capacity", 1024, "--window", 100)
     done = run("find", *options, "--bytes", dense // 2)
     assert "● 1 of 4 KV heads keep every token: bytes" in done.stdout
     assert f"of {dense // 2:,} (1,024 tokens, float32, sinks 4, window 100" in done.stdout
@@ -57,7 +57,7 @@ def test_bytes_say_what_they_hold(run):
 
 
 def test_duo_there_and_back(run, tmp_path):
-    run("find", "--scorer", "random", "--share", 0.5, "--window", 64, "--save-duo", tmp_path / "duo")
+    run("find", "--method", "random", "--share", 0.5, "--window", 64, "--save-duo", tmp_path / "duo")
     want = interchange.read_duo(tmp_path / "duo").split()
     assert sum(want.counts) == 2
     assert split_of(run("import", tmp_path / "duo", "--share", 0.5, "--json")) == [list(h) for h in want.retrieval]
@@ -79,7 +79,7 @@ def test_other_searches_take_the_seeds(run, monkeypatch, scorer, module):
 
     monkeypatch.setattr(module, f"{scorer}_heads", made)
     want = random_heads(tiny.params(), seeds=(0, 1, 2)).select(share=0.5)
-    assert split_of(run("find", "--scorer", scorer, "--seeds", 3, "--share", 0.5, "--json")) == [
+    assert split_of(run("find", "--method", scorer, "--seeds", 3, "--share", 0.5, "--json")) == [
         list(h) for h in want.retrieval
     ]
 
@@ -90,9 +90,9 @@ def test_other_searches_take_the_seeds(run, monkeypatch, scorer, module):
         (("find", "--share", 0.2, "--echo", 0.1), "not both"),
         (("find", "--bytes", 1000), "--bytes goes with --capacity"),
         (("find", "--bytes", 1000, "--capacity", 10, "--share", 0.5), "--bytes goes with --capacity"),
-        (("find", "--window", 10), "--window goes with --bytes or --save-duo"),
-        (("find", "--scorer", "needle", "--preset", "vendor"), "--preset vendor is for the probe"),
-        (("report", "x", "--scorer", "random", "--preset", "vendor"), "--preset vendor is for the probe"),
+        (("find", "--window", 10), "--window goes with --bytes, --save-duo"),
+        (("find", "--method", "needle", "--preset", "vendor"), "--preset vendor is for the probe"),
+        (("report", "x", "--method", "random", "--preset", "vendor"), "--preset vendor is for the probe"),
         (("import", "heads.json"), "--numbered query or kv goes with"),
         (("import", "folder", "--numbered", "kv"), "--numbered query or kv goes with"),
         (("import", "heads.json", "--numbered", "kv", "--share", 0.5), "a choice, not a ranking"),
