@@ -64,7 +64,8 @@ class Bench:
         self.sizes, self.minutes, self.plan, self.console = sizes, minutes, plan, console
         self.stop = time.monotonic() + 60 * minutes
         self.rows: list[ResultRow] = []
-        self.best: dict[tuple[int, int, bool], tuple[str, float]] = {}  # batch, context, ragged: peer, seconds a layer
+        # (batch, context, ragged) -> peer and its seconds per layer.
+        self.best: dict[tuple[int, int, bool], tuple[str, float]] = {}
         self.errors: dict[str, float] = {}
         self.torch: list[dict[str, Any]] = []
         self.peers = peers.jax_peers()

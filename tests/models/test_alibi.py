@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import typer
 from typer.testing import CliRunner
 
 import razor_jax
@@ -288,14 +287,12 @@ def test_the_command_shows_scopes(tmp_path):
     razor_jax.save(_params(), model)
     loaded = razor_jax.load(str(model))  # heads="auto" needs no probe
     assert loaded.heads == alibi.split(_params())
-    app = typer.Typer()
-    app.command()(cli_heads.heads)
-    done = CliRunner().invoke(app, ["--model", str(model), "--save", str(tmp_path / "razor.json")])
+    done = CliRunner().invoke(cli_heads.app, ["find", "--model", str(model), "--save", str(tmp_path / "razor.json")])
     assert done.exit_code == 0, done.output
     assert "scope of each query head" in done.output
     assert store.read(tmp_path / "razor.json").split == loaded.heads
-    done = CliRunner().invoke(app, ["--model", str(model), "--json"])
+    done = CliRunner().invoke(cli_heads.app, ["find", "--model", str(model), "--json"])
     np.testing.assert_array_equal(json.loads(done.stdout)["scopes"], alibi.scopes(_params()))
-    done = CliRunner().invoke(app, ["--model", str(model), "--share", "0.5"])
+    done = CliRunner().invoke(cli_heads.app, ["find", "--model", str(model), "--share", "0.5"])
     assert done.exit_code == 2
     assert "follow from its weights" in done.output
