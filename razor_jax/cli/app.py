@@ -13,7 +13,7 @@ import typer
 
 import razor_jax
 
-from . import bench, chat, demo, evals, generate, heads, plan, reproduce, serve, terminal
+from . import bench, chat, demo, evals, generate, heads, longbench, plan, reproduce, serve, terminal
 
 app = typer.Typer(cls=terminal.Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -35,6 +35,7 @@ app.add_typer(heads.app, name="heads")
 app.command()(plan.plan)
 app.command()(serve.serve)
 app.command()(bench.bench)
+evals.app.command()(longbench.longbench)
 app.add_typer(evals.app, name="eval")
 app.command()(reproduce.reproduce)
 

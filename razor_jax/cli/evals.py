@@ -319,9 +319,3 @@ def _shares(option: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) / 100 for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 0,50,100", param_hint=option) from None
-
-
-# A command in another file that uses the groups above.
-from . import longbench  # noqa: E402
-
-app.command()(longbench.longbench)
