@@ -62,7 +62,7 @@ def main() -> None:
     }
     grid = needle.Grid((options.tokens,), documents=options.documents, facts=options.facts)
     examples = needle.examples(exact, "facts", grid)
-    texts = prompts.read(exact, [example.document for example in examples[:4]]).rows
+    texts = prompts.encode(exact, [example.document for example in examples[:4]]).rows
     rows = np.asarray([row[: min(map(len, texts))] for row in texts], np.int32)
     want = logits(exact, rows)
     results: dict[str, Any] = {}

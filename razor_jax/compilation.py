@@ -1,4 +1,4 @@
-"""Compilation as part of the product: kept between runs, counted, and announced."""
+"""Compilation: a persistent cache of programs, counts and times, and log messages."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ _totals = {"programs": 0, "seconds": 0.0}
 
 
 def user_cache() -> Path:
-    """Return the user's cache folder of this package ($XDG_CACHE_HOME, else ~/.cache)."""
+    """Return the user's cache folder of this package (under $XDG_CACHE_HOME or ~/.cache)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "razor_jax"
 
 
 def totals() -> tuple[int, float]:
-    """Return programs compiled (or read from the persistent cache) since `watch`, and the seconds it took, tracing and
-    lowering included."""
+    """Return the number of programs compiled since `track_compilation`, and the seconds spent.
+
+    Programs read from the persistent cache count too. Seconds include tracing and lowering.
+    """
     track_compilation()
     return _totals["programs"], _totals["seconds"]
 
 
 @functools.cache
 def track_compilation() -> None:
-    """Start counting, and keep compiled programs between runs unless the user has chosen a place."""
-
-    counted: list[tuple[float, float]] = []  # when an event ended, and its seconds
+    """Start counting compilations, and enable the persistent cache unless the user has configured one."""
+    counted: list[tuple[float, float]] = []  # End time and duration of each event.
 
     def count(event: str, duration_secs: float, **_: str | int) -> None:
         if event not in _EVENTS:
             return
         _totals["programs"] += event == _COMPILE
         now = time.perf_counter()
-        inside = 0.0  # a function traced within another reports first, and is part of it
+        inside = 0.0  # Nested events report before the event that contains them.
         while counted and counted[-1][0] > now - duration_secs:
             inside += counted.pop()[1]
         counted.append((now, max(duration_secs, inside)))
@@ -55,7 +56,7 @@ def track_compilation() -> None:
 
 @contextlib.contextmanager
 def log_compilation(what: str) -> Iterator[None]:
-    """Log how long the compilation inside took, if there was any worth a line."""
+    """Log the compilation time of the body if it exceeds half a second."""
     programs, seconds = totals()
     started = time.perf_counter()
     log.debug("%s …", what)

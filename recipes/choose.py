@@ -55,8 +55,8 @@ def tasks(params: Params, tokens: int, documents: int, facts: int) -> list[Task]
         document = family_document(rng, tokenizer, FAMILIES[index % 2], tokens, facts, split="train")
         cut = ask(assets, document.text, [q.question for q in document.questions], True)
         answers = [tuple(assets.encode(q.answer, add_special=False)) for q in document.questions]
-        (text,) = prompts.read(params, cut.document).rows
-        questions = prompts.read(params, list(cut.questions), continues=True).rows
+        (text,) = prompts.encode(params, cut.document).rows
+        questions = prompts.encode(params, list(cut.questions), continues=True).rows
         found.append(Task(text, tuple(zip(questions, answers, strict=True))))
     return found
 

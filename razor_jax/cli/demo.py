@@ -18,7 +18,7 @@ from ..params import Params, with_heads
 from ..text import prompts
 from ..text.generate import prefill, stream
 from ..text.result import KVReport
-from ..tokenizer.questions import Split, split
+from ..tokenizer.questions import DocumentAndQuestions, split
 from . import terminal
 from .options import CompressedOptions, JsonOption, ModelName, ModelOptions, grouped
 from .terminal import note, print_json
@@ -124,7 +124,12 @@ def run(params: Params, policy: RazorConfig, *, tokens: int, facts: int, seed: i
 
 
 def _ask(
-    name: str, params: Params, policy: RazorConfig | None, asked: Split, facts: tuple[Fact, ...], show: bool
+    name: str,
+    params: Params,
+    policy: RazorConfig | None,
+    asked: DocumentAndQuestions,
+    facts: tuple[Fact, ...],
+    show: bool,
 ) -> Setting:
     """Compress the document, then put every question to a copy of its cache."""
     longest = max(len(question) for question in asked.questions)

@@ -78,8 +78,8 @@ def needle_tasks(
         cut = ask(assets, document.text, [f.question for f in document.facts], chat)
         texts = (f.answer if chat else f" {f.answer}" for f in document.facts)
         answers = [tuple(assets.encode(text, add_special=False)) for text in texts]
-        (text,) = prompts.read(params, cut.document).rows
-        questions = prompts.read(params, list(cut.questions), continues=True).rows
+        (text,) = prompts.encode(params, cut.document).rows
+        questions = prompts.encode(params, list(cut.questions), continues=True).rows
         found.append(Task(text, tuple(zip(questions, answers, strict=True))))
     return found
 

@@ -1,4 +1,4 @@
-"""A conversation that keeps its cache: each turn reads only what is new."""
+"""A conversation that keeps its cache, so each turn reads only new tokens."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ANSWER = "razor-jax-answer"
 
 
 class Chat:
-    """A conversation by the checkpoint's chat template.
+    """A conversation in the format of the chat template of the checkpoint.
 
-    A turn extends the cache by what the template writes after the last answer: the answer itself is
-    already in the cache, as the tokens that were generated. Where a template rewrites earlier turns (drops
-    reasoning, say) the cache keeps them as they were read, and a warning says so once.
+    A turn adds to the cache only the text that the template writes after the last answer: the generated tokens of
+    the answer are already cached. If the template rewrites earlier turns (some drop the reasoning), the cache
+    keeps them as they were first read, and one warning is logged.
 
     Attributes:
       messages: the conversation so far, [{"role": …, "content": …}].
@@ -46,18 +46,18 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system message."""
+        """Reset the conversation to the system message."""
         self.messages: list[dict[str, str]] = []
         if self._system is not None:
             self.messages.append({"role": "system", "content": self._system})
         self._cache: KVCache | None = None
-        # All tokens read or generated; the last is not in the cache yet.
+        # All tokens read or generated. The cache lacks the last one.
         self._tokens: list[int] = []
-        self._told_rewrite = False
+        self._warned_of_rewrite = False
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """All tokens of the conversation as the model has read them."""
+        """All tokens of the conversation, as the model has read or generated them."""
         return tuple(self._tokens)
 
     def send(
@@ -69,7 +69,7 @@ class Chat:
         seed: int = 0,
         stop: str | Sequence[str] = (),
     ) -> Result:
-        """Return one turn: the user's text in, the answer's `Result` out. Errors leave the conversation as it was."""
+        """Send the text of the user and return the answer. Bad input raises and leaves the conversation unchanged."""
         result = None
         for piece in self.stream(text, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop):
             result = piece.result
@@ -85,10 +85,13 @@ class Chat:
         seed: int = 0,
         stop: str | Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """Run `send`, piece by piece. Leaving the loop early keeps the part of the answer that was generated."""
+        """Send the text of the user and yield the answer piece by piece.
+
+        If iteration ends early, the conversation keeps the part of the answer that was generated.
+        """
         messages = [*self.messages, {"role": "user", "content": text}]
         new = self._new_tokens(messages)
-        # A conversation that lost its cache is read again.
+        # Without a cache (a new conversation, or a lost cache), read all tokens again.
         before = self._tokens if self._cache is None else self._tokens[-1:]
         session = Session(
             self._params,
@@ -106,9 +109,11 @@ class Chat:
 
     def _run(self, session: Session, messages: list[dict[str, str]], new: list[int]) -> Iterator[Piece]:
         if messages[:-1] != self.messages:
-            raise RuntimeError("the conversation went on, or was reset, after this turn was asked for: ask again")
-        # The session writes into the cache from here on, so an early end has to keep what it did. A cache lost
-        # on the way, or by a second interruption in here, is None.
+            raise RuntimeError(
+                "the conversation changed after this turn was created (another turn, or reset): ask again"
+            )
+        # The session now owns the cache, so an early end must take it back. It stays None if the cache is lost,
+        # also by a second interruption inside `finally`.
         self._cache = None
         try:
             yield from pieces(session)
@@ -117,32 +122,32 @@ class Chat:
                 source = session.source
                 self._cache = None if source is None or kv.deleted(source) else source
             else:
-                cache, row = session.settled_cache(), session.rows[0]
+                cache, row = session.cache_after_interruption(), session.rows[0]
                 self._cache = cache
                 self._tokens += [*new, *row.tokens]
                 self.messages = [*messages, {"role": "assistant", "content": row.text}]
 
     def _new_tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the tokens that this turn adds."""
+        """Return the tokens that this turn adds to the conversation."""
         assets = self._params.assets
         if assets is None:
-            raise ValueError("these params carry no tokenizer and no chat template: chat needs both")
+            raise ValueError("these params have no tokenizer and no chat template: chat needs both")
         if not self._tokens:
             return assets.encode(assets.apply_chat(messages), add_special=False)
-        self._notice_rewrite(assets.encode(assets.apply_chat(messages), add_special=False))
+        self._warn_of_rewrite(assets.encode(assets.apply_chat(messages), add_special=False))
         answer, mark = len(messages) - 2, _ANSWER
         while any(mark in message["content"] for message in messages):
             mark += "!"
         asked = [*messages[:answer], {"role": "assistant", "content": mark}, messages[-1]]
         _, _, after = assets.apply_chat(asked).rpartition(mark)
         new = assets.encode(after, add_special=False)
-        # An answer that ended by itself has already brought the template's end-of-turn token.
+        # A complete answer ends in the end-of-turn token, which the template would write again.
         return new[1:] if new and new[0] == self._tokens[-1] else new
 
-    def _notice_rewrite(self, rendered: list[int]) -> None:
-        if not self._told_rewrite and rendered[: len(self._tokens)] != self._tokens:
-            self._told_rewrite = True
+    def _warn_of_rewrite(self, rendered: list[int]) -> None:
+        if not self._warned_of_rewrite and rendered[: len(self._tokens)] != self._tokens:
+            self._warned_of_rewrite = True
             log.warning(
-                "the chat template writes earlier turns otherwise than they were read (or the answer's text "
-                "encodes to other tokens): the cache keeps what was read"
+                "the chat template rewrites earlier turns, or the text of an answer encodes to other tokens than were "
+                "generated: the cache keeps the tokens as they were read"
             )

@@ -1,4 +1,4 @@
-"""Text generation: prompts in, text out, the cache compressed on the way."""
+"""Text generation with a compressed KV cache: `generate`, `stream` and `prefill`."""
 
 from __future__ import annotations
 
@@ -33,20 +33,21 @@ def generate(
 
     Args:
       prompt: a string, a list of strings, a chat-message list ([{"role": …, "content": …}]), a list of
-        those, or token ids ([T], [B, T] or a list of such). With `cache` it follows what is cached: a string gets no
-        beginning-of-text token; messages are a separate conversation (`questions.split` cuts one in two).
-      max_new_tokens: limit for each prompt.
-      razor: cache policy; None for dense attention; "auto" for the checkpoint's recommendation, or the
-        paper's setting.
-      sampling: greedy if None.
-      seed: of the draws; row i of a batch draws from the stream folded with i.
-      stop: strings that end a row; the text is cut before them.
-      cache: from `prefill`, one row for all prompts or one row per prompt. It is copied, never consumed.
-      capacity: tokens a row can hold; by default the shortest rung of a ladder that holds the longest
-        prompt and the new tokens.
+        those, or token ids ([T], [B, T] or a list of [T]). With `cache` the prompt continues the cached text: a string
+        gets no beginning-of-text token. Chat messages would start a new conversation there; `questions.split` cuts
+        one conversation into the cached part and the prompts.
+      max_new_tokens: limit per prompt.
+      razor: cache policy; None for dense attention; "auto" for the policy that the checkpoint recommends, or
+        that of the paper if it recommends none.
+      sampling: sampling rule; None for greedy decoding.
+      seed: random seed. Row i draws with the key of the seed folded with i.
+      stop: strings that end a row. The text is cut before the stop string.
+      cache: cache from `prefill`, with one row for all prompts or one row per prompt. It is copied, never modified.
+      capacity: cache capacity in tokens per row. By default, the next rung of `prompts.capacity_bucket` that
+        fits the longest prompt and the new tokens.
 
     Returns:
-      A `Result` for one prompt, a list of them for a list.
+      A `Result` for one prompt, a list of `Result` for a list of prompts.
 
     Raises:
       ValueError, TypeError: on bad input, before anything is computed.
@@ -80,10 +81,10 @@ def stream(
     cache: KVCache | None = None,
     capacity: int | None = None,
 ) -> Iterator[Piece]:
-    """Yield the answer to one prompt piece by piece; arguments as in `generate`.
+    """Yield the answer to one prompt piece by piece. Takes the arguments of `generate`.
 
-    The texts of the pieces together are the text of the result. Text that may become a stop string is held back.
-    Raises before the first piece.
+    The concatenated text of all pieces is the text of the result. Text that may be the start of a stop string is
+    delayed. Bad input raises here, before iteration.
     """
     session = Session(
         params,
@@ -97,17 +98,17 @@ def stream(
         capacity=capacity,
     )
     if not session.prompts.single:
-        raise ValueError("stream takes one prompt; for a list use generate")
+        raise ValueError("stream takes one prompt, got a list: use generate for a list")
     return pieces(session)
 
 
 def prefill(params: Params, document: Any, *, razor: Policy = "auto", capacity: int | None = None) -> KVCache:
-    """Read a document once and return its compressed cache, for any number of `generate(…, cache=cache)`.
+    """Read a document and return its compressed cache, to use in any number of `generate(…, cache=cache)` calls.
 
-    `document` is anything that `generate` takes as a prompt. Raises as `generate`.
+    `document` takes the forms of a prompt of `generate`. Raises the same errors as `generate`.
     """
     compilation.track_compilation()
-    read = prompts.read(params, document, what="document")
+    read = prompts.encode(params, document, what="document")
     policy = choose_policy(params, razor)
     spec = spec_for(params, policy, read.longest, capacity)
     batch = placement_of(spec).to_devices(prompts.pad(read.rows, prompts.prompt_bucket(read.longest)))

@@ -1,9 +1,9 @@
-"""The two programs of a generation: read the prompt and choose a token; decode a block of tokens.
+"""The two compiled programs of generation: read the prompt and choose a token; decode a block of tokens.
 
-Both are compiled for shapes only. Sampling numbers, stop ids' values, budgets and lengths are traced, so a
-session costs two compilations, and another call in the same bucket none.
+Only shapes are static. Sampling numbers, stop ids, limits and lengths are traced: a session costs two
+compilations, and a later call with the same padded shapes costs none.
 
-On a mesh what the host reads (tokens, counts, flags) is on every device, so that every process can read it.
+On a mesh, the arrays that the host reads (tokens, counts, flags) are replicated, so every process can read them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ..functional import decode, extend, extend_known, placement_of
 from ..params import Params
 from .sampling import Sampling, sample
 
-BLOCK = 32  # decode steps a call at most; the host reads tokens and looks for stop strings between calls
+BLOCK = 32  # Most decode steps per call. The host reads tokens and looks for stop strings between calls.
 
 
 class LoopState(flax.struct.PyTreeNode):
-    """Between calls: the cache, and one token a row that is chosen but not yet in it.
+    """State between calls: the cache, and one chosen token per row that the cache lacks.
 
     Attributes:
-      token: int32 [B], the newest token of each row, which the next decode step takes.
-      count: int32 [B], tokens chosen so far.
+      token: int32 [B], the newest token of each row; input of the next decode step.
+      count: int32 [B], number of tokens generated so far.
       done: bool [B], rows that reached a stop token or their limit.
-      seen: bool [B, V] tokens of prompt and output, None unless a repetition penalty reads it.
+      seen: bool [B, V], tokens that occur in prompt or output; None without a repetition penalty.
       keys: PRNG keys [B], folded with `count` at each draw, so that a replay draws the same.
     """
 
@@ -69,7 +69,7 @@ def _begin(
 
 
 begin = jax.jit(_begin, static_argnames=("spec", "chunk"))
-# The same, for a source that its owner gives away: written in place.
+# The same program with `source` donated: the cache is written in place.
 resume = jax.jit(_begin, static_argnames=("spec", "chunk"), donate_argnames=("source",))
 
 
@@ -77,7 +77,7 @@ resume = jax.jit(_begin, static_argnames=("spec", "chunk"), donate_argnames=("so
 def prefill(
     params: Params, tokens: jax.Array, lengths: jax.Array, *, spec: CacheSpec, chunk: int | None
 ) -> tuple[jax.Array, KVCache]:
-    """Read prompts int32 [B, T] into a new cache: float32 logits [B, V] after each row, and the cache."""
+    """Read prompts int32 [B, T] into a new cache. Return float32 logits [B, V] after each prompt, and the cache."""
     return read_prompt(
         params, placement_of(spec).init(spec, tokens.shape[0], lengths), tokens, lengths, chunk, fresh=True
     )
@@ -86,7 +86,11 @@ def prefill(
 def read_prompt(
     params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array, chunk: int | None, *, fresh: bool
 ) -> tuple[jax.Array, KVCache]:
-    """Run exact prefill in one call, or streaming prefill by calls of `chunk` tokens inside one loop."""
+    """Read prompts int32 [B, T] into `cache`: exact prefill if `chunk` is None, otherwise streaming prefill, `chunk`
+    tokens per step.
+
+    Returns float32 logits [B, V] after each prompt, and the cache. `fresh`: the cache is empty.
+    """
     T = tokens.shape[1]
     if chunk is None or chunk >= T:
         logits, cache = extend_known(params, cache, tokens, lengths, "last", fresh=fresh)
@@ -117,12 +121,12 @@ def decode_block(
     *,
     keep: bool,
 ) -> tuple[LoopState, jax.Array, LoopState | None]:
-    """Return up to `steps` ≤ BLOCK decode steps; rows freeze at a stop token or after `limit` [B] tokens.
+    """Run up to `steps` ≤ BLOCK decode steps. A row stops at a stop token or after `limit` [B] tokens.
 
-    Returns the state, the new tokens int32 [B, BLOCK] (row b's are the first count' - count), and with
-    `keep` a state to go back to: everything that a longer sequence would overwrite.
+    Returns the state, the new tokens int32 [B, BLOCK], and with `keep` a state for `rewind`, otherwise None. Row b
+    has as many new tokens as its `count` grew; the rest of the row is padding.
     """
-    # Full groups are only ever appended to, so a copy of the windowed ones is enough.
+    # Full groups are append-only, so only the windowed ones need a copy.
     saved = None
     if keep:
         layers = tuple(
@@ -130,7 +134,7 @@ def decode_block(
             for layer in state.cache.layers
         )
         saved = state.replace(cache=state.cache.replace(layers=layers))
-    # A limit may have come down since the last call: a stop string ended the row.
+    # The host lowers the limit of a row that ended at a stop string.
     state = state.replace(done=state.done | (state.count >= limit))
     out = jnp.zeros((state.token.shape[0], BLOCK), jnp.int32)
 
@@ -145,12 +149,17 @@ def decode_block(
         return index + 1, state, lax.dynamic_update_slice(out, state.token[:, None], (0, index))
 
     _, state, out = lax.while_loop(going, step, (jnp.int32(0), state, out))
-    return _placed(state), placement_of(state.cache.spec).replicated(out), None if saved is None else _placed(saved)
+    return (
+        _with_sharding(state),
+        placement_of(state.cache.spec).replicated(out),
+        None if saved is None else _with_sharding(saved),
+    )
 
 
-def _placed(state: LoopState) -> LoopState:
-    """Return the state where the host and the next call want it: a constraint in a loop's body does not bind its
-    result.
+def _with_sharding(state: LoopState) -> LoopState:
+    """Return the state with the sharding that the host and the next call expect.
+
+    A sharding constraint inside the body of a loop does not apply to the result of the loop.
     """
     placement = placement_of(state.cache.spec)
     small = {name: placement.replicated(getattr(state, name)) for name in ("token", "count", "done")}
@@ -158,12 +167,13 @@ def _placed(state: LoopState) -> LoopState:
 
 
 def rewind(state: LoopState, saved: LoopState) -> LoopState:
-    """Return `saved` as it was: folding cannot be undone, so the windowed groups are the copies."""
+    """Return `saved` with its full groups taken from `state`. Folding cannot be undone, so the windowed groups are
+    copies."""
     return saved.replace(cache=kv.rollback(state.cache, saved.cache))
 
 
 def _choose(state: LoopState, cache: KVCache, logits, stop_ids, limit, sampling: Sampling) -> LoopState:
-    """Return each live row's next token; the others keep what they have."""
+    """Choose the next token of each live row and return the new state. Finished rows keep their token."""
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
     token = jnp.where(state.done, state.token, sample(sampling, logits, keys, state.seen))
     count = state.count + ~state.done
@@ -178,6 +188,7 @@ def _choose(state: LoopState, cache: KVCache, logits, stop_ids, limit, sampling:
 
 
 def _seen(tokens: jax.Array, lengths: jax.Array, vocabulary: int) -> jax.Array:
+    """Return bool [B, V]: the tokens that occur in each prompt."""
     rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
     valid = jnp.arange(tokens.shape[1], dtype=jnp.int32) < lengths[:, None]
     at = jnp.where(valid, tokens, vocabulary)

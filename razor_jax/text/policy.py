@@ -1,4 +1,4 @@
-"""Which policy and which cache a call gets."""
+"""Choice of the cache policy and the cache spec of a call."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Policy = RazorConfig | None | Literal["auto"]
 
 
 def choose_policy(params: Params, razor: Policy) -> RazorConfig | None:
-    """Return the policy of a call: "auto" is the checkpoint's recommendation, or the paper's setting.
+    """Return the policy of a call. "auto" is the policy that the checkpoint recommends, otherwise that of the paper.
 
-    Raises ValueError or TypeError for anything else, or where the params carry no head split.
+    Raises ValueError or TypeError for any other value, and ValueError if the policy needs a head split that the
+    params lack.
     """
     if isinstance(razor, str):
         if razor != "auto":
@@ -32,12 +33,12 @@ def choose_policy(params: Params, razor: Policy) -> RazorConfig | None:
 
 
 def spec_for(params: Params, razor: RazorConfig | None, tokens: int, capacity: int | None = None) -> CacheSpec:
-    """Return the spec of a cache with room for `tokens` per row, on the ladder unless `capacity` is given."""
+    """Return the spec of a cache for `tokens` per row. `capacity` overrides the bucketed capacity."""
     return cache_spec(params, razor, room_for(tokens, capacity))
 
 
 def room_for(tokens: int, capacity: int | None) -> int:
-    """Return the capacity of a cache for `tokens` per row. Raises ValueError where they do not fit `capacity`."""
+    """Return the capacity of a cache for `tokens` per row. Raises ValueError if they exceed `capacity`."""
     if capacity is None:
         return prompts.capacity_bucket(tokens)
     capacity = check_int("capacity", capacity, 1)
@@ -50,11 +51,11 @@ def room_for(tokens: int, capacity: int | None) -> int:
 
 
 def prefill_chunk(razor: RazorConfig | None) -> int | None:
-    """Return the tokens per call of a streaming prefill, None for exact prefill."""
+    """Return the number of tokens per step of streaming prefill, None for exact prefill."""
     return None if razor is None else razor.prefill_chunk
 
 
-def read_batch(rows: Sequence[Sequence[int]], spec: CacheSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Return prompts as a batch: int32 [B, T] in a bucket and lengths [B], with empty rows where a mesh needs them."""
+def padded_batch(rows: Sequence[Sequence[int]], spec: CacheSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Return token rows as padded int32 [B, T] and lengths [B]. A mesh may need empty rows to fill the batch."""
     longest = max(len(row) for row in rows)
     return prompts.pad([*rows, *[()] * placement_of(spec).padding(len(rows))], prompts.prompt_bucket(longest))

@@ -1,4 +1,4 @@
-"""Prompts in any form as padded token arrays on a short ladder of shapes."""
+"""Conversion of prompts in any form to padded token arrays with few distinct shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..tokenizer.assets import Assets
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """A batch of prompts as ids, and whether it came as one prompt or as a list."""
+    """A batch of prompts as token ids. `single`: it was given as one prompt, not as a list."""
 
     rows: tuple[tuple[int, ...], ...]
     single: bool
@@ -26,11 +26,12 @@ class Prompts:
         return max(len(row) for row in self.rows)
 
 
-def read(params: Params, prompt: Any, *, continues: bool = False, what: str = "prompt") -> Prompts:
-    """Return a string, list of strings, chat-message list, list of those, or token array(s), checked.
+def encode(params: Params, prompt: Any, *, continues: bool = False, what: str = "prompt") -> Prompts:
+    """Return the token ids of a string, list of strings, chat-message list, list of those, or token array(s).
 
-    `continues`: the text follows a cached document, so it gets no beginning-of-text token.
-    Raises ValueError or TypeError that names the prompt and the fix.
+    `continues`: the text follows a cached document, so it gets no beginning-of-text token. `what`: name of the
+    argument in errors. Raises ValueError or TypeError for a prompt that is empty, of a wrong type, or has token ids
+    outside the vocabulary.
     """
     single, items = _items(prompt, what)
     if not items:
@@ -43,12 +44,12 @@ def read(params: Params, prompt: Any, *, continues: bool = False, what: str = "p
         low, high = min(row), max(row)
         if low < 0 or high >= params.config.vocab_size:
             bad = low if low < 0 else high
-            raise ValueError(f"{name} holds token id {bad}, outside the vocabulary 0..{params.config.vocab_size - 1}")
+            raise ValueError(f"{name} has token id {bad}, outside the vocabulary 0..{params.config.vocab_size - 1}")
     return Prompts(rows, single)
 
 
 def pad(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pad rows on the right: int32 [B, length], and the valid lengths int32 [B]."""
+    """Return rows padded on the right, int32 [B, length], and their lengths int32 [B]."""
     tokens = np.zeros((len(rows), length), np.int32)
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = row
@@ -56,7 +57,7 @@ def pad(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndar
 
 
 def prompt_bucket(tokens: int) -> int:
-    """Return padded prompt length: 16, 64, then powers of two from 256. Padding is memory; it costs no time."""
+    """Return the padded length of a prompt: 16, 64, or a power of two from 256. Padding costs memory, not time."""
     for small in (16, 64):
         if tokens <= small:
             return small
@@ -64,14 +65,14 @@ def prompt_bucket(tokens: int) -> int:
 
 
 def capacity_bucket(tokens: int) -> int:
-    """Return cache capacity on a ladder from 64: two rungs an octave, eight from 512 on, where slack is real memory."""
+    """Return the cache capacity for `tokens` per row: from 64, two steps per octave; from 512, eight, to waste less."""
     power = max(64, 1 << (tokens - 1).bit_length())
     rung = power // 16 if power > 512 else power // 4
     return max(64, -(-tokens // rung) * rung)
 
 
 def warn_beyond_trained(config: ModelConfig, tokens: int) -> None:
-    """Warn once, with both numbers, where positions pass what the checkpoint was trained for."""
+    """Warn if there are more tokens than positions that the checkpoint was trained for."""
     if tokens > config.max_position_embeddings:
         warnings.warn(
             f"{tokens:,} tokens go beyond the {config.max_position_embeddings:,} positions that this checkpoint "
@@ -81,7 +82,7 @@ def warn_beyond_trained(config: ModelConfig, tokens: int) -> None:
 
 
 def _items(prompt: Any, what: str) -> tuple[bool, list[Any]]:
-    """Return whether it is one prompt, and the list of prompts."""
+    """Return whether `prompt` is a single prompt, and the list of prompts."""
     if isinstance(prompt, str) or _is_chat(prompt):
         return True, [prompt]
     if hasattr(prompt, "ndim"):
@@ -111,7 +112,7 @@ def _encode(assets: Assets | None, item: Any, continues: bool) -> list[int]:
     if isinstance(item, str) or _is_chat(item):
         if assets is None:
             raise ValueError(
-                "these params carry no tokenizer, so a prompt must be token ids; "
+                "these params have no tokenizer, so a prompt must be token ids; "
                 "give Params.from_flax(…, tokenizer=Assets.read(folder)) for text"
             )
         if isinstance(item, str):

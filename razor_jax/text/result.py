@@ -1,4 +1,4 @@
-"""What a call gives back: tokens, text, and an honest account of the cache and the time."""
+"""Results of a call: tokens, text, a report on the cache, and timings."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ FinishReason = Literal["stop", "length"]
 
 @dataclasses.dataclass(frozen=True)
 class KVReport:
-    """A cache's size, its policy, and what it saves.
+    """Report on a cache: its size, its policy and its savings.
 
     Attributes:
-      setting: the policy in words.
-      share: r, KV heads that keep every token; 1 for dense attention.
-      batch, capacity: rows, and tokens a row can hold.
-      allocated_bytes: the cache's key, value and mean arrays.
-      dense_bytes: a bfloat16 dense cache of the same batch and capacity, the denominator of every ratio.
-      dropped_tokens: tokens that each windowed head has folded away, one number a row.
-      implementation: of attention and cache writes.
-      devices: of the cache's mesh; 1 without one.
-      device_bytes: of the cache on each of them.
-      layout: on a mesh "slot" or "head" (`mesh.MeshPlacement`).
+      setting: description of the policy.
+      share: r, the share of KV heads that keep every token; 1 for dense attention.
+      batch, capacity: rows, and capacity in tokens per row.
+      allocated_bytes: bytes of the key, value and mean arrays.
+      dense_bytes: bytes of a dense bfloat16 cache with the same batch and capacity, the baseline of `ratio`.
+      dropped_tokens: tokens that each windowed head has dropped, one number per row.
+      implementation: backend of attention and cache writes.
+      devices: number of devices of the mesh; 1 without a mesh.
+      device_bytes: bytes of the cache per device.
+      layout: "slot" or "head" (see `mesh.MeshPlacement`), None without a mesh.
     """
 
     setting: str
@@ -46,9 +46,9 @@ class KVReport:
 
     @classmethod
     def of(cls, cache: KVCache, split: HeadSplit) -> KVReport:
-        """Return the report of a live cache."""
+        """Return the report on a cache."""
         spec = cache.spec
-        # In NumPy: this is not worth a compilation.
+        # NumPy, because this is not worth a compilation.
         dropped = kv.dropped(spec, np.asarray(cache.length), np.asarray(cache.window))
         return cls(
             setting=spec.describe(),
@@ -66,7 +66,7 @@ class KVReport:
         )
 
     def row(self, index: int) -> KVReport:
-        """Return the report for one row: the same cache, with the dropped tokens of that row."""
+        """Return the report with the dropped tokens of one row only."""
         return dataclasses.replace(self, dropped_tokens=(self.dropped_tokens[index],))
 
     @property
@@ -76,7 +76,7 @@ class KVReport:
 
     @property
     def engaged(self) -> bool:
-        """Whether any head of any row has dropped anything."""
+        """Whether any head has dropped any token."""
         return self.share < 1 and any(self.dropped_tokens)
 
     def __str__(self) -> str:
@@ -93,13 +93,13 @@ class KVReport:
         return f"{size}: {saved} ({self.setting}; {where})"
 
     def to_dict(self) -> dict:
-        """Return all fields with the derived ones, for JSON."""
+        """Return all fields and derived values, for JSON."""
         return dataclasses.asdict(self) | {"ratio": self.ratio, "engaged": self.engaged}
 
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """Wall seconds of a call, compilation separate. Token counts are of the whole batch."""
+    """Wall time of a call in seconds, with compilation counted apart. Token counts cover the whole batch."""
 
     prompt_tokens: int
     generated_tokens: int
@@ -113,11 +113,11 @@ class Timings:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Rate of the tokens after each row's first, which the prefill chooses."""
+        """Decode rate. The first token of each row belongs to the prefill and is not counted."""
         return self.generated_tokens / max(self.decode_seconds, 1e-9)
 
     def to_dict(self) -> dict:
-        """Return all fields with the rates, for JSON."""
+        """Return all fields and rates, for JSON."""
         return dataclasses.asdict(self) | {
             "prefill_tokens_per_second": self.prefill_tokens_per_second,
             "decode_tokens_per_second": self.decode_tokens_per_second,
@@ -126,14 +126,14 @@ class Timings:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One prompt's answer.
+    """The answer to one prompt.
 
     Attributes:
-      text: generated text, up to a stop string; "" for params without a tokenizer.
-      tokens: generated token ids, the end-of-sequence token among them if it was reached.
+      text: generated text before any stop string; "" for params without a tokenizer.
+      tokens: generated token ids, including the end-of-sequence token if it was generated.
       finish_reason: "stop" (end-of-sequence token or stop string) or "length".
-      kv: the call's cache; its bytes are those of the whole batch, `dropped_tokens` of this row.
-      timings: of the whole call.
+      kv: report on the cache. Bytes cover the whole batch, `dropped_tokens` only this row.
+      timings: timings of the whole call.
     """
 
     text: str

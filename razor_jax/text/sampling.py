@@ -1,8 +1,8 @@
 """Choice of the next token from logits [B, V].
 
 The filters are those of transformers' logits processors, in its order: repetition penalty, temperature,
-top-k, top-p, min-p. Whether anything is drawn is static; every number is traced, so one compilation serves all
-settings.
+top-k, top-p, min-p. Only greedy or not, and penalty or not, are static. The numbers are traced, so other numbers
+need no compilation.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-ALL_TOKENS = np.int32(np.iinfo(np.int32).max)  # a top_k that filters nothing, whatever V is
+ALL_TOKENS = np.int32(np.iinfo(np.int32).max)  # A top_k that filters nothing for any V.
 
 
 class Sampling(flax.struct.PyTreeNode):
-    """A sampling rule as arrays: traced numbers and two static switches. `Sampling.of` and the named rules make it.
+    """A sampling rule as arrays: traced numbers and two static switches. Made by `Sampling.of` and the named rules.
 
     Attributes:
       temperature: logits are divided by it, > 0.
-      top_k: the k most likely tokens stay, and those tied with the last; `ALL_TOKENS` for no filter.
-      top_p: the smallest set of most likely tokens with at least this probability stays; 1 for no filter.
-      min_p: tokens less likely than min_p times the most likely one go; 0 for no filter.
-      repetition_penalty: logits of tokens seen in prompt or output are divided by it where positive,
-        multiplied where negative; 1 for none.
-      greedy: static; take the most likely token and skip all filters but the repetition penalty.
-      penalised: static; the penalty is applied, which needs `seen`.
+      top_k: keep the k most likely tokens and any tied with the last; `ALL_TOKENS` for no filter.
+      top_p: keep the smallest set of most likely tokens with at least this probability; 1 for no filter.
+      min_p: remove tokens less likely than min_p times the most likely one; 0 for no filter.
+      repetition_penalty: positive logits of tokens seen in prompt or output are divided by it, negative ones
+        multiplied; 1 for no penalty.
+      greedy: static; take the most likely token. Only the repetition penalty applies.
+      penalised: static; apply the repetition penalty, which needs `seen`.
     """
 
     temperature: np.ndarray | jax.Array
@@ -51,7 +51,10 @@ class Sampling(flax.struct.PyTreeNode):
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
     ) -> Sampling:
-        """Check the numbers and return the rule; None for no filter, temperature 0 for greedy."""
+        """Return the rule with these numbers: None for no filter, temperature 0 for greedy.
+
+        Raises ValueError for a number out of range.
+        """
         _check("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or a positive number")
         if top_k is not None:
             _check("top_k", top_k, top_k >= 1 and int(top_k) == top_k, "an integer of at least 1, or None")
@@ -73,12 +76,12 @@ class Sampling(flax.struct.PyTreeNode):
 
 
 class Rule:
-    """Base of the named sampling rules: each checks its numbers when it is made."""
+    """Base of the named sampling rules. Construction checks the numbers."""
 
     def __post_init__(self):
-        self.numbers()
+        self.to_sampling()
 
-    def numbers(self) -> Sampling:
+    def to_sampling(self) -> Sampling:
         """Return the rule as arrays."""
         raise NotImplementedError
 
@@ -90,7 +93,7 @@ class Greedy(Rule):
     _: dataclasses.KW_ONLY
     repetition_penalty: float = 1.0
 
-    def numbers(self) -> Sampling:
+    def to_sampling(self) -> Sampling:
         return Sampling.of(temperature=0, repetition_penalty=self.repetition_penalty)
 
 
@@ -102,7 +105,7 @@ class Temperature(Rule):
     _: dataclasses.KW_ONLY
     repetition_penalty: float = 1.0
 
-    def numbers(self) -> Sampling:
+    def to_sampling(self) -> Sampling:
         return Sampling.of(temperature=self.temperature, repetition_penalty=self.repetition_penalty)
 
 
@@ -115,7 +118,7 @@ class TopK(Rule):
     _: dataclasses.KW_ONLY
     repetition_penalty: float = 1.0
 
-    def numbers(self) -> Sampling:
+    def to_sampling(self) -> Sampling:
         return Sampling.of(temperature=self.temperature, top_k=self.k, repetition_penalty=self.repetition_penalty)
 
 
@@ -128,7 +131,7 @@ class TopP(Rule):
     _: dataclasses.KW_ONLY
     repetition_penalty: float = 1.0
 
-    def numbers(self) -> Sampling:
+    def to_sampling(self) -> Sampling:
         return Sampling.of(temperature=self.temperature, top_p=self.p, repetition_penalty=self.repetition_penalty)
 
 
@@ -141,16 +144,16 @@ class MinP(Rule):
     _: dataclasses.KW_ONLY
     repetition_penalty: float = 1.0
 
-    def numbers(self) -> Sampling:
+    def to_sampling(self) -> Sampling:
         return Sampling.of(temperature=self.temperature, min_p=self.p, repetition_penalty=self.repetition_penalty)
 
 
 def as_sampling(sampling: Sampling | Rule | None) -> Sampling:
-    """Return a rule as arrays; None is greedy. Raises TypeError for anything else."""
+    """Return a rule as arrays. None is greedy. Raises TypeError for any other value."""
     if sampling is None:
-        return Greedy().numbers()
+        return Greedy().to_sampling()
     if isinstance(sampling, Rule):
-        return sampling.numbers()
+        return sampling.to_sampling()
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling={sampling!r}: give Greedy(), Temperature(…), TopK(…), TopP(…), MinP(…) or None")
     return sampling
@@ -164,8 +167,8 @@ def sample(
 ) -> Int[Array, " B"]:
     """Return the next token int32 [B] of each row of float32 logits [B, V].
 
-    Each row is drawn with its key, so it does not depend on its batch-mates. `seen` marks the tokens
-    of the row's prompt and output; only a penalised rule reads it. A greedy rule ignores `keys`.
+    Each row has its own key, so its draw does not depend on the other rows. `seen` marks the tokens of prompt
+    and output; only a penalised rule reads it. A greedy rule ignores `keys`.
     """
     scores = process_logits(sampling, logits, seen)
     if sampling.greedy:
@@ -176,7 +179,10 @@ def sample(
 def process_logits(
     sampling: Sampling, logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None = None
 ) -> Float[Array, "B V"]:
-    """Return the logits [B, V] that `sample` draws from: penalised, tempered, -inf where a filter removed a token."""
+    """Return the logits [B, V] that `sample` draws from, after penalty and temperature; -inf for removed tokens.
+
+    Raises ValueError if the rule is penalised and `seen` is None.
+    """
     if sampling.penalised:
         if seen is None:
             raise ValueError("a repetition penalty needs `seen` [B, V], the tokens of prompt and output so far")
@@ -186,7 +192,7 @@ def process_logits(
         return logits
     logits = logits / _column(sampling.temperature)
     filtered = jnp.any(sampling.top_k < logits.shape[-1]) | jnp.any(sampling.top_p < 1)
-    # Sorting V numbers per row is by far the most expensive step: skip it when it would filter nothing.
+    # Sorting V numbers per row dominates the cost: skip it if it would filter nothing.
     logits = jax.lax.cond(filtered, _keep_top, lambda _, scores: scores, sampling, logits)
     probabilities = jax.nn.softmax(logits, axis=-1)
     least = _column(sampling.min_p) * probabilities.max(axis=-1, keepdims=True)
@@ -194,10 +200,10 @@ def process_logits(
 
 
 def _keep_top(sampling: Sampling, scores: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """Return scores [B, V] with -inf where top-k, then top-p, remove a token.
+    """Return scores [B, V] with -inf for tokens that top-k or top-p removes, in this order.
 
-    Both keep a suffix of the ascending order, so its first token defines the kept set and nothing is scattered
-    back. Equal scores keep their vocabulary order, as in transformers.
+    Both keep a suffix of the ascending order. The first token of the suffix defines the kept set, so no scatter is
+    needed. Equal scores keep their vocabulary order, as in transformers.
     """
     batch, vocab = scores.shape
     ids = jax.lax.broadcasted_iota(jnp.int32, (batch, vocab), 1)
@@ -215,7 +221,7 @@ def _keep_top(sampling: Sampling, scores: Float[Array, "B V"]) -> Float[Array, "
 
 
 def _column(value: np.ndarray | jax.Array) -> jax.Array:
-    """Return a scalar or [B] as [1, 1] or [B, 1]."""
+    """Reshape a scalar to [1, 1], or [B] to [B, 1]."""
     return jnp.reshape(value, (-1, 1))
 
 

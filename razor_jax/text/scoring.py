@@ -1,4 +1,4 @@
-"""Log-probabilities of a given continuation, read from the compressed cache."""
+"""Log-probabilities of a given continuation after a prompt in the compressed cache."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..cache import CacheSpec
 from ..functional import placement_of
 from ..params import Params
 from . import loop, prompts
-from .policy import Policy, choose_policy, prefill_chunk, read_batch, spec_for
+from .policy import Policy, choose_policy, padded_batch, prefill_chunk, spec_for
 from .result import KVReport
-from .teacher_forcing import force, judge
+from .teacher_forcing import force, predictions
 
-CHUNK = 16  # continuation tokens a call, unless exact
+CHUNK = 16  # Continuation tokens per step, unless exact.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Score:
 
     Attributes:
       logprobs: float32 [C], natural log, one per token of the continuation.
-      greedy: bool [C], whether greedy decoding would have chosen the token.
-      chunk: continuation tokens per call; 1 reads them as decoding does.
-      kv: the cache that was read.
+      greedy: bool [C], whether greedy decoding would choose the token.
+      chunk: continuation tokens per step; 1 reads them as decoding does.
+      kv: report on the cache.
     """
 
     logprobs: np.ndarray
@@ -47,30 +47,34 @@ class Score:
 def score(
     params: Params, prompt: Any, continuation: Any, *, exact: bool = False, razor: Policy = "auto"
 ) -> Score | list[Score]:
-    """Teacher-force a continuation on the compressed cache of a prompt.
+    """Return the log-probability of a continuation, teacher-forced on the compressed cache of a prompt.
 
-    The continuation is read token by token (`exact`), or 16 tokens per call: a token then also sees the up to 15
-    tokens before it in its call, unrounded and undropped. In one call with the prompt every head would see
-    everything, and the score would be that of dense attention whatever the split.
+    The continuation is read token by token (`exact`), or 16 tokens per step. In a step of 16, a token also attends to
+    the up to 15 tokens before it in full precision, before any is dropped. Prompt and continuation are never read
+    together: every head would see every token, and any split would score as dense attention.
 
     Args:
-      prompt, continuation: one each, or lists of the same length; as in `generate`. The continuation's
-        text gets no beginning-of-text token.
+      prompt, continuation: one each, or lists of the same length, in the forms that `generate` takes. A
+        continuation gets no beginning-of-text token.
+      exact: read one token per step.
+      razor: cache policy, as in `generate`.
 
-    Returns a `Score`, or a list of them for lists. Raises as `generate`.
+    Returns a `Score`, or a list of `Score` for lists. Raises the same errors as `generate`.
     """
     compilation.track_compilation()
-    context = prompts.read(params, prompt)
-    target = prompts.read(params, continuation, continues=True, what="continuation")
+    context = prompts.encode(params, prompt)
+    target = prompts.encode(params, continuation, continues=True, what="continuation")
     if len(context.rows) != len(target.rows):
-        raise ValueError(f"{len(context.rows)} prompts but {len(target.rows)} continuations: give one for each")
+        raise ValueError(
+            f"{len(context.rows)} prompts but {len(target.rows)} continuations: give one continuation per prompt"
+        )
     policy = choose_policy(params, razor)
     total = max(len(a) + len(b) for a, b in zip(context.rows, target.rows, strict=True))
     prompts.warn_beyond_trained(params.config, total)
     chunk = 1 if exact else CHUNK
     spec = spec_for(params, policy, total)
-    tokens, lengths = read_batch(context.rows, spec)
-    targets, target_lengths = read_batch(target.rows, spec)
+    tokens, lengths = padded_batch(context.rows, spec)
+    targets, target_lengths = padded_batch(target.rows, spec)
     with compilation.log_compilation("score"):
         logprobs, greedy, cache = _score(
             params, *placement_of(spec).to_devices((tokens, lengths, targets, target_lengths)), spec=spec, chunk=chunk
@@ -88,8 +92,8 @@ def _score(params: Params, tokens, lengths, targets, target_lengths, *, spec: Ca
     placement = placement_of(spec)
     cache = placement.init(spec, targets.shape[0], lengths)
     logits, cache = loop.read_prompt(params, cache, tokens, lengths, prefill_chunk(spec.razor), fresh=True)
-    first = judge(logits, targets[:, 0])
-    # The last target is only judged: the logits after it are not needed.
+    first = predictions(logits, targets[:, 0])
+    # The last target is scored but not read: the logits after it are not needed.
     following = jnp.pad(targets[:, 1:], ((0, 0), (0, 1)))
     rest, cache = force(params, cache, targets, following, target_lengths - 1, chunk=chunk)
     logprobs = jnp.concatenate([first.logprobs[:, None], rest.logprobs[:, :-1]], axis=1)

@@ -18,7 +18,7 @@ from ..functional import check_cache, placement_of
 from ..params import Params
 from ..tokenizer.assets import Detokenizer, find_stop
 from . import loop, prompts
-from .policy import Policy, choose_policy, prefill_chunk, read_batch, room_for, spec_for
+from .policy import Policy, choose_policy, padded_batch, prefill_chunk, room_for, spec_for
 from .prompts import Prompts
 from .result import FinishReason, KVReport, Result, Timings
 from .sampling import Rule, Sampling, as_sampling
@@ -26,7 +26,7 @@ from .sampling import Rule, Sampling, as_sampling
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What one step of `stream` adds; the last piece has the `result`."""
+    """The text and tokens that one step of `stream` adds. Only the last piece has a `result`."""
 
     text: str
     tokens: tuple[int, ...]
@@ -34,9 +34,9 @@ class Piece:
 
 
 class Session:
-    """One batch from prompt to last token: the loop's state on the device, the rows' text on the host.
+    """One batch from prompt to last token: the loop state on the device, the text of each row on the host.
 
-    Arguments are those of `generate`; `owns_cache` lets the session write into `cache` instead of a copy.
+    Takes the arguments of `generate`. With `owns_cache` the session writes into `cache` itself, not into a copy.
     """
 
     def __init__(
@@ -56,45 +56,45 @@ class Session:
         compilation.track_compilation()
         max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
         self.params = params
-        self.prompts: Prompts = prompts.read(params, prompt, continues=cache is not None)
+        self.prompts: Prompts = prompts.encode(params, prompt, continues=cache is not None)
         self.sampling = as_sampling(sampling)
         self.seed = np.uint32(check_int("seed", seed, 0, 2**32 - 1))
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(self.stop):
-            raise ValueError(f"stop={stop!r}: a stop string has at least one character")
+            raise ValueError(f"stop={stop!r}: each stop string must have at least one character")
         if self.stop and (params.assets is None or params.assets.tokenizer_json is None):
-            raise ValueError(f"stop={stop!r}: these params carry no tokenizer, so there is no text to stop at")
+            raise ValueError(f"stop={stop!r}: these params have no tokenizer to match text with; leave stop out")
         self.source, self._owns_source = cache, owns_cache
         self.spec = self._spec_or_error(razor, max_new_tokens, capacity)
         self.limit = np.full(len(self.prompts.rows), max_new_tokens, np.int32)
         eos = params.assets.eos_ids if params.assets else ()
         self._stop_ids = np.asarray(eos or (-1,), np.int32)
-        self.rows = [_Row(params, self.stop, frozenset(eos)) for _ in self.prompts.rows]
+        self.rows = [_RowOutput(params, self.stop, frozenset(eos)) for _ in self.prompts.rows]
         self.state: loop.LoopState | None = None
-        # The tokens of the newest block, how many each row had before it, and the state to rewind to.
+        # The tokens of the newest block, the token count of each row before it, and the state to rewind to.
         self._unread: jax.Array | None = None
         self._before = [0] * len(self.rows)
         self._saved: loop.LoopState | None = None
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
 
     def _spec_or_error(self, razor: Policy, max_new_tokens: int, capacity: int | None) -> CacheSpec:
-        """Return the cache's spec, with room for everything; raise before anything is computed."""
+        """Return the spec of a cache with room for prompt and output; raise on bad input before any computation."""
         if self.source is None:
-            # The last token is chosen but never written.
+            # The last generated token is never written to the cache.
             total = self.prompts.longest + max_new_tokens - 1
             prompts.warn_beyond_trained(self.params.config, total)
             return spec_for(self.params, choose_policy(self.params, razor), total, capacity)
         source = self.source
         if not isinstance(razor, str) and razor != source.spec.razor:
             raise ValueError(
-                f"razor={razor} differs from the policy that the cache was made with ({source.spec.razor}); "
-                "leave razor out, or prefill again"
+                f"razor={razor} differs from the policy of the cache ({source.spec.razor}): "
+                "leave razor out, or prefill again with this policy"
             )
         check_cache(self.params, source)
         if source.batch not in (1, len(self.prompts.rows)):
             raise ValueError(
-                f"the cache holds {source.batch} rows, there are {len(self.prompts.rows)} prompts: "
-                "give as many prompts, or a cache of one row"
+                f"the cache holds {source.batch} rows, but there are {len(self.prompts.rows)} prompts: "
+                "give one prompt per row, or a cache of one row"
             )
         seen = np.broadcast_to(np.asarray(source.length), (len(self.prompts.rows),))
         total = int(max(n + len(row) for n, row in zip(seen, self.prompts.rows, strict=True))) + max_new_tokens - 1
@@ -105,12 +105,13 @@ class Session:
 
     @property
     def cache(self) -> KVCache:
-        """Prompt and output without each row's last token, which the next turn prepends."""
-        assert self.state is not None, "the session has not run"
+        """The cache of prompt and output. It lacks the last token of each row, which the next turn prepends."""
+        assert self.state is not None, "the session has not run yet"
         return self.state.cache
 
     def run(self, first_steps: int = loop.BLOCK) -> Iterator[None]:
-        """Generate to the end and pause after each block; blocks start at `first_steps` tokens and double."""
+        """Generate to the end and yield after each block. The first block has `first_steps` tokens, each next one twice
+        as many, up to `loop.BLOCK`."""
         self._begin()
         yield
         steps = first_steps
@@ -120,8 +121,8 @@ class Session:
             yield
 
     def _begin(self) -> None:
-        tokens, lengths = read_batch(self.prompts.rows, self.spec)
-        # A cache that has to grow cannot be written in place.
+        tokens, lengths = padded_batch(self.prompts.rows, self.spec)
+        # A cache that must grow cannot be written in place.
         in_place = self._owns_source and self.source is not None and self.source.spec == self.spec
         program = loop.resume if in_place else loop.begin
         with self._timed("prefill"):
@@ -166,23 +167,23 @@ class Session:
     def _replay(self, steps: int) -> None:
         """Rewind to the start of the block and replay up to a stop string, which is only seen after its block ran.
 
-        Draws are keyed by token count, so the other rows repeat themselves.
+        Random draws are keyed by token count, so the other rows repeat the same tokens.
         """
         taken = [len(row.tokens) for row in self.rows]
         for index, row in enumerate(self.rows):
             if row.stopped_at is not None:
                 self.limit[index] = row.stopped_at
         if np.any(self._counts > taken):
-            assert self._saved is not None, "only a stop string ends a row on the host alone"
+            assert self._saved is not None, "without stop strings, host and device agree on where a row ends"
             self.state = loop.rewind(self._live, self._saved)
         if np.any(self._counts < taken):
             self._block(steps)
-        self._saved = None  # a copy of the windowed groups, not needed any more
+        self._saved = None  # Free the copy of the windowed groups.
 
-    def settled_cache(self) -> KVCache | None:
-        """Return the cache after an interruption between any two steps, without the rows' last tokens.
+    def cache_after_interruption(self) -> KVCache | None:
+        """Bring cache and rows into step after an interruption, and return the cache.
 
-        None if it is lost: donated to a step whose result never arrived.
+        Returns None if the cache is lost: it was donated to a step whose result never arrived.
         """
         if self.state is None or kv.deleted(self.state.cache):
             return None
@@ -192,12 +193,12 @@ class Session:
 
     @property
     def _limits(self) -> np.ndarray:
-        """`limit` of the rows on the device; rows that only fill the batch end at once."""
+        """Token limit of each row on the device. Padding rows have limit 0, so they end at once."""
         return np.pad(self.limit, (0, placement_of(self.spec).padding(len(self.limit))))
 
     @property
     def _counts(self) -> np.ndarray:
-        """Tokens chosen so far by each row that has a prompt."""
+        """Number of tokens generated so far, per row with a prompt."""
         return np.asarray(self._live.count)[: len(self.rows)]
 
     @property
@@ -209,10 +210,14 @@ class Session:
         return _Clock(self, phase)
 
     def results(self) -> list[Result]:
-        """Return each row's result, of the tokens so far if the run was cut short."""
+        """Return the result of each row. If the run was cut short, results cover the tokens so far.
+
+        Raises RuntimeError if a row overflowed the cache.
+        """
         if np.asarray(self.cache.overflow).any():
             raise RuntimeError(
-                f"a row needed more than the cache's capacity of {self.spec.capacity} tokens; its output is incomplete"
+                f"a row needed more than the cache capacity of {self.spec.capacity} tokens, "
+                "so its output is incomplete: raise capacity"
             )
         report = KVReport.of(self.cache, self.params.heads_or_all)
         timings = Timings(
@@ -228,8 +233,8 @@ class Session:
         return results
 
 
-class _Row:
-    """One row on the host: its tokens, their text, and how much of the text is safe to show."""
+class _RowOutput:
+    """Output of one row on the host: tokens, text, and the length of text that is safe to show."""
 
     def __init__(self, params: Params, stops: Sequence[str], eos: frozenset[int]):
         self._stops, self._eos = stops, eos
@@ -237,8 +242,8 @@ class _Row:
         self._detokenizer = Detokenizer(params.assets) if has_text and params.assets else None
         self.tokens: list[int] = []
         self.text = ""
-        self.safe = 0  # characters that no stop string can take back
-        self.stopped_at: int | None = None  # tokens, the one that completed a stop string included
+        self.safe = 0  # Length of the text that no stop string can cut.
+        self.stopped_at: int | None = None  # Number of tokens up to the one that completed a stop string.
         self.finished = False
         self.finish_reason: FinishReason = "length"
 
@@ -261,19 +266,19 @@ class _Row:
 
 
 class _Clock:
-    """Adds the time inside to a phase of a session, without compilation."""
+    """Context manager that adds its wall time, without compilation, to a phase of a session."""
 
     def __init__(self, session: Session, phase: Literal["prefill", "decode"]):
         self._session, self._phase = session, phase
-        self._announced = compilation.log_compilation(phase)
+        self._log = compilation.log_compilation(phase)
 
     def __enter__(self) -> None:
         self._compiled = compilation.totals()[1]
         self._started = time.perf_counter()
-        self._announced.__enter__()
+        self._log.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self._announced.__exit__(*error)
+        self._log.__exit__(*error)
         compiled = compilation.totals()[1] - self._compiled
         wall = max(0.0, time.perf_counter() - self._started - compiled)
         session = self._session
@@ -285,11 +290,11 @@ class _Clock:
 
 
 def pieces(session: Session) -> Iterator[Piece]:
-    """Run a session of one row; yield a piece per block."""
-    shown = told = 0
+    """Run a session of one row and yield one piece per block."""
+    shown = sent = 0
     row = session.rows[0]
     for _ in session.run(first_steps=4):
-        text, tokens = row.text[shown : row.safe], tuple(row.tokens[told:])
-        shown, told = max(shown, row.safe), len(row.tokens)
+        text, tokens = row.text[shown : row.safe], tuple(row.tokens[sent:])
+        shown, sent = max(shown, row.safe), len(row.tokens)
         result = session.results()[0] if row.finished else None
         yield Piece(text, tokens, result)

@@ -1,4 +1,4 @@
-"""Given tokens read into a cache, and how likely the model found each."""
+"""Teacher forcing: read given tokens into a cache and return the probability of each."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..params import Params
 
 
 class TeacherForced(NamedTuple):
-    """What the model predicts after each token.
+    """Predictions of the model after each given token.
 
     Attributes:
       logprobs: log-probability of the given next token.
-      best: the likeliest next token.
+      best: the most likely next token.
       finite: whether all logits are finite.
     """
 
@@ -29,8 +29,8 @@ class TeacherForced(NamedTuple):
     finite: Bool[jax.Array, "*n"]
 
 
-def judge(logits: Float32[jax.Array, "*n V"], following: Int[jax.Array, "*n"]) -> TeacherForced:
-    """Compare logits with the tokens that follow."""
+def predictions(logits: Float32[jax.Array, "*n V"], following: Int[jax.Array, "*n"]) -> TeacherForced:
+    """Return the predictions in float32 logits [*n, V], with log-probabilities of the `following` tokens [*n]."""
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), following[..., None], axis=-1)[..., 0]
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return TeacherForced(logprobs, best, jnp.isfinite(logits).all(-1))
@@ -45,10 +45,10 @@ def force(
     *,
     chunk: int = 1,
 ) -> tuple[TeacherForced, KVCache]:
-    """Write int32 tokens [B, T], `chunk` per call, and judge `following` [B, T], the next token of each.
+    """Write int32 tokens [B, T] to the cache, `chunk` per step, and predict `following` [B, T], the token after each.
 
-    With `chunk` 1 every token is read as decoding reads it; with more, the tokens of a call also see each other
-    unrounded and undropped. Rows end at `lengths` [B]; results past them are meaningless.
+    With `chunk` 1 each token is read as in decoding. With a larger chunk, the tokens of a step also attend to each
+    other in full precision, before any is dropped. Rows end at `lengths` [B]; later results are undefined.
     """
     T = tokens.shape[1]
     pad = ((0, 0), (0, -T % chunk))
@@ -65,12 +65,12 @@ def force(
             logits, cache = extend(params, cache, part, jnp.clip(lengths - at, 0, chunk), logits="all")
             assert logits is not None
         put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=at, axis=1)
-        return jax.tree.map(put, found, judge(logits, target)), cache
+        return jax.tree.map(put, found, predictions(logits, target)), cache
 
     empty = TeacherForced(jnp.zeros(tokens.shape), jnp.zeros(tokens.shape, jnp.int32), jnp.zeros(tokens.shape, bool))
     found, cache = lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, body, (empty, cache))
     return jax.tree.map(lambda x: x[:, :T], found), cache
 
 
-# The cache is donated.
+# `force`, compiled. The cache is donated.
 force_jit = jax.jit(force, static_argnames=("chunk",), donate_argnames=("cache",))

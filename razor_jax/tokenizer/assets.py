@@ -1,4 +1,4 @@
-"""Text to token ids and back: a checkpoint's tokenizer, chat template and stop tokens in one record."""
+"""Tokenizer, chat template and stop tokens of a checkpoint, and streaming detokenization."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ import tokenizers
 
 from .chat_template import Message, render
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not (yet) UTF-8
-BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # one byte of a character that the vocabulary lacks
-UTF8_BYTES = 4  # of the longest character; a token is at least a byte, so it ends within as many tokens
-MAX_PENDING = 16  # Tokens to hold back before a place to cut is searched.
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # Decoders write it for bytes that are not (yet) UTF-8.
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # One byte of a character that the vocabulary lacks.
+UTF8_BYTES = 4  # Longest character in bytes, and therefore in tokens.
+MAX_PENDING = 16  # Number of delayed tokens above which a cut is searched for.
 TEMPLATE_FILE = "chat_template.jinja"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Assets:
-    """Everything between text and token ids of one checkpoint. Equal and hashed by content.
+    """Tokenizer, chat template and special tokens of one checkpoint, compared and hashed by content.
 
-    Two readings of a folder are equal, so as static data of a jit argument they share one compilation.
+    Reading a folder twice gives equal assets. As static data of a jit argument, they share one compilation.
 
     Attributes:
-      tokenizer_json: text of tokenizer.json; None without one: only token ids work then.
+      tokenizer_json: text of tokenizer.json. None if missing: prompts must then be token ids.
       chat_template: jinja template, None if the checkpoint has none.
-      bos_id: the token that starts a text, None without one.
+      bos_id: beginning-of-text token, None if the checkpoint has none.
       eos_ids: tokens that end an answer.
       special_tokens: (name, content) pairs such as ("bos_token", "<s>"), which the template may use.
-      tokenizer_config: text of tokenizer_config.json, which `write` gives back; no part of equality.
-      generation_config: text of generation_config.json, likewise.
-      source: the directory that it was read from, for error messages; no part of equality.
+      tokenizer_config: text of tokenizer_config.json, which `write` preserves; not compared.
+      generation_config: text of generation_config.json, which `write` preserves; not compared.
+      source: the directory it was read from, for error messages; not compared.
     """
 
     tokenizer_json: str | None = None
@@ -73,7 +73,7 @@ class Assets:
 
     @classmethod
     def read(cls, directory: str | pathlib.Path) -> Assets:
-        """Return the assets of a Hugging Face model folder. Files that are not there are simply missing.
+        """Return the assets of a Hugging Face model folder. Any file may be missing.
 
         As in transformers, chat_template.jinja wins over the template in tokenizer_config.json,
         generation_config.json over config.json, and tokenizer.json alone says whether a text gets a BOS
@@ -94,14 +94,14 @@ class Assets:
             generation_config=texts["generation_config"],
             source=str(directory),
         )
-        places = (parsed["generation_config"], parsed["config"])
-        bos = _first_of(places, "bos_token_id", assets)
+        configs = (parsed["generation_config"], parsed["config"])
+        bos = _token_ids(configs, "bos_token_id", assets)
         return dataclasses.replace(
-            assets, bos_id=bos[0] if bos else None, eos_ids=_first_of(places, "eos_token_id", assets)
+            assets, bos_id=bos[0] if bos else None, eos_ids=_token_ids(configs, "eos_token_id", assets)
         )
 
     def write(self, directory: str | pathlib.Path) -> None:
-        """Write into `directory` what `read` reads, so that it reads equal; transformers reads it too."""
+        """Write the files that `read` and transformers read. Reading them gives equal assets."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = _parsed(self.tokenizer_config, "tokenizer_config") | dict(self.special_tokens)
@@ -125,7 +125,7 @@ class Assets:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens of the tokenizer, added ones included; the model's V may be larger."""
+        """Number of tokens of the tokenizer, including added ones. V of the model may be larger."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -134,17 +134,20 @@ class Assets:
         return self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Return token ids of a text; `add_special` adds what the checkpoint's post-processor adds, such as BOS."""
+        """Return the token ids of a text. `add_special` adds special tokens such as BOS, as the checkpoint defines.
+
+        Raises ValueError for text with lone surrogates.
+        """
         try:
             return self._backend.encode(text, add_special_tokens=add_special).ids
         except TypeError as error:
             raise ValueError(
-                f"{text!r:.80} is not Unicode text: must be a string without halves of surrogate pairs, "
-                "which come from bytes that are not UTF-8"
+                f"{text!r:.80} is not Unicode text: it has lone surrogates, which come from bytes that are not UTF-8; "
+                "decode the bytes with their real encoding"
             ) from error
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Return text of token ids, without special tokens by default."""
+        """Return the text of token ids, without special tokens by default."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def apply_chat(
@@ -153,10 +156,11 @@ class Assets:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return prompt text of a conversation by the checkpoint's chat template.
+        """Return the prompt text of a conversation, rendered with the chat template of the checkpoint.
 
-        The template writes its own BOS: encode the result with `add_special=False`. `variables` are more
-        names that the template reads, such as `enable_thinking`. Raises ValueError as `chat_template.render`.
+        The template writes BOS itself: encode the result with `add_special=False`. `variables` are further names
+        that the template reads, such as `enable_thinking`. Raises ValueError without a template, or as
+        `chat_template.render`.
         """
         if self.chat_template is None:
             raise ValueError(
@@ -186,20 +190,20 @@ class Assets:
 
 
 class Detokenizer:
-    """Text of a growing token sequence, piece by piece; all pieces together equal `assets.decode` of all ids.
+    """Incremental decoder of a growing token sequence. All pieces together equal `assets.decode` of all ids.
 
-    A piece is held back while its last character may still change: half of a UTF-8 sequence, or a run of
-    byte tokens, which decodes as a whole. Each push costs a decode of the last few tokens only.
+    Text is delayed while its last character may still change, in an incomplete UTF-8 sequence or a run of byte
+    tokens, which decodes as a whole. Each push decodes only the last few tokens.
     """
 
     def __init__(self, assets: Assets):
         self._assets = assets
-        self._window: list[int] = []  # the tokens of the last piece, for what they say about the next one
-        self._context = 0  # how many of them have been returned as text
+        self._window: list[int] = []  # Tokens of the last piece as context, then the delayed ones.
+        self._context = 0  # Number of window tokens already returned as text.
 
     def push(self, ids: Iterable[int]) -> str:
-        """Return text that these tokens complete, perhaps ""."""
-        # A token that decoding drops must not be between a token and its left neighbour.
+        """Append tokens and return the text that they complete, possibly ""."""
+        # Dropped tokens (special, unknown) would separate a token from its left neighbour.
         printable = [int(i) for i in ids if _printable(self._assets, int(i))]
         self._window += printable
         pending = len(self._window) - self._context
@@ -210,25 +214,25 @@ class Detokenizer:
         return self._take(self._cut(pending)) if pending > MAX_PENDING else ""
 
     def flush(self) -> str:
-        """Return the text held back, at the end of the sequence."""
+        """Return the delayed text. Call it at the end of the sequence."""
         return self._take(len(self._window) - self._context)
 
     def _take(self, count: int) -> str:
-        """Return text of the next `count` tokens, decoded behind those before them."""
+        """Return the text of the next `count` tokens, decoded after their context."""
         before = self._assets.decode(self._window[: self._context])
         end = self._context + count
         text = self._assets.decode(self._window[:end])
-        # a context that decodes to nothing says nothing about the space before the next token: keep more
+        # Tokens without text do not tell whether a space precedes the next token: keep the older context.
         kept = self._context if self._assets.decode(self._window[self._context : end]) else 0
         self._window = self._window[kept:]
         self._context = end - kept
         return text[len(before) :]
 
     def _cut(self, pending: int) -> int:
-        """Count the pending tokens that no later byte can change, in a stream of bytes that are not UTF-8.
+        """Return the number of pending tokens that no later byte can change, in a stream of invalid UTF-8.
 
-        Where both sides of a place decode as they do together, and a whole character follows it, no
-        character crosses the place. Of any four neighbouring places one is such.
+        If both sides of a cut decode to the same text as together, and a whole character follows it, then no
+        character crosses the cut. Any four adjacent positions include such a cut.
         """
         whole = self._assets.decode(self._window)
         for behind in range(UTF8_BYTES, 2 * UTF8_BYTES):
@@ -239,11 +243,11 @@ class Detokenizer:
 
 
 def find_stop(text: str, stops: Sequence[str], start: int = 0) -> tuple[int | None, int]:
-    """Return where the first of `stops` to be complete begins in text (or None), and how much text is safe to show.
+    """Return the start of the first completed stop string (or None), and the length of text that is safe to show.
 
-    Everything before that place is safe; without one, everything except an end that may grow into a stop string.
-    Only text from character `start` on is searched: what was safe before. The answer does not depend on
-    how the text was cut into pieces.
+    All text before a stop string is safe. Without a match, all text is safe except an end that may grow into a stop
+    string. The search begins at character `start`, the safe length of the previous call. The result does not
+    depend on how the text was cut into pieces.
     """
     found = [(at + len(stop), at) for stop in stops if (at := text.find(stop, start)) >= 0]
     if found:
@@ -259,10 +263,10 @@ def find_stop(text: str, stops: Sequence[str], start: int = 0) -> tuple[int | No
 @functools.lru_cache(maxsize=8)
 def _backend(tokenizer_json: str, special: tuple[str, ...]) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-    # what was saved from training is no wish to cut or fill prompts
+    # Truncation and padding saved from training must not apply to prompts.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # as transformers: tokens that only tokenizer_config.json names; those known already are left alone
+    # As in transformers: add tokens that only tokenizer_config.json names. Known tokens do not change.
     tokenizer.add_special_tokens([tokenizers.AddedToken(content, normalized=False) for content in special])
     return tokenizer
 
@@ -278,14 +282,14 @@ def _printable(assets: Assets, token: int) -> bool:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Read named special tokens, written as a string or as a dictionary with `content`."""
+    """Return the named special tokens. Each is a string or a dictionary with `content`."""
     values = {name: config.get(name) for name in SPECIAL_NAMES}
     contents = {name: value["content"] if isinstance(value, Mapping) else value for name, value in values.items()}
     return tuple((name, str(content)) for name, content in contents.items() if content is not None)
 
 
 def _default_template(template: Any) -> str | None:
-    """Return the template of a conversation, where there may be several by name."""
+    """Return the template for conversations. A checkpoint may have several templates by name."""
     if isinstance(template, list):
         template = {each["name"]: each["template"] for each in template}
     if isinstance(template, Mapping):
@@ -293,10 +297,10 @@ def _default_template(template: Any) -> str | None:
     return template
 
 
-def _first_of(places: Iterable[Mapping[str, Any]], key: str, assets: Assets) -> tuple[int, ...]:
-    """Return token ids under `key` in the first place that has any, otherwise the tokenizer's token."""
-    for place in places:
-        if (value := place.get(key)) is not None:
+def _token_ids(configs: Iterable[Mapping[str, Any]], key: str, assets: Assets) -> tuple[int, ...]:
+    """Return the token ids under `key` in the first config that has it, otherwise the special token of that name."""
+    for config in configs:
+        if (value := config.get(key)) is not None:
             ids = value if isinstance(value, list) else [value]
             if not all(isinstance(i, int) and i >= 0 for i in ids):
                 raise ValueError(f"{assets.source}: {key}={value!r} must be a token id or a list of them")

@@ -1,4 +1,4 @@
-"""Chat messages to prompt text: a checkpoint's jinja template in a sandbox, with transformers' helpers."""
+"""Conversion of chat messages to prompt text by a sandboxed jinja template, with the helpers of transformers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Message = Mapping[str, Any]  # Role, content, and other fields that the template
 def render(
     template: str, messages: Sequence[Message], variables: Mapping[str, Any], *, source: str = "chat template"
 ) -> str:
-    """Return text of a conversation: `template` rendered with `messages` and `variables`.
+    """Return the text of a conversation: `template` rendered with `messages` and `variables`.
 
-    `variables` are the special tokens (`bos_token`, …), `add_generation_prompt` and whatever else the
-    template reads. Raises ValueError with the template's own message, its line and `source`, the file that
-    it came from, when it is broken or refuses the messages.
+    `variables` are the special tokens (`bos_token`, …), `add_generation_prompt` and any other names that the
+    template reads. Raises ValueError with `source` (a name for the template) and the line, if the template is broken
+    or refuses the messages.
     """
     messages = check_messages(messages)
     try:
@@ -37,15 +37,15 @@ def render(
         raise ValueError(
             f"{source}, line {_line(error)}: the template refuses these messages: {error.message}"
         ) from error
-    except Exception as error:  # a template is a program: any Python error may come out of it
+    except Exception as error:  # A template is a program and may raise any Python error.
         raise _failure(source, _line(error), f"failed: {type(error).__name__}: {error}") from error
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return the conversation as plain JSON data, which is all that a template may see. Raises ValueError.
+    """Return the conversation as plain JSON data, the only data that a template may see.
 
-    A message has a `role` and a `content`: a string or a list of `{"type": "text", "text": …}`. Content may
-    be missing where the message carries `tool_calls`.
+    A message has a `role` and a `content`: a string or a list of `{"type": "text", "text": …}`. A message with
+    `tool_calls` may lack content. Raises ValueError for any other message.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(f"chat messages must be a list of dictionaries, not {type(messages).__name__}")
@@ -76,13 +76,13 @@ def _check_message(where: str, message: Any) -> None:
 
 
 class _Refused(jinja2.TemplateError):
-    """What `raise_exception` in a template raises."""
+    """Error that `raise_exception` raises inside a template."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}`, which marks the assistant's words for training: its body."""
+    """Extension that renders `{% generation %} … {% endgeneration %}` (a training mark) as its body."""
 
-    tags = {"generation"}  # noqa: RUF012 — jinja's own declaration
+    tags = {"generation"}  # noqa: RUF012 — declared so by jinja
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -107,7 +107,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Return transformers' `tojson`: jinja's escapes HTML, which a prompt must not."""
+    """Return JSON as transformers' `tojson` filter does. The filter of jinja escapes HTML, which changes prompts."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -116,7 +116,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _line(error: BaseException) -> int:
-    """Return the line of the template where it failed, 0 if unknown."""
+    """Return the line of the template that raised the error, 0 if unknown."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((frame.lineno or 0 for frame in reversed(frames) if frame.filename == "<template>"), 0)
 

@@ -198,7 +198,7 @@ def test_a_template_that_rewrites_history_is_said_once(caplog):
             kept = chat.tokens
             chat.send(text, max_new_tokens=12)
             assert_array_equal(chat.tokens[: len(kept)], kept)
-    assert sum("writes earlier turns otherwise" in r.message for r in caplog.records) == 1
+    assert sum("template rewrites earlier turns" in r.message for r in caplog.records) == 1
 
 
 def test_reset_starts_again():

@@ -311,7 +311,7 @@ def test_wrong_policies_and_caches_are_named():
     with pytest.raises(ValueError, match="differs from the policy"):
         razor_jax.generate(params, tiny.prompt(10), cache=cache, razor=None)
     two = razor_jax.prefill(params, [tiny.prompt(60), tiny.prompt(50)], razor=WINDOW)
-    with pytest.raises(ValueError, match="holds 2 rows, there are 3 prompts"):
+    with pytest.raises(ValueError, match="holds 2 rows, but there are 3 prompts"):
         razor_jax.generate(params, [tiny.prompt(10)] * 3, cache=two)
     with pytest.raises(ValueError, match="stream takes one prompt"):
         razor_jax.stream(params, [tiny.prompt(10)])

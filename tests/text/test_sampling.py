@@ -95,10 +95,10 @@ def test_processed_logits_are_those_of_transformers(setting, vocab):
 def test_greedy_is_argmax_after_the_penalty():
     logits, (ids, seen) = rows(64), seen_tokens(64)
     expected = transformers_scores({"repetition_penalty": 2.0}, ids, logits.copy()).argmax(-1)
-    actual = sample(Greedy(repetition_penalty=2.0).numbers(), jnp.asarray(logits), _keys(10), jnp.asarray(seen))
+    actual = sample(Greedy(repetition_penalty=2.0).to_sampling(), jnp.asarray(logits), _keys(10), jnp.asarray(seen))
     assert actual.dtype == jnp.int32
     np.testing.assert_array_equal(actual, expected)
-    np.testing.assert_array_equal(sample(Greedy().numbers(), jnp.asarray(logits), _keys(10)), logits.argmax(-1))
+    np.testing.assert_array_equal(sample(Greedy().to_sampling(), jnp.asarray(logits), _keys(10)), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("setting", [{}, {"temperature": 1.8}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}], ids=str)
@@ -149,7 +149,7 @@ def test_numbers_are_traced():
 def test_settings_may_differ_by_row():
     logits, keys = jnp.asarray(rows(100)), _keys(10)
     rules = [TopK(1), TopK(30, 0.5), TopP(0.2), MinP(0.5), Temperature(9.0)] * 2
-    rules = [rule.numbers() for rule in rules]
+    rules = [rule.to_sampling() for rule in rules]
     batched = jax.tree.map(lambda *values: np.stack(values), *rules)
     alone = [np.asarray(process_logits(rule, logits[i : i + 1])[0]) for i, rule in enumerate(rules)]
     np.testing.assert_array_equal(process_logits(batched, logits), np.stack(alone))
@@ -158,7 +158,7 @@ def test_settings_may_differ_by_row():
 
 def test_temperature_zero_is_greedy():
     assert Sampling.of(temperature=0).greedy
-    assert jax.tree.structure(Sampling.of(temperature=0.0)) == jax.tree.structure(Greedy().numbers())
+    assert jax.tree.structure(Sampling.of(temperature=0.0)) == jax.tree.structure(Greedy().to_sampling())
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -184,7 +184,7 @@ def test_settings_are_checked(setting, message):
 
 def test_a_penalty_needs_the_tokens_seen():
     with pytest.raises(ValueError, match="needs `seen`"):
-        process_logits(Greedy(repetition_penalty=1.2).numbers(), jnp.zeros((1, 4)))
+        process_logits(Greedy(repetition_penalty=1.2).to_sampling(), jnp.zeros((1, 4)))
 
 
 def _keys(batch):
