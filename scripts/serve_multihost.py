@@ -6,7 +6,7 @@ has those of Cloud TPU VMs, Slurm, Kubernetes and plain SSH.
 
 import sys
 
-from razor_jax.cli.main import main
+from razor_jax.cli import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "serve")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import razor_jax
 from razor_jax import KVReport, RazorConfig
 from razor_jax.cli import app as cli
-from razor_jax.evals import longbench, longbench_metrics, metrics
+from razor_jax.evals import longbench, longbench_metrics, metrics, provenance
 from razor_jax.evals.protocol import cut, run
 from razor_jax.evals.settings import settings
 from razor_jax.evals.table import Answered
@@ -260,4 +260,5 @@ def test_command_line(tmp_path):
     assert (table["dataset"], table["documents"]) == ("hotpotqa", 1)
     assert set(table["scores"]) == {"dense", "Razor"}
     assert [setting["engaged"] for setting in table["settings"]] == [0, 1]
-    assert json.loads((tmp_path / "out/longbench.json").read_text()) == found
+    assert json.loads((tmp_path / "out/longbench.questions.json").read_text()) == found
+    assert json.loads((tmp_path / "out/longbench.json").read_text()) == provenance.summary(found)
