@@ -396,9 +396,10 @@ def repeat_rows(cache: KVCache, grow: Callable[[Group], Group], batch: int, spec
 
 
 def rollback(cache: KVCache, saved: KVCache) -> KVCache:
-    """Return the state `saved`, of which only the windowed groups, lengths and flags have to be intact.
+    """Return the state of `saved`; its full groups may have been donated.
 
-    Folding cannot be undone, but a full group only ever gains slots, which a shorter length hides.
+    Windowed groups, lengths and flags are taken from `saved`, because folding cannot be undone. Full groups are taken
+    from `cache`: they only gain slots, and the shorter length hides those.
     """
     layers = tuple(
         tuple(old if old.windowed else new for new, old in zip(layer, kept, strict=True))

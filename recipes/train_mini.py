@@ -116,7 +116,7 @@ def restore(
     update: optax.GradientTransformation,
     seed: int,
 ) -> Run:
-    """Return the run as last saved, else a fresh one. A checkpoint at a stage's end has that stage's depth."""
+    """Return the saved run, or a new one if none is saved. A checkpoint at a stage's end has that stage's depth."""
     step = manager.latest_step()
     params = initial_params(config_at(config, stage_at(stages, max(0, (step or 0) - 1))), seed)
     run = Run(0, params, update.init(params))
@@ -127,7 +127,7 @@ def restore(
 
 
 def deepened(run: Run, config: ModelConfig, update: optax.GradientTransformation, seed: int) -> Run:
-    """Return the run with as many layers as `config` asks for; moments then start afresh, step counts go on."""
+    """Return the run with as many layers as `config` asks for; moments start at zero, step counts go on."""
     if f"blocks_{config.num_layers - 1}" in run.params:
         return run
     params = grown(config, run.params, seed)

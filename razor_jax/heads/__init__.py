@@ -1,5 +1,8 @@
-"""Retrieval heads: finding them (`probe`, `needle`, `causal`), choosing among them (`scores`, `select`), keeping the
-choice (`store`, `interchange`), judging it (`study`, `report`, `plots`). `alibi`: ALiBi models, without a search.
+"""Retrieval heads.
+
+Score them (`probe`, `needle`, `causal`, `gates`), select some (`scores`, `select`), store the selection (`store`,
+`interchange`), and evaluate it (`promise`, `study`, `report`, `plots`). `alibi` handles ALiBi models, which need no
+search.
 """
 
 from .causal import causal_heads

@@ -1,8 +1,8 @@
 """Causal importance of heads: window KV heads and measure the loss of held-out retrieval questions.
 
-Documents are read once, into a dense cache and into one whose heads are all windowed: exact prefill is dense whatever
-the split, so any split's cache is a choice, head by head, between the two. A question and its answer are then one call
-on that choice, which is an argument of one compiled program: hundreds of splits cost no compilation.
+Exact prefill computes the same keys and values under every split. Documents are therefore read once into a dense cache
+and once into a cache with every head windowed. The cache of any split takes each head from one of the two. The split
+is an argument of one compiled program, which runs a question and its answer: hundreds of splits need one compilation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .mass import Progress
 from .scores import HeadScores, ProbeMeta
 from .select import Head
 
-_BATCH = 8  # documents that are read together
+_BATCH = 8  # documents per prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Outcome:
     """Teacher-forced answers under one split.
 
     Attributes:
-      losses: float64 [answers], mean negative log-likelihood of the answer's tokens, natural log.
-      right: bool [answers], whether every token of the answer was the likeliest.
+      losses: float64 [answers], mean negative log-likelihood per answer token, in nats.
+      right: bool [answers], True if every token of the answer had the highest probability.
     """
 
     losses: np.ndarray
@@ -60,17 +60,17 @@ class Outcome:
 
     @property
     def half_width(self) -> float:
-        """Half of the 95 % normal interval of the accuracy."""
+        """Half-width of the 95 % normal interval of the accuracy."""
         return 1.96 * math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.right))
 
 
 def needle_tasks(
     params: Params, *, documents: int = 16, tokens: int = 1024, facts: int = 4, seed: int = 1
 ) -> list[Task]:
-    """Return held-out documents of about `tokens` tokens with `facts` planted facts and a question about each."""
+    """Return held-out documents of about `tokens` tokens, each with `facts` planted facts and a question per fact."""
     assets = params.assets
     if assets is None or assets.tokenizer_json is None:
-        raise ValueError("retrieval tasks are text: they need a model with a tokenizer.json")
+        raise ValueError("retrieval tasks are text and need a model with a tokenizer.json")
     tokenizer = Tokenizer.from_str(assets.tokenizer_json)
     chat, found = assets.chat_template is not None, []
     for index in range(documents):
@@ -85,13 +85,13 @@ def needle_tasks(
 
 
 class Ablation:
-    """Loss of the same questions under any split of one model, without compiling again."""
+    """Loss of fixed questions under any split of one model, with one compilation."""
 
     def __init__(self, params: Params, tasks: Sequence[Task], razor: RazorConfig):
-        """Read the documents. All tasks have the same number of questions."""
+        """Read the documents. All tasks must have the same number of questions."""
         config = params.config
         self.shape = (config.num_layers, config.num_kv_heads)
-        # No head kept and no head windowed hold the heads in one order, so one set of weights serves both caches.
+        # All heads windowed and all heads dense have the same stored order, so both caches share one set of weights.
         self.params = with_heads(params, HeadSplit.none(*self.shape))
         turns = [turn for task in tasks for turn in task.turns]
         longest = max(len(question) + len(answer) for question, answer in turns)
@@ -108,22 +108,22 @@ class Ablation:
         tokens = np.asarray([prompts.pad(part, longest)[0] for part in rows])
         starts = np.asarray([[len(question) for question, _ in task.turns] for task in tasks], np.int32)
         ends = np.asarray([[len(row) for row in part] for part in rows], np.int32)
-        # One question of every document at a time: [Q, B, …].
+        # Questions first: each step answers one question per document, [Q, B, …].
         self.turns = tuple(jnp.asarray(a.swapaxes(0, 1)) for a in (tokens, starts, ends))
 
     def __call__(self, kept: HeadSplit | Bool[np.ndarray, "L K"]) -> Outcome:
-        """Return answers when these KV heads keep everything and the others are windowed."""
+        """Answer all questions with these KV heads dense and all others windowed."""
         if isinstance(kept, HeadSplit):
             kept = mask_of(kept)
         if kept.shape != self.shape:
-            raise ValueError(f"kept {kept.shape}: must be [layers, KV heads] = {self.shape}")
+            raise ValueError(f"kept has shape {kept.shape}: must be [layers, KV heads] = {self.shape}")
         losses, right = _answers(self.params, *self.caches, jnp.asarray(kept), *self.turns)
         return Outcome(np.asarray(losses, np.float64).reshape(-1), np.asarray(right).reshape(-1))
 
     def _read(self, documents: Sequence[tuple[int, ...]], capacity: int, razor: RazorConfig | None) -> KVCache:
         chunk = razor.prefill_chunk if razor else None
         if chunk is not None:
-            raise ValueError(f"prefill_chunk={chunk}: streaming prefill depends on the split; use exact prefill, None")
+            raise ValueError(f"prefill_chunk={chunk}: must be None, because streaming prefill depends on the split")
         width = prompts.prompt_bucket(max(map(len, documents)))
         parts = []
         for first in range(0, len(documents), _BATCH):
@@ -144,31 +144,31 @@ def causal_heads(
     razor: RazorConfig | None = None,
     progress: Progress | None = None,
 ) -> HeadScores:
-    """Measure how much the loss of held-out retrieval rises when each KV head alone is windowed.
+    """Score each KV head by the rise of the loss of held-out questions when that head alone is windowed.
 
-    One number a KV head, so all query heads of it, and both classes, score the same: `select(share=)` ranks by it. It
-    may be below zero. Small models only: one evaluation a KV head.
+    Scores can be negative. All query heads of a KV head, and both classes, get the same score, so use
+    `select(share=)`. This takes one evaluation per KV head and is meant for small models.
 
     Args:
-      documents: of four questions each, for each seed.
-      razor: policy of the windowed head; None for the checkpoint's recommendation, or the paper's.
+      documents: documents per seed, with four questions each.
+      razor: policy of the windowed head; None for the policy that the checkpoint recommends, or that of the paper.
     """
     policy = razor or params.razor or RazorConfig()
     total, risen = len(seeds) * params.config.num_layers * params.config.num_kv_heads, []
     for number, seed in enumerate(seeds):
-        # Seeds apart from 1 and 2, which evaluations draw.
+        # Evaluations use seeds 1 and 2, so use others here.
         tasks = needle_tasks(params, documents=documents, tokens=tokens, seed=1000 + int(seed))
         ablation = Ablation(params, tasks, policy)
         step = None if progress is None else lambda done, n=number: progress(n * total // len(seeds) + done, total)
         risen.append(window_each(ablation, step))
     scores = np.repeat(np.mean(risen, axis=0), params.config.group_size, axis=1)
-    note = f"{documents} documents of {tokens:,} tokens a seed, {policy.describe()}"
+    note = f"{documents} documents of {tokens:,} tokens per seed, {policy.describe()}"
     meta = ProbeMeta.of(params, "causal", seeds=tuple(int(s) for s in seeds), note=note)
     return HeadScores(scores, scores, params.config.num_kv_heads, meta)
 
 
 def window_each(ablation: Ablation, progress: Callable[[int], None] | None = None) -> np.ndarray:
-    """Return float64 [L, K]: rise of the mean loss over dense attention when that KV head alone is windowed."""
+    """Return the rise of the mean loss over dense attention when each KV head alone is windowed, float64 [L, K]."""
     every = np.ones(ablation.shape, bool)
     dense, rise = ablation(every).loss, np.empty(ablation.shape)
     for done, head in enumerate(np.ndindex(*ablation.shape), start=1):
@@ -183,10 +183,10 @@ def window_each(ablation: Ablation, progress: Callable[[int], None] | None = Non
 def greedy(
     ablation: Ablation, *, grow: bool, steps: int, progress: Callable[[int], None] | None = None
 ) -> list[tuple[frozenset[Head], float]]:
-    """Find sets of kept heads one head at a time; return `steps` + 1 sets with the loss of each.
+    """Search for sets of dense heads greedily; return `steps` + 1 sets and the loss of each.
 
-    `grow`: from no head, always add the one that lowers the loss most. Otherwise from all heads, window the one that
-    raises it least.
+    With `grow`, start with no head and add the head that lowers the loss most. Otherwise start with all heads and
+    window the head that raises the loss least.
     """
     steps = check_int("steps", steps, 0, math.prod(ablation.shape))
     kept = np.full(ablation.shape, not grow)
@@ -219,7 +219,7 @@ def heads_of(kept: np.ndarray) -> frozenset[Head]:
 
 
 def split_of(heads: Iterable[Head], shape: tuple[int, int]) -> HeadSplit:
-    """Return the split that keeps these (layer, KV head)."""
+    """Return the split whose retrieval heads are these (layer, KV head) pairs."""
     return HeadSplit.of(*shape, heads)
 
 
@@ -230,9 +230,7 @@ def _read(params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array)
 
 @jax.jit
 def _answers(params: Params, full: KVCache, windowed: KVCache, kept, tokens, starts, ends):
-    """Return the mean loss and agreement [Q, B] of answers tokens [Q, B, starts:ends] after the questions before
-    them.
-    """
+    """Return the mean loss and correctness [Q, B] of the answers, which are tokens[q, b, starts:ends]."""
     config = params.config
 
     def turn(args):

@@ -1,4 +1,4 @@
-"""How far two rankings or two splits agree."""
+"""Agreement of rankings and of splits."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from .select import Head
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two arrays of scores of one shape, -1 to 1; ties share their mean rank. NaN where one of them
-    is constant: it ranks nothing."""
+    """Return the rank correlation of two score arrays of one shape, -1 to 1.
+
+    Ties share their mean rank. The result is NaN if one array is constant.
+    """
     if a.shape != b.shape:
-        raise ValueError(f"scores {a.shape} and {b.shape} must be of one shape")
+        raise ValueError(f"scores have shapes {a.shape} and {b.shape}: they must be of one shape")
     ranks = [_ranks(x.reshape(-1)) for x in (a, b)]
     ranks = [r - r.mean() for r in ranks]
     norm = np.sqrt(np.prod([np.sum(r * r) for r in ranks]))
@@ -28,20 +30,20 @@ def heads(split: HeadSplit) -> frozenset[Head]:
 
 
 def overlap(a: HeadSplit, b: HeadSplit) -> float:
-    """Return heads in both over heads in the larger one; 1 for equal splits, two empty ones too."""
+    """Return the number of shared heads divided by the size of the larger split; 1 for two empty splits."""
     larger = max(sum(a.counts), sum(b.counts))
     return len(heads(a) & heads(b)) / larger if larger else 1.0
 
 
 def undecided(splits: Sequence[HeadSplit]) -> list[tuple[Head, int]]:
-    """Return heads at the threshold: those that some of the splits keep and others do not, with how many do."""
+    """Return the heads that only some of the splits keep, each with the number of splits that keep it."""
     kept = list(itertools.chain.from_iterable(map(heads, splits)))
     counts = [(head, kept.count(head)) for head in sorted(set(kept))]
     return [(head, count) for head, count in counts if count < len(splits)]
 
 
 def pairwise(scores: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the Spearman correlation of every two of several scores, float64 [n (n - 1) / 2]."""
+    """Return the Spearman correlation of every pair of scores, float64 [n (n - 1) / 2]."""
     return np.asarray([spearman(a, b) for a, b in itertools.combinations(scores, 2)])
 
 

@@ -1,7 +1,7 @@
-"""Head choices of other projects: DuoAttention's gates, and the dictionaries of RazorAttention's vendor tools.
+"""Head files of other projects: DuoAttention gates, and JSON dictionaries of the RazorAttention vendor tools.
 
-Only text is read: tab-separated numbers and JSON. Pickles (`.pt`, `.pkl`, …) run code when they are opened, so they are
-refused by name, before anything of them is read.
+Only text is read: tab-separated numbers and JSON. Opening a pickle (`.pt`, `.pkl`, …) can run code, so pickles are
+refused by file name before any byte is read.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", "
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DuoPattern:
-    """What DuoAttention learned of a model.
+    """Gates that DuoAttention learned for a model.
 
     Attributes:
       gates: float64 [L, K], 0 (a streaming head) to 1 (a retrieval head).
-      sinks, recent: tokens that its streaming heads keep.
+      sinks, recent: first and newest tokens that a streaming head keeps.
     """
 
     gates: np.ndarray
@@ -39,20 +39,20 @@ class DuoPattern:
 
     @property
     def razor(self) -> RazorConfig:
-        """The policy of its streaming heads, which have no compensation token."""
+        """Policy of the streaming heads. They have no compensation token."""
         return RazorConfig.compact(self.recent, sinks=self.sinks, compensation=False)
 
     def scores(self, group_size: int = 1) -> HeadScores:
-        """Return the gates as head scores, so that `select(share=)` takes DuoAttention's 1 - sparsity.
+        """Return the gates as head scores. `select(share=)` equals 1 - sparsity of DuoAttention.
 
-        Both classes score the same. DuoAttention breaks ties by noise, and trained gates have many ties at exactly 1;
-        here ties go by layer and head, and the split's note counts them.
+        Both classes get the same score. Many trained gates are exactly 1. DuoAttention breaks such ties by noise;
+        here the lower layer, then the lower head, wins, and the note of the split counts the ties.
         """
         gates = np.repeat(self.gates, group_size, axis=1)
         return HeadScores(gates, gates, self.gates.shape[1], ProbeMeta("duo", note="DuoAttention's gates"))
 
     def split(self, threshold: float = 0.5) -> HeadSplit:
-        """Return heads whose gate is at least `threshold`."""
+        """Return the split of the heads whose gate is at least `threshold`."""
         L, K = self.gates.shape
         return HeadSplit.of(L, K, _pairs(self.gates >= threshold), note=f"DuoAttention, gate ≥ {threshold}")
 
@@ -60,7 +60,7 @@ class DuoPattern:
 def read_duo(folder: str | os.PathLike[str]) -> DuoPattern:
     """Read DuoAttention's `full_attention_heads.tsv` and `config.json` from a folder of attn_patterns/.
 
-    Gates are clipped to 0..1, as DuoAttention does. Raises FileNotFoundError or ValueError that name the file.
+    Gates are clipped to 0..1, as in DuoAttention. Raises FileNotFoundError or ValueError, which name the file.
     """
     folder = Path(folder).expanduser()
     rows = [line.split("\t") for line in _text(folder / GATES).splitlines() if line.strip()]
@@ -68,10 +68,10 @@ def read_duo(folder: str | os.PathLike[str]) -> DuoPattern:
         gates = np.asarray([[float(cell) for cell in row] for row in rows])
     except ValueError as error:
         raise ValueError(
-            f"{folder / GATES}: must be one line a layer, one number a KV head, tabs between: {error}"
+            f"{folder / GATES}: must have one line per layer and one number per KV head, separated by tabs: {error}"
         ) from error
     if gates.ndim != 2 or not gates.size or not np.isfinite(gates).all():
-        raise ValueError(f"{folder / GATES}: must be finite numbers, as many in each of at least 1 line")
+        raise ValueError(f"{folder / GATES}: must be lines of equally many finite numbers, at least one line")
     config = _json(folder / CONFIG)
     try:
         sinks, recent = (
@@ -83,14 +83,15 @@ def read_duo(folder: str | os.PathLike[str]) -> DuoPattern:
 
 
 def write_duo(folder: str | os.PathLike[str], split: HeadSplit, razor: RazorConfig) -> Path:
-    """Write a split as gates of 0 and 1, with the policy's sinks and window; returns the folder.
+    """Write a split as gates of 0 and 1, and the sinks and window of the policy; return the folder.
 
-    DuoAttention reads it at threshold=0.5, or at sparsity = 1 - split.share. It has no compensation token and no window
-    that grows with the prompt, so a policy without a fixed window is refused.
+    DuoAttention reads it with threshold=0.5 or sparsity = 1 - split.share. It has no compensation token, which is not
+    written. Raises ValueError for a policy without a fixed window, because DuoAttention windows do not grow with the
+    prompt.
     """
     if razor.window is None:
         raise ValueError(
-            f"{razor.describe()}: DuoAttention knows a fixed recent_size only; use RazorConfig.compact(window=…)"
+            f"{razor.describe()}: DuoAttention has a fixed recent_size only; use RazorConfig.compact(window=…)"
         )
     folder = Path(folder).expanduser()
     lines = ("\t".join("1" if head in kept else "0" for head in range(split.num_kv_heads)) for kept in split.retrieval)
@@ -110,14 +111,16 @@ def read_vendor(
 ) -> HeadSplit:
     """Read `{"prefix_matching": {layer: [heads]}, "copying": {layer: [heads]}}` from JSON.
 
-    prefix_matching are the induction heads, copying the echo heads; layers and heads count from 0.
+    prefix_matching lists induction heads, copying lists echo heads. Layers and heads count from 0.
 
     Args:
-      heads: what the file numbers, for published files differ: "kv" KV heads, or "query" query heads. Query head n
-        belongs to KV head n // (num_heads / num_kv_heads), which keeps everything if any of its query heads is listed.
+      heads: the kind of heads that the file numbers, "kv" or "query"; published files differ. Query head n belongs to
+        KV head n // (num_heads / num_kv_heads). A KV head keeps everything if any of its query heads is listed.
+
+    Raises FileNotFoundError or ValueError, which name the file.
     """
     if heads not in ("query", "kv"):
-        raise ValueError(f"heads={heads!r}: say what the file numbers, 'query' or 'kv'")
+        raise ValueError(f"heads={heads!r}: say what the file numbers, 'query' heads or 'kv' heads")
     path = Path(path).expanduser()
     data = _json(path)
     group = num_heads // num_kv_heads if heads == "query" else 1
@@ -127,7 +130,7 @@ def read_vendor(
         layers = data.get(name)
         if not isinstance(layers, dict):
             raise ValueError(
-                f"{path}: {name}={layers!r}: must be an object of layer: [heads]; a vendor file has both classes"
+                f"{path}: {name}={layers!r}: must be an object of layer: [heads]; both classes are required"
             )
         found = classes[name] = set()
         for layer, listed in layers.items():
@@ -142,7 +145,7 @@ def read_vendor(
                 except ValueError as error:
                     raise ValueError(f"{where}: {error} ({heads} heads)") from error
     both = len(classes["prefix_matching"] & classes["copying"])
-    rule = f", a KV head for any of its {group} query heads" if group > 1 else ""
+    rule = f", a KV head if any of its {group} query heads is listed" if group > 1 else ""
     note = (
         f"{path.name}: {len(classes['prefix_matching'])} prefix_matching + {len(classes['copying'])} copying KV heads, "
         f"{both} in both{rule}"
@@ -151,10 +154,10 @@ def read_vendor(
 
 
 def _text(path: Path) -> str:
-    """Return the file's text; a pickle is refused by its name, unopened."""
+    """Return the text of a file. Refuse a pickle by its name, without opening it."""
     if path.suffix.lower() in _PICKLES:
         raise ValueError(
-            f"{path}: pickles run code when they are opened, so razor_jax does not. If you trust the file: python -c "
+            f"{path}: razor_jax opens no pickle, because that can run code. If you trust the file: python -c "
             f"\"import json, torch; json.dump(torch.load('{path.name}', weights_only=True), open('heads.json', 'w'))\""
         )
     if not path.is_file():
@@ -163,7 +166,7 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: not text (byte {error.start}); a pickle under another name is not opened either"
+            f"{path}: not UTF-8 text (byte {error.start}); a pickle with another suffix is not opened either"
         ) from error
 
 

@@ -1,11 +1,11 @@
-"""Attention mass of every head on chosen earlier tokens, in one forward pass.
+"""Attention mass of every head on given earlier tokens, in one forward pass.
 
-Which tokens is an argument, `targets`: the *echo* score of a token is the mass on its targets, the *induction* score
-the mass on what follows each of them. Probes differ in tokens and targets only. Letters as in
-`models/transformer.py`; C tokens pass through a layer at once.
+`targets` gives those tokens. The *echo* score of a token is the mass on its targets. The *induction* score is the mass
+on the tokens right after its targets. Probes differ only in tokens and targets. Axis letters as in
+`models/transformer.py`; C is the number of tokens that pass through a layer at once.
 
-Memory is linear in T: a row needs its log-sum-exp, which blockwise attention returns, and the logits of its few
-targets, which are products with gathered keys. No attention map is ever formed.
+Memory is linear in T. Each query needs its log-sum-exp, which blockwise attention returns, and the logits of its few
+targets, which are products with gathered keys. No attention map is formed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ..models.transformer import Block
 from ..params import Params
 
 Progress = Callable[[int, int], None]
-Devices = Sequence[Any]  # of jax.Device
+Devices = Sequence[Any]  # jax.Device objects
 
-_ROWS = "rows"  # the axis of the internal mesh
+_ROWS = "rows"  # axis of the internal mesh
 
 
 def attention_mass(
@@ -40,28 +40,29 @@ def attention_mass(
     devices: Devices | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return echo and induction mass float64 [B, L, N], summed over a row's tokens and targets, in the checkpoint's
-    order.
+    """Return echo and induction mass, float64 [B, L, N] in checkpoint order.
+
+    Masses are sums over the tokens and targets of a row. They are softmax probabilities of the forward pass in the
+    dtype of the weights, accumulated in float32; nothing is renormalized.
 
     Args:
-      tokens: int32 [B, T], no padding.
-      targets: int32 [B, T, copies], earlier positions that each token should look at, -1 for none.
-      chunk: C, bounds memory, changes no result.
-      devices: spread the rows over these, B a multiple of their number; None for the default device.
-      progress: called with the layers done after each layer.
+      tokens: int32 [B, T], without padding.
+      targets: int32 [B, T, copies], earlier positions whose mass counts, -1 for none.
+      chunk: C. It limits memory and does not change results.
+      devices: devices that share the rows, with B a multiple of their number; None for the default device.
+      progress: called with the number of finished layers after each layer.
 
-    Post-softmax probabilities of the forward pass in the weights' type, as float32; nothing is renormalised.
+    Raises ValueError for a chunk below 1, an ALiBi model, or rows that do not divide over the devices.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: must be at least 1 token")
     config = params.config
     if config.alibi:
         raise ValueError(
-            "this model has no rotary embedding: how far its heads look follows from its weights, "
-            "razor_jax.heads.alibi.split(params)"
+            "this model has no rotary embedding: use razor_jax.heads.alibi.split(params), which reads the weights"
         )
     B, T = tokens.shape
-    mesh = None if devices is None else _mesh(devices, B)
+    mesh = None if devices is None else _row_mesh(devices, B)
     chunk = min(chunk, T)
     over = -T % chunk
     padded = jnp.asarray(np.pad(tokens, ((0, 0), (0, over))), jnp.int32)
@@ -70,14 +71,14 @@ def attention_mass(
     positions = jnp.broadcast_to(jnp.arange(T + over, dtype=jnp.int32), (B, T + over))
     rope = tables(config.rope, config.head_dim, positions, lengths)
     x = params.weights["embedding"]["embedding"][padded]
-    x, rope, lengths, aims = _place((x, rope, lengths, aims), mesh, PartitionSpec(_ROWS))
+    x, rope, lengths, aims = _with_sharding((x, rope, lengths, aims), mesh, PartitionSpec(_ROWS))
     shape = (B, config.num_layers, config.num_kv_heads, config.group_size)
     echo, induction = np.empty(shape), np.empty(shape)
     for layer in range(config.num_layers):
-        weights = _place(params.weights[f"blocks_{layer}"], mesh, PartitionSpec())
+        weights = _with_sharding(params.weights[f"blocks_{layer}"], mesh, PartitionSpec())
         x, *found = score_layer(config, chunk, weights, x, rope, lengths, aims, mesh=mesh)
-        held = list(params.order(layer))
-        echo[:, layer, held], induction[:, layer, held] = (np.asarray(mass) for mass in found)
+        stored_order = list(params.order(layer))
+        echo[:, layer, stored_order], induction[:, layer, stored_order] = (np.asarray(mass) for mass in found)
         if progress is not None:
             progress(layer + 1)
     return echo.reshape(*shape[:2], -1), induction.reshape(*shape[:2], -1)
@@ -95,8 +96,9 @@ def score_layer(
     *,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return one layer over whole rows: hidden states [B, T, D], T a multiple of `chunk`, -> the next layer's, and echo
-    and induction float32 [B, K, G] of the layer's heads in the order in which its weights hold them.
+    """Run one layer on hidden states x [B, T, D]; T must be a multiple of `chunk`.
+
+    Return the hidden states for the next layer, and echo and induction float32 [B, K, G] in the stored order of heads.
     """
     run = functools.partial(_layer, config, chunk)
     if mesh is not None:
@@ -134,27 +136,31 @@ def _layer(config: ModelConfig, chunk: int, weights: Any, x, rope: Tables, lengt
 def _mass(q: jax.Array, log_total: jax.Array, k: jax.Array, targets: jax.Array, shift: int) -> jax.Array:
     """Return the mass of a chunk on its targets, float32 [B, K, G], summed over tokens and copies.
 
-    q [B, K, C, G, H] scaled; log_total [B, K, C, G], log of the softmax's denominator; k [B, K, T, H]; targets
-    int32 [B, C, copies]; shift 0 for the targets themselves, 1 for what follows them.
+    Args:
+      q: scaled queries [B, K, C, G, H].
+      log_total: log of the softmax denominator [B, K, C, G].
+      k: keys [B, K, T, H].
+      targets: int32 [B, C, copies].
+      shift: 0 for the targets themselves, 1 for the tokens right after them.
     """
     total = jnp.zeros(log_total.shape, jnp.float32)
     for copy in range(targets.shape[-1]):
         target = targets[..., copy]
-        # Without a target any key will do: its mass is not counted.
+        # Target -1 gathers key 0; the mask below removes its mass.
         keys = jax.vmap(lambda row, at: row[:, at])(k, jnp.maximum(target, 0) + shift)
         logits = (q * keys[:, :, :, None].astype(jnp.float32)).sum(axis=-1)
         total += jnp.where((target >= 0)[:, None, :, None], jnp.exp(logits - log_total), 0.0)
     return total.sum(axis=2)
 
 
-def _mesh(devices: Devices, rows: int) -> Mesh:
+def _row_mesh(devices: Devices, rows: int) -> Mesh:
     if not devices or rows % len(devices):
         raise ValueError(
-            f"{rows} seeds do not divide over {len(devices)} devices: probe with as many seeds as there are devices, "
-            "or a multiple, or leave out devices="
+            f"{rows} seeds do not divide over {len(devices)} devices: use as many seeds as devices, or a multiple, "
+            "or leave out devices="
         )
     return Mesh(np.asarray(devices), (_ROWS,))
 
 
-def _place(tree: Any, mesh: Mesh | None, spec: PartitionSpec) -> Any:
+def _with_sharding(tree: Any, mesh: Mesh | None, spec: PartitionSpec) -> Any:
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, spec))

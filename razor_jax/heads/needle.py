@@ -1,7 +1,7 @@
-"""Other ways to rank heads: the two-needle probe, and chance. Both give `HeadScores`, like the RoPE probe.
+"""Two other rankings of heads: the two-needle probe, and random scores. Both return `HeadScores`.
 
-The two-needle probe asks what random tokens cannot: one fact stands early and late in a natural document, and a head
-scores by its attention from the late copy to the early one.
+The two-needle probe uses natural text instead of random tokens. One fact occurs early and late in a document, and the
+score of a head is its attention from the late copy to the early one.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ def needle_heads(
     devices: Devices | None = None,
     progress: Progress | None = None,
 ) -> HeadScores:
-    """Score every head on natural documents that hold the same fact early and late.
+    """Score every head on natural documents that contain the same fact early and late.
 
-    The fact begins at random in the first third of the document and again in the last. Of each token of the late copy
-    the echo score is the mass on the same token of the early copy, the induction score the mass on the token after
-    that; means over tokens, documents and seeds.
+    The fact starts at a random position in the first third of the document, and again in the last third. For a token
+    of the late copy, the echo score is the attention mass on the same token of the early copy. The induction score is
+    the mass on the token after that. Scores are means over tokens, documents and seeds.
 
     Args:
-      documents: per seed, with other prose, facts and depths.
-      tokens: length of a document; None for 2,048, or what the model's positions allow.
-      chunk, devices, progress: as in `find_heads`; `devices` share the documents of a seed.
+      documents: documents per seed; each has its own prose, fact and depths.
+      tokens: document length; None for 2,048, or max_position_embeddings if that is smaller.
+      chunk, devices, progress: as in `find_heads`. `devices` share the documents of a seed.
 
     Raises:
-      ValueError: a model without a tokenizer, or a document too short for two facts.
+      ValueError: the model has no tokenizer, or the document is too short for two facts.
     """
     assets = params.assets
     if assets is None or assets.tokenizer_json is None:
-        raise ValueError("the two-needle probe reads text: it needs a model with a tokenizer.json; use find_heads")
+        raise ValueError("the two-needle probe needs a model with a tokenizer.json: use find_heads instead")
     longest = params.config.max_position_embeddings
     tokens = check_int("tokens", min(2048, longest) if tokens is None else tokens, 128, longest)
     documents = check_int("documents", documents, 1)
@@ -64,7 +64,7 @@ def needle_heads(
         mass = attention_mass(params, ids, targets, chunk=chunk, devices=devices, progress=step)
         runs.append(np.stack(mass) / (targets >= 0).sum(axis=(1, 2))[:, None, None])
     echo, induction = np.concatenate(runs, axis=1).mean(axis=1)
-    note = f"{documents} documents of {tokens:,} tokens a seed"
+    note = f"{documents} documents of {tokens:,} tokens per seed"
     return HeadScores(
         echo, induction, params.config.num_kv_heads, ProbeMeta.of(params, "needle", seeds=seeds, note=note)
     )
@@ -73,8 +73,10 @@ def needle_heads(
 def two_needles(
     rng: np.random.Generator, tokenizer: Tokenizer, prose: list[int], first: list[int], tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return int32 [T] ids of a document with one fact early and late, and its targets [T, 1]: the late copy's tokens
-    aim at the early copy's. `prose` is cut at random; `first` opens the text.
+    """Return the ids int32 [T] of a document with one fact early and late, and its targets int32 [T, 1].
+
+    The target of a token of the late copy is the same token of the early copy; other tokens have none (-1). The text
+    starts with the ids `first`, followed by a random slice of `prose`.
     """
     fact = _encode(tokenizer, make_facts(rng, 1, "held_out")[0].sentence)
     line = _encode(tokenizer, "\n")
@@ -82,7 +84,7 @@ def two_needles(
     room = tokens - len(first) - 2 * len(needle)
     if room < 3 or len(prose) < room:
         raise ValueError(
-            f"tokens={tokens}: two facts of {len(needle)} tokens and {len(prose):,} of prose do not fit it"
+            f"tokens={tokens}: two facts of {len(needle)} tokens and the prose ({len(prose):,} tokens) do not fill it"
         )
     start = int(rng.integers(len(prose) - room + 1))
     text = prose[start : start + room]
@@ -95,7 +97,7 @@ def two_needles(
 
 
 def random_heads(params: Params, *, seeds: Sequence[int] = (0,)) -> HeadScores:
-    """Draw uniform scores: a split of that size by chance."""
+    """Return uniform random scores, the baseline for a split of any size."""
     seeds = tuple(int(seed) for seed in seeds)
     rng = np.random.default_rng(seeds)
     echo, induction = rng.random((2, params.config.num_layers, params.config.num_heads))

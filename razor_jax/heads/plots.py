@@ -1,4 +1,4 @@
-"""Pictures of a head search: readable in black and white. Needs matplotlib, the extra `plots`."""
+"""Figures of a head study, readable in black and white. They need matplotlib (extra `plots`)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _STYLES = {
 
 
 def draw(study: Study, folder: Path, suffix: str = "png") -> list[Path]:
-    """Write the pictures that the study has the figures for; returns their paths.
+    """Write every figure that the study has data for; return the paths.
 
-    Raises ModuleNotFoundError, with the command that installs it, where matplotlib is missing.
+    Raises ModuleNotFoundError, with the install command, if matplotlib is missing.
     """
     pyplot = require()
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,9 +45,9 @@ def draw(study: Study, folder: Path, suffix: str = "png") -> list[Path]:
 
 
 def heat_map(pyplot: Any, title: str, values: np.ndarray, split: HeadSplit) -> Any:
-    """Return layers × KV heads of values [L, K], darker is more; the split's retrieval heads are boxed.
+    """Draw values [L, K] as a grey map, darker for larger, with a box around each retrieval head of the split.
 
-    Few heads get their value printed; many are distinguished by shade.
+    Values are printed in the cells if there are at most 64.
     """
     L, K = values.shape
     figure, axes = pyplot.subplots(figsize=(1.2 + 0.62 * K, 1.0 + 0.34 * L))
@@ -60,7 +60,7 @@ def heat_map(pyplot: Any, title: str, values: np.ndarray, split: HeadSplit) -> A
             axes.text(head, layer, _short(value), ha="center", va="center", size=8, color="white" if dark else "black")
     for layer, heads in enumerate(split.retrieval):
         for head in heads:
-            # White under black: seen on dark and on light cells.
+            # A white line under the black one keeps the box visible on dark cells.
             for width, colour in ((3.4, "white"), (1.8, "black")):
                 box = pyplot.Rectangle((head - 0.44, layer - 0.4), 0.88, 0.8, fill=False, lw=width, ec=colour)
                 axes.add_patch(box)
@@ -69,7 +69,7 @@ def heat_map(pyplot: Any, title: str, values: np.ndarray, split: HeadSplit) -> A
 
 
 def split_map(pyplot: Any, split: HeadSplit) -> Any:
-    """Draw which KV heads keep everything (black) and which are windowed (hatched)."""
+    """Draw the retrieval heads (black) and the windowed heads (hatched) of a split."""
     kept = mask_of(split)
     L, K = kept.shape
     figure, axes = pyplot.subplots(figsize=(1.2 + 0.62 * K, 1.0 + 0.34 * L))
@@ -84,7 +84,7 @@ def split_map(pyplot: Any, split: HeadSplit) -> Any:
 
 
 def byte_curve(pyplot: Any, study: Study) -> Any:
-    """Return the share of KV heads kept against the cache's bytes and how many times smaller that is."""
+    """Draw cache bytes, and the compression ratio, against the share of KV heads that keep every token."""
     figure, axes = pyplot.subplots(figsize=(5.6, 3.4))
     shares = [100 * point.share for point in study.curve]
     axes.plot(shares, [point.bytes / 2**20 for point in study.curve], "k-", lw=1.6, label="MiB")
@@ -101,10 +101,10 @@ def byte_curve(pyplot: Any, study: Study) -> Any:
 
 
 def accuracy_curve(pyplot: Any, study: Study) -> Any:
-    """Return answers right, and loss, by the number of KV heads kept, for each way to choose them; shares and bytes
-    below.
+    """Draw accuracy and loss against the number of retrieval heads, one curve per selection method.
 
-    Sizes are evenly spaced because everything happens at few heads; curves are shifted a little so that none is hidden.
+    Tick labels add the share and the bytes. Sizes are evenly spaced because curves change mostly at few heads. Curves
+    are shifted slightly so that none hides another.
     """
     assert study.causal is not None
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7.2, 6.4), sharex=True)
@@ -120,7 +120,7 @@ def accuracy_curve(pyplot: Any, study: Study) -> Any:
         below.plot(at, [row.loss for row in rows], **style)
     below.axhline(study.causal.dense_loss, color="0.5", lw=0.8)
     below.annotate("dense", (0, study.causal.dense_loss), xytext=(0, 4), textcoords="offset points", size=8)
-    below.set(ylabel="loss of the answers, nats a token", yscale="log")
+    below.set(ylabel="loss of the answers, nats per token", yscale="log")
     size = {point.heads: point for point in study.curve}
     labels = [f"{n}\n{size[n].share:.0%}\n{size[n].bytes / 2**20:.1f}" for n in sizes]
     below.set_xticks(range(len(sizes)), labels)
@@ -139,18 +139,18 @@ def _head_axes(axes: Any, L: int, K: int, title: str) -> None:
 
 
 def _short(value: float) -> str:
-    """Format a number in three characters: .92, 1e-3."""
+    """Format a number in at most four characters: .92, 1e-3."""
     if value == 0 or abs(value) >= 0.095:
         return f"{value:.2f}".lstrip("0") or "0"
     return f"{value:.0e}".replace("e-0", "e-")
 
 
 def require() -> Any:
-    """Return matplotlib.pyplot, drawing to files only. Raise ModuleNotFoundError with the fix."""
+    """Return matplotlib.pyplot with the file-only backend. Raise ModuleNotFoundError with the install command."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("pictures need matplotlib: pip install 'razor-jax[plots]'") from error
+        raise ModuleNotFoundError("figures need matplotlib: pip install 'razor-jax[plots]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

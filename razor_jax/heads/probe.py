@@ -1,8 +1,8 @@
 """The RoPE probe: one forward pass over repeated random tokens (RazorAttention, section 3.2).
 
-Of a head at token i the *echo* score is the attention mass on the earlier copies of that token, the
-*induction* score the mass on the tokens that followed those copies (`mass.py` measures both). K_p ids in the
-block, P = 1 + repeats · K_p tokens of the probe.
+At token i, the *echo* score of a head is its attention mass on earlier copies of the token. The *induction* score is
+its mass on the tokens right after those copies. `mass.py` measures both. A block has K_p ids, and the probe has
+P = 1 + repeats · K_p tokens.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from .scores import HeadScores, ProbeMeta
 
 log = logging.getLogger("razor_jax")
 
-BLOCK, REPEATS = 2500, 4  # The paper's K_p, and how often the block is repeated.
+BLOCK, REPEATS = 2500, 4  # K_p and the number of copies of the block, as in the paper.
 VENDOR_IDS = (10_000, 12_500)  # inclusive
 _VENDOR_NOTE = "ids drawn with replacement: about 63 % of the tokens have a duplicate inside the block"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Positions in a probe."""
+    """Layout of the tokens of a probe."""
 
     block: int  # K_p
     repeats: int = REPEATS
 
     @property
     def length(self) -> int:
-        """P: one prefix token and the repeated block."""
+        """P: one prefix token plus the repeated block."""
         return 1 + self.repeats * self.block
 
     @property
     def scored(self) -> int:
-        """Tokens that have an earlier copy."""
+        """Number of tokens that have an earlier copy."""
         return (self.repeats - 1) * self.block
 
     def targets(self) -> np.ndarray:
-        """Return int32 [P, repeats - 1]: each token's earlier copies, -1 for none; position 0 is the prefix, so no
-        copy.
+        """Return the positions of the earlier copies of each token, int32 [P, repeats - 1], -1 for none.
+
+        Position 0 is the prefix and counts as no copy.
         """
         copies = np.arange(self.length)[:, None] - self.block * np.arange(1, self.repeats)
         return np.where(copies >= 1, copies, -1).astype(np.int32)
@@ -62,25 +63,26 @@ def find_heads(
     devices: Devices | None = None,
     progress: Progress | None = None,
 ) -> HeadScores:
-    """Return echo and induction scores of every head, in the checkpoint's order.
+    """Return echo and induction scores of every head, in checkpoint order.
 
-    One prefix token, then K_p random ids 4 times over. Scores are sums over the earlier copies, means
-    over the tokens that have one, then over seeds; nothing is renormalised and the prefix stays in the
-    softmax. The forward runs in the weights' type, scores are float32.
+    The probe is one prefix token, followed by four copies of a block of K_p random ids. A score is the sum over the
+    earlier copies, averaged over the tokens that have one, and then over seeds. Nothing is renormalized, and the prefix
+    stays in the softmax. The forward pass runs in the dtype of the weights; masses are float32.
 
     Args:
-      seeds: one probe each; the scores are their mean.
-      preset: "paper" draws K_p = min(2500, (max_position_embeddings - 1) // 4, usable ids) distinct ids of
-        the ordinary vocabulary; "vendor" repeats the published tool (2500 ids of 10000..12500, drawn with
-        replacement).
-      block: a shorter K_p than the preset's, to see whether the length matters; None for the preset's.
-      chunk: tokens that pass through a layer at once; bounds memory, changes no result.
-      devices: spread the seeds over these, a multiple of their number; None for one seed after the other.
-      progress: called with (layers done, layers to do) after each layer.
+      seeds: one probe per seed; scores are the mean.
+      preset: "paper" draws K_p = min(2500, (max_position_embeddings - 1) // 4, ordinary ids) distinct ids from
+        the ordinary vocabulary. "vendor" reproduces the published tool: 2500 ids from 10000..12500, drawn with
+        replacement.
+      block: a K_p below that of the preset, to test the effect of length; None for the K_p of the preset.
+      chunk: tokens that pass through a layer at once. It limits memory and does not change results.
+      devices: devices that share the seeds, with the number of seeds a multiple of their number; None to run one
+        seed after another.
+      progress: called with (layers done, total layers) after each layer.
 
     Raises:
-      ValueError: a preset, block or number of seeds that the model's positions, vocabulary or the devices do not
-        allow; scores that are not finite.
+      ValueError: the positions, the vocabulary or the devices do not allow this preset, block or number of seeds,
+        or scores are not finite.
     """
     seeds = tuple(int(seed) for seed in seeds)
     if not seeds:
@@ -101,20 +103,20 @@ def find_heads(
         step = None if progress is None else lambda done, call=call: progress(call * L + done, calls * L)
         mass = attention_mass(params, tokens, targets, chunk=chunk, devices=devices, progress=step)
         runs.append(np.stack(mass) / layout.scored)
-    # Seeds are averaged before anything else happens: a maximum over query heads comes after the mean.
+    # Average over seeds first: the maximum over query heads is taken of the mean.
     echo, induction = np.concatenate(runs, axis=1).mean(axis=1)
     meta = ProbeMeta.of(params, preset, seeds=seeds, block=layout.block, repeats=REPEATS, note=note)
     return HeadScores(echo, induction, params.config.num_kv_heads, meta)
 
 
 def probe_tokens(prefix: int, pool: np.ndarray, layout: Layout, seed: int, *, replace: bool = False) -> np.ndarray:
-    """Return int32 [P]: the prefix, then one seeded block of ids of `pool`, repeated."""
+    """Return int32 [P]: the prefix, then the copies of one random block of ids from `pool`."""
     block = np.random.Generator(np.random.PCG64(seed)).choice(pool, layout.block, replace=replace)
     return np.concatenate([[prefix], np.tile(block, layout.repeats)]).astype(np.int32)
 
 
 def ordinary_ids(params: Params) -> np.ndarray:
-    """Return the sorted ids of the vocabulary below vocab_size, without special and added tokens."""
+    """Return the sorted ids below vocab_size that are in the vocabulary and are not special or added tokens."""
     usable = np.arange(params.config.vocab_size)
     assets = params.assets
     if assets is None:
@@ -122,7 +124,7 @@ def ordinary_ids(params: Params) -> np.ndarray:
     if assets.tokenizer_json is not None:
         tokenizer = json.loads(assets.tokenizer_json)
         vocabulary = tokenizer["model"]["vocab"]
-        # Unigram lists its pieces in the order of their ids, the others map a piece to its id.
+        # Unigram vocabularies are lists in id order; others map a piece to its id.
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         usable = np.intersect1d(usable, np.fromiter(ids, np.int64))
         usable = np.setdiff1d(usable, [token["id"] for token in tokenizer.get("added_tokens", ())])
@@ -131,13 +133,13 @@ def ordinary_ids(params: Params) -> np.ndarray:
 
 
 def _plan(params: Params, preset: str) -> tuple[int, np.ndarray, int, str]:
-    """Return the prefix id, the ids to draw from, K_p, and a note where the probe is not the paper's."""
+    """Return the prefix id, the ids to draw from, K_p, and a note if the probe differs from that of the paper."""
     usable = ordinary_ids(params)
     bos = params.assets.bos_id if params.assets is not None else None
     if bos is None:
         if not usable.size:
-            raise ValueError("the vocabulary has no ordinary ids: there is nothing to probe with")
-        # The first ordinary id replaces BOS, so it must not be drawn.
+            raise ValueError("the vocabulary has no ordinary ids, and the probe needs some: check tokenizer.json")
+        # Without a BOS token, the first ordinary id is the prefix, so the block must not contain it.
         bos, usable = int(usable[0]), usable[1:]
     if preset == "paper":
         return (bos, usable, *_paper_block(params.config, usable))
@@ -152,7 +154,7 @@ def _paper_block(config: ModelConfig, usable: np.ndarray) -> tuple[int, str]:
     if block < 2:
         raise ValueError(
             f"max_position_embeddings={config.max_position_embeddings} and {usable.size} ordinary ids leave "
-            f"a block of {block} tokens: the probe needs at least 2, that is {1 + 2 * REPEATS} positions"
+            f"a block of {block} tokens: the probe needs at least 2, which take {1 + 2 * REPEATS} positions"
         )
     if block == BLOCK:
         return block, ""

@@ -1,4 +1,4 @@
-"""What a probe found, and which heads to keep by it."""
+"""Scores of every head, and the selection of retrieval heads from them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _FORMAT, _VERSION = "razor_jax.scores", 1
 
 @dataclasses.dataclass(frozen=True)
 class ProbeMeta:
-    """How scores were made: enough to make them again.
+    """Provenance of scores, complete enough to reproduce them.
 
     Attributes:
       preset: "paper", "vendor", or the name of another method.
-      seeds: seeds of the random blocks; scores are their mean.
-      block: K_p, ids in one block.
-      repeats: times the block was repeated.
-      architecture, weights: fingerprints of the model that was probed.
-      head_dim: H of that model, 0 if unknown.
-      dtype: type of its weights, so of its cache unless a policy says otherwise; "" if unknown.
-      note: for people, such as why the block is shorter than the paper's.
+      seeds: random seeds; scores are the mean over them.
+      block: K_p, the number of ids in a block.
+      repeats: number of copies of the block.
+      architecture, weights: fingerprints of the model.
+      head_dim: H of the model, 0 if unknown.
+      dtype: dtype of the weights, and of the cache unless a policy sets another; "" if unknown.
+      note: free text, such as the reason for a block shorter than that of the paper.
     """
 
     preset: str
@@ -57,7 +57,7 @@ class ProbeMeta:
         repeats: int = 0,
         note: str = "",
     ) -> ProbeMeta:
-        """Describe scores made on these params."""
+        """Return the provenance of scores of these params."""
         return cls(
             preset=preset,
             seeds=tuple(seeds),
@@ -73,12 +73,12 @@ class ProbeMeta:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadScores:
-    """Echo and induction scores of every head, in the checkpoint's own order.
+    """Echo and induction scores of every head, in checkpoint order.
 
     Attributes:
-      query_echo, query_induction: float64 [L, N] per query head, the mean over seeds.
+      query_echo, query_induction: float64 [L, N], one score per query head, the mean over seeds.
       num_kv_heads: K; query head n belongs to KV head n // G.
-      meta: how they were made.
+      meta: provenance.
     """
 
     query_echo: np.ndarray
@@ -93,8 +93,8 @@ class HeadScores:
             object.__setattr__(self, name, scores)
             if scores.ndim != 2 or not scores.size or scores.shape[1] % self.num_kv_heads:
                 raise ValueError(
-                    f"{name} has shape {scores.shape}: must be [layers, query heads], the latter a multiple "
-                    f"of num_kv_heads={self.num_kv_heads}"
+                    f"{name} has shape {scores.shape}: must be [layers, query heads], with query heads a "
+                    f"multiple of num_kv_heads={self.num_kv_heads}"
                 )
             if not np.isfinite(scores).all():
                 layer, head = np.argwhere(~np.isfinite(scores))[0]
@@ -113,12 +113,12 @@ class HeadScores:
 
     @property
     def echo(self) -> np.ndarray:
-        """float64 [L, K]: of each KV head's query heads, the largest."""
+        """Echo score of each KV head, float64 [L, K]: the largest of its query heads."""
         return self._group_max(self.query_echo)
 
     @property
     def induction(self) -> np.ndarray:
-        """float64 [L, K]: of each KV head's query heads, the largest."""
+        """Induction score of each KV head, float64 [L, K]: the largest of its query heads."""
         return self._group_max(self.query_induction)
 
     def select(
@@ -135,32 +135,33 @@ class HeadScores:
         always_layers: Sequence[int] = (),
         balanced_over: int = 1,
     ) -> HeadSplit:
-        """Return the KV heads to keep, by one of three budgets.
+        """Return the retrieval heads for one of three budgets.
 
-        `select(induction=, echo=)`: the top round(induction · L · K) KV heads by induction score, united
-        with the top round(echo · L · K) by echo score. What is not given is 0.14 / 0.01 for G = 1 (the
-        paper's) and 0.28 / 0.02 for G > 1.
-        `select(share=)`: exactly round(share · L · K) heads, about one in fifteen of them chosen by echo
-        (the paper's proportion) and the others by induction.
-        `select(bytes=, capacity=)`: as many heads, chosen as by share, as fit a cache of `batch` rows of
-        `capacity` tokens into so many bytes under the policy `razor` (None: the paper's).
+        `select(induction=, echo=)`: the top round(induction · L · K) KV heads by induction score, plus the top
+        round(echo · L · K) by echo score. Defaults are 0.14 and 0.01 for G = 1 (the paper) and 0.28 and 0.02 for
+        G > 1.
+        `select(share=)`: exactly round(share · L · K) heads, about one in fifteen by echo score (the proportion of
+        the paper) and the others by induction score.
+        `select(bytes=, capacity=)`: the largest number of heads, chosen as for `share`, whose cache of `batch` rows
+        of `capacity` tokens takes at most `bytes` under the policy `razor` (None: that of the paper).
 
-        A positive share keeps at least one head. Halves round to even, as in the published tool; ties go
-        to the lower layer, then the lower head, and the split's note says how many heads they left out.
+        A positive share keeps at least one head. Halves round to even, as in the published tool. Of tied heads the
+        lower layer, then the lower head, wins; the note of the split counts the tied heads left out.
 
         Args:
-          head_dim: H, for scores that do not know it (`meta.head_dim` is 0).
-          always_layers: layers that keep every head: above induction= and echo=, inside share= and bytes=.
-          balanced_over: round each layer's count up to a multiple of this, so that so many devices hold as
-            many retrieval heads each; inside bytes=, above the others.
+          head_dim: H, for scores without it (`meta.head_dim` is 0).
+          always_layers: layers that keep every head. They are added to induction= and echo=, and are part of share=
+            and bytes=.
+          balanced_over: number of devices. Round the count of each layer up to a multiple of it, so that all devices
+            store the same number of retrieval heads. The added heads are part of bytes=, and are added to the others.
 
         Raises:
-          ValueError: two budgets at once, a budget too small for what is always kept, or a value out of range.
+          ValueError: more than one budget, a budget too small for `always_layers`, or a value out of range.
         """
         if (share is not None) + (bytes is not None) + (induction is not None or echo is not None) > 1:
             raise ValueError("give one budget, not both: induction= and echo=, or share=, or bytes= and capacity=")
         if bytes is None and (capacity is not None or razor is not None):
-            raise ValueError("capacity= and razor= say what fits into bytes=: give bytes= as well, or leave them out")
+            raise ValueError("capacity= and razor= apply to bytes= only: give bytes= as well, or leave them out")
         forced = select.whole_layers(always_layers, self.echo.shape)
         finish = functools.partial(self._split, whole=sorted(set(always_layers)), balanced_over=balanced_over)
         if share is not None:
@@ -188,7 +189,7 @@ class HeadScores:
         wanted = select.head_count(select.fraction("share", share), self.echo.size)
         if wanted < len(forced):
             raise ValueError(
-                f"share={share} keeps {wanted} heads, but the layers that are always kept have {len(forced)}: "
+                f"share={share} keeps {wanted} heads, but always_layers have {len(forced)}: "
                 f"use a share of at least {len(forced) / self.echo.size:.3f}, or fewer always_layers"
             )
         return select.by_count(self.induction, self.echo, wanted, forced)
@@ -226,12 +227,12 @@ class HeadScores:
     def memory(
         self, capacity: int | None, razor: RazorConfig | None = None, *, batch: int = 1, head_dim: int | None = None
     ) -> select.Memory:
-        """Describe the cache of these heads: capacity in tokens, policy (None: the paper's) and batch."""
+        """Return the cache parameters that a split's bytes depend on; the policy None is that of the paper."""
         if capacity is None:
-            raise ValueError("bytes= needs capacity=, the tokens that a row is to hold: prompt and answer")
+            raise ValueError("bytes= needs capacity=, the number of tokens per row: prompt and answer")
         head_dim = head_dim or self.meta.head_dim
         if not head_dim:
-            raise ValueError("these scores do not say how wide a head is: pass head_dim= (params.config.head_dim)")
+            raise ValueError("these scores lack the head dimension: pass head_dim= (params.config.head_dim)")
         return select.Memory(
             check_int("capacity", capacity, 1),
             razor or RazorConfig(),
@@ -248,9 +249,7 @@ class HeadScores:
         batch: int = 1,
         head_dim: int | None = None,
     ) -> tuple[select.CurvePoint, ...]:
-        """Return the share → bytes: one point for each number of retrieval heads, from none to all, chosen as by
-        share.
-        """
+        """Return cache bytes for each number of retrieval heads, from none to all, chosen as for `select(share=)`."""
         memory = self.memory(capacity, razor, batch=batch, head_dim=head_dim)
         (L, K), points = self.echo.shape, []
         for count in range(L * K + 1):
@@ -260,7 +259,7 @@ class HeadScores:
         return tuple(points)
 
     def describe(self) -> str:
-        """Return one line: preset, block and seeds."""
+        """Return preset, block, seeds and note in one line."""
         meta = self.meta
         line = f"preset {meta.preset}"
         if meta.block:
@@ -275,11 +274,11 @@ class HeadScores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadScores:
-        """Read what `save` wrote."""
+        """Read scores that `save` wrote."""
         return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain lists and numbers; exact, for JSON carries float64."""
+        """Return plain lists and numbers. JSON preserves them exactly."""
         return {
             "format": _FORMAT,
             "version": _VERSION,
@@ -291,7 +290,7 @@ class HeadScores:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HeadScores:
-        """Return the inverse of `to_json`; raises ValueError if `data` is something else."""
+        """Return scores from the result of `to_json`. Raise ValueError for other data."""
         found = (data.get("format"), data.get("version"))
         if found != (_FORMAT, _VERSION):
             raise ValueError(f"format and version are {found}, expected {(_FORMAT, _VERSION)}: not head scores")

@@ -1,4 +1,4 @@
-"""Which KV heads a ranking and a budget keep: pure functions of scores [L, K]."""
+"""Selection of KV heads by rank and budget: pure functions of scores [L, K]."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from .. import cache as kv
 from ..config import HeadSplit, RazorConfig, check_int
 
-# (induction, echo) shares: the paper's for one query head a KV head, what vendors ship for grouped ones.
+# Default (induction, echo) shares: from the paper for one query head per KV head, from vendor tools for grouped heads.
 PAPER_SHARES = (0.14, 0.01)
 GROUPED_SHARES = (0.28, 0.02)
 
@@ -22,13 +22,14 @@ Head = tuple[int, int]  # (layer, KV head)
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a split's bytes depend on besides the split.
+    """Parameters, besides the split, that the bytes of a cache depend on.
 
     Attributes:
-      capacity: tokens that each of `batch` rows is to hold.
+      capacity: tokens per row.
       razor: cache policy of the windowed heads.
       head_dim: H.
-      dtype: cache type where the policy names none.
+      dtype: cache dtype if the policy sets none.
+      batch: number of rows.
     """
 
     capacity: int
@@ -46,14 +47,21 @@ class Memory:
         return self.spec(split).kv_bytes(self.batch)
 
     def describe(self) -> str:
+        """Return the parameters in one line."""
         rows = f"batch {self.batch} × " if self.batch > 1 else ""
         return f"{rows}{self.capacity:,} tokens, {self.razor.kv_dtype or self.dtype}, {self.razor.describe()}"
 
 
 @dataclasses.dataclass(frozen=True)
 class CurvePoint:
-    """One point of share → bytes: so many retrieval heads, their share, the cache's bytes, and how many times
-    smaller than a dense bfloat16 cache that is."""
+    """Cache size for one number of retrieval heads.
+
+    Attributes:
+      heads: number of retrieval heads.
+      share: that number over all KV heads.
+      bytes: size of the cache.
+      ratio: size of a dense bfloat16 cache over `bytes`.
+    """
 
     heads: int
     share: float
@@ -62,12 +70,13 @@ class CurvePoint:
 
 
 def by_count(induction: np.ndarray, echo: np.ndarray, wanted: int, forced: Iterable[Head] = ()) -> set[Head]:
-    """Choose `forced` and the best others, `wanted` heads in all, about one in fifteen by echo (the paper's
-    proportion), the rest by induction.
+    """Return `wanted` heads: the `forced` heads first, then the best others.
+
+    About one in fifteen is chosen by echo score (the proportion of the paper), the rest by induction score.
     """
     heads = set(forced)
     paper_echo = PAPER_SHARES[1] / sum(PAPER_SHARES)
-    # A single head is an induction head: without any, copying fails altogether.
+    # A single head is chosen by induction: copying fails without an induction head.
     num_echo = min(head_count(paper_echo, wanted), max(wanted - 1, 0))
     for head in itertools.chain(ranked(echo)[:num_echo], ranked(induction)):
         if len(heads) >= wanted:
@@ -77,21 +86,23 @@ def by_count(induction: np.ndarray, echo: np.ndarray, wanted: int, forced: Itera
 
 
 def whole_layers(layers: Sequence[int], shape: tuple[int, ...]) -> set[Head]:
-    """Return every KV head of the layers that are always kept."""
+    """Return every KV head of these layers."""
     found = {check_int("always_layers", layer, 0, shape[0] - 1) for layer in layers}
     return set(itertools.product(found, range(shape[1])))
 
 
 def balanced(heads: set[Head], induction: np.ndarray, devices: int) -> set[Head]:
-    """Return heads with each layer's count rounded up to a multiple of `devices`, by induction score: nothing that was
-    chosen is lost, and every device holds as many full caches as the others.
+    """Return the heads, with the count of each layer rounded up to a multiple of `devices`.
+
+    The best remaining heads by induction score are added, so all devices store the same number of full caches. Raises
+    ValueError if `devices` does not divide the KV heads of a layer.
     """
     K = induction.shape[1]
     devices = check_int("balanced_over", devices, 1)
     if K % devices:
         allowed = [n for n in range(1, K + 1) if K % n == 0]
         raise ValueError(
-            f"balanced_over={devices}: must divide the {K} KV heads of a layer, so one of {allowed}; or shard the "
+            f"balanced_over={devices}: must divide the {K} KV heads of a layer: use one of {allowed}, or shard the "
             "cache by slot"
         )
     counts = {layer: sum(1 for at, _ in heads if at == layer) for layer in range(len(induction))}
@@ -104,13 +115,13 @@ def balanced(heads: set[Head], induction: np.ndarray, devices: int) -> set[Head]
 
 
 def most_within(total: int, fits: Callable[[int], bool]) -> int | None:
-    """Return the largest n of 0..total with fits(n), None if there is none; more heads never fit where fewer do not."""
+    """Return the largest n in 0..total with fits(n), or None. `fits` must be monotonic: False for all n above that."""
     n = bisect.bisect_left(range(total + 1), True, key=lambda n: not fits(n)) - 1
     return n if n >= 0 else None
 
 
 def ties(name: str, scores: np.ndarray, chosen: set[Head]) -> str:
-    """Report heads left out that score as much as a head kept: their order decided."""
+    """Return a note that counts the heads left out with the score of a chosen head; "" if there are none."""
     left = {head: scores[head] for head in np.ndindex(*scores.shape) if head not in chosen}
     best = max(left.values(), default=None)
     if all(scores[head] != best for head in chosen):
@@ -119,18 +130,18 @@ def ties(name: str, scores: np.ndarray, chosen: set[Head]) -> str:
 
 
 def head_count(share: float, total: int) -> int:
-    """Return round(share · total), halves to even; at least one head for a positive share."""
+    """Return round(share · total), with halves to even and a minimum of 1 for a positive share."""
     return max(1, round(share * total)) if share > 0 else 0
 
 
 def ranked(scores: np.ndarray) -> list[Head]:
-    """Rank (layer, head) of scores [L, K], best first; ties by layer, then head."""
+    """Return all (layer, head) of scores [L, K], best first. Ties are ordered by layer, then head."""
     order = np.argsort(-scores.reshape(-1), kind="stable")
     return [(int(i) // scores.shape[1], int(i) % scores.shape[1]) for i in order]
 
 
 def fraction(name: str, value: Any) -> float:
-    """Return `value` if it is a share; raise ValueError otherwise."""
+    """Return `value` if it is a number from 0 to 1; raise ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r}: must be a share of the KV heads, from 0 to 1")
     return value

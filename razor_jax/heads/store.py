@@ -1,4 +1,4 @@
-"""Head splits on disk: `razor.json`, beside a checkpoint or in the user's cache folder."""
+"""Head splits on disk: `razor.json`, in the folder of a checkpoint or in the cache folder of the user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMAT, VERSION = "razor_jax.heads", 1
 
 @dataclasses.dataclass(frozen=True)
 class HeadFile:
-    """The contents of a razor.json: the split, a recommended cache policy, and what was measured with both."""
+    """Contents of a razor.json: the split, a recommended cache policy, and the accuracy measured with both."""
 
     split: HeadSplit
     recommended: RazorConfig | None = None
@@ -34,8 +34,9 @@ def write(
     recommended: RazorConfig | None = None,
     promise: Promise | None = None,
 ) -> Path:
-    """Write razor.json (into `path` if that is a folder) and return where; atomic: a reader sees the
-    old file or the new one.
+    """Write razor.json to `path`, or into it if it is a folder, and return the file's path.
+
+    The write is atomic: a reader sees the old file or the new one.
     """
     path = _file(path)
     data = {
@@ -54,10 +55,10 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> HeadFile:
-    """Read razor.json (from `path` if that is a folder).
+    """Read razor.json from `path`, or from inside it if it is a folder.
 
-    Raises FileNotFoundError, or ValueError that names the file, the field and what it must be. Whether
-    the split fits a model is for `with_heads` to say.
+    Raises FileNotFoundError, or ValueError with the file, the field and the allowed values. `with_heads` checks
+    whether the split fits a model.
     """
     path = _file(path)
     if not path.is_file():
@@ -73,7 +74,7 @@ def read(path: str | os.PathLike[str]) -> HeadFile:
 
 
 def parse(data: Any) -> HeadFile:
-    """Return the contents of a razor.json; raises ValueError that names the field."""
+    """Return the contents of a decoded razor.json. Raise ValueError that names the field."""
     if not isinstance(data, dict):
         raise ValueError(f"must be a JSON object, found {type(data).__name__}")
     if data.get("format") != FORMAT:
@@ -86,7 +87,7 @@ def parse(data: Any) -> HeadFile:
         raise ValueError(f"num_kv_heads={num_kv_heads!r}: must be a positive integer")
     layers = data.get("retrieval_heads")
     if not isinstance(layers, list) or not layers:
-        raise ValueError(f"retrieval_heads={layers!r}: must be a list with one list of KV heads a layer")
+        raise ValueError(f"retrieval_heads={layers!r}: must be a list with one list of KV heads per layer")
     for number, heads in enumerate(layers):
         if not isinstance(heads, list) or not all(_integer(head) for head in heads):
             raise ValueError(f"retrieval_heads[{number}]={heads!r}: must be a list of integers")
@@ -99,8 +100,9 @@ def parse(data: Any) -> HeadFile:
 
 
 def cache_path(params: Params) -> Path:
-    """Return where the split of this very model is remembered: one file a pair of fingerprints, under
-    $XDG_CACHE_HOME/razor_jax (~/.cache/razor_jax where that is unset).
+    """Return the cached file for the split of this model, one per architecture and weights fingerprint.
+
+    It is under $XDG_CACHE_HOME/razor_jax, or ~/.cache/razor_jax if the variable is unset.
     """
     name = f"{architecture_fingerprint(params.config)[:16]}-{weights_fingerprint(params)[:16]}.json"
     return user_cache() / "heads" / name
@@ -126,7 +128,7 @@ def _policy(data: Any) -> RazorConfig | None:
 def _scopes(data: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
     layers = data.get("scopes", [])
     if not isinstance(layers, list) or not all(isinstance(x, list) and all(map(_integer, x)) for x in layers):
-        raise ValueError(f"scopes={layers!r}: must be a list with one list of tokens a layer")
+        raise ValueError(f"scopes={layers!r}: must be a list with one list of scopes, in tokens, per layer")
     return tuple(map(tuple, layers))
 
 

@@ -1,4 +1,4 @@
-"""What a head search is worth on one model: is it stable, and does it find the heads that matter?"""
+"""Evaluation of a head search on one model: is it stable, and does it find the heads that matter?"""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from .probe import find_heads
 from .scores import HeadScores
 from .select import CurvePoint, by_count
 
-MOST_HEADS = 64  # a model of more KV heads is not searched by trying
+MOST_HEADS = 64  # models with more KV heads get no causal search
 _SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 20)
-_CHANCE = 5  # random splits of each size
-_SHORTER = (2, 4, 8)
+_CHANCE = 5  # random splits per size
+_SHORTER = (2, 4, 8)  # divisors of the block length
 
-Say = Callable[[str], Progress]  # names a phase, and gives what to call with (done, total) inside it
+Say = Callable[[str], Progress]  # starts a named phase and returns its progress callback
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Two searches of the same model beside each other."""
+    """Agreement of two searches on one model."""
 
     name: str
-    induction: float  # Spearman over all KV heads
+    induction: float  # Spearman correlation over all KV heads
     echo: float
-    overlap: float  # of the two default splits
+    overlap: float  # shared part of the two default splits
 
 
 @dataclasses.dataclass(frozen=True)
 class Stability:
-    """How much of a split is the model's, and how much the draw's.
+    """Stability of the search: how much a split depends on the model, and how much on the random draw.
 
     Attributes:
-      seeds: every two seeds.
-      lengths: shorter blocks against the full one, the same seed.
-      presets: other searches against the paper's probe.
-      undecided: heads that some seeds keep and others do not: ((layer, head), seeds that keep it).
-      notes: what could not be tried, and why.
+      seeds: every pair of seeds.
+      lengths: shorter blocks compared with the full one, with the same seed.
+      presets: other searches compared with the probe of the paper.
+      undecided: heads that only some seeds keep, as ((layer, head), number of seeds that keep it).
+      notes: searches that could not run, and why.
     """
 
     seeds: tuple[Agreement, ...]
@@ -57,8 +57,8 @@ class Stability:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
-    """Splits of one size, judged on questions that no search has seen."""
+class SplitResult:
+    """Result of one split, or the mean of several of one size, on questions that no search has seen."""
 
     heads: int
     loss: float
@@ -69,28 +69,28 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True)
 class Causal:
-    """The probe against the heads that matter.
+    """Comparison of the probe with causal importance.
 
     Attributes:
-      rise: float64 [L, K], loss that windowing each KV head alone adds.
-      dense_loss: loss of dense attention on the same questions.
-      spearman: of each scorer's KV ranking with `rise`.
-      judged: for each way to choose, a split of each size, on other questions than the searches saw.
-      tasks: what was asked, for people.
-      seconds: wall time of the searches and the judging.
+      rise: float64 [L, K], loss added by windowing each KV head alone.
+      dense_loss: loss of dense attention on the evaluation questions.
+      spearman: rank correlation of each scorer with `rise`.
+      judged: results of each method, one split per size, on questions that no search has seen.
+      tasks: description of the questions.
+      seconds: wall time of searches and evaluation.
     """
 
     rise: np.ndarray
     dense_loss: float
     spearman: dict[str, float]
-    judged: dict[str, tuple[Judged, ...]]
+    judged: dict[str, tuple[SplitResult, ...]]
     tasks: str
     seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """All that a report shows of one model."""
+    """Everything that a report shows about one model."""
 
     scores: HeadScores
     split: HeadSplit
@@ -125,13 +125,13 @@ def study(
     capacity: int | None = None,
     say: Say = lambda phase: lambda done, total: None,
 ) -> Study:
-    """Probe, repeat the probe, and for a small model with a tokenizer try the heads.
+    """Probe a model with several seeds, and window single heads if it is small and has a tokenizer.
 
     Args:
-      seeds: probes to compare; the scores are their mean.
-      documents, tokens: of the retrieval tasks; twice as many documents judge as search.
-      capacity: tokens of the cache that the curve counts bytes of; None for the model's positions.
-      say: names what is going on.
+      seeds: number of probes to compare; scores are the mean.
+      documents, tokens: number and length of the documents to search with. Evaluation uses twice as many documents.
+      capacity: cache capacity in tokens for the curve of bytes; None for max_position_embeddings.
+      say: called with the name of each phase; returns the progress callback of the phase.
     """
     started = time.perf_counter()
     policy = params.razor or RazorConfig()
@@ -155,7 +155,7 @@ def study(
     if scores.echo.size <= MOST_HEADS and params.assets is not None and params.assets.tokenizer_json is not None:
         scorers = {"probe": scores, **searches}
         tokens = min(tokens, params.config.max_position_embeddings // 2)
-        # Heads can only be told apart where windowing drops something.
+        # Heads differ only if the window drops tokens of these documents.
         narrow = policy if policy.window and policy.window < tokens // 2 else RazorConfig.compact(tokens // 8)
         tried = against_causal(params, scorers, narrow, documents=documents, tokens=tokens, say=say)
     points = scores.curve(capacity or params.config.max_position_embeddings, policy)
@@ -182,7 +182,7 @@ def against_causal(
     tokens: int,
     say: Say = lambda phase: lambda done, total: None,
 ) -> Causal:
-    """Window each head alone, search greedily, then judge every way to choose on questions that none has seen."""
+    """Window each head alone, search greedily, and evaluate every method on questions that no search has seen."""
     started = time.perf_counter()
     search = Ablation(params, causal.needle_tasks(params, documents=documents, tokens=tokens, seed=1), policy)
     total = int(np.prod(search.shape))
@@ -195,9 +195,9 @@ def against_causal(
     sizes = [n for n in _SIZES if n < total] + [total]
     step, judged = say("judging splits"), {}
 
-    def result(heads: Any) -> Judged:
+    def result(heads: Any) -> SplitResult:
         outcome = judge(causal.split_of(heads, judge.shape))
-        return Judged(len(heads), outcome.loss, outcome.accuracy, outcome.half_width, tuple(sorted(heads)))
+        return SplitResult(len(heads), outcome.loss, outcome.accuracy, outcome.half_width, tuple(sorted(heads)))
 
     alone = HeadScores(rise, rise, rise.shape[1], scorers["probe"].meta)
     for done, (name, found) in enumerate({**scorers, "each alone": alone}.items()):
@@ -220,7 +220,7 @@ def against_causal(
 
 
 def _searches(params: Params, say: Say) -> tuple[dict[str, HeadScores], list[str]]:
-    """Return the other searches that this model allows, and why not the rest."""
+    """Return the other searches that this model allows, and a note on each that it does not."""
     found, notes = {}, []
     for name, search in (
         ("vendor", lambda step: find_heads(params, preset="vendor", progress=step)),
@@ -243,10 +243,10 @@ def _lengths(params: Params, full: HeadScores, say: Say) -> list[Agreement]:
     return rows
 
 
-def _mean(rows: list[Judged]) -> Judged:
-    """Return several random splits of one size as one; the interval is theirs, not the questions'."""
+def _mean(rows: list[SplitResult]) -> SplitResult:
+    """Return the mean of several random splits of one size. The interval is over splits, not over questions."""
     accuracy = np.asarray([row.accuracy for row in rows])
-    return Judged(
+    return SplitResult(
         rows[0].heads,
         float(np.mean([row.loss for row in rows])),
         float(accuracy.mean()),

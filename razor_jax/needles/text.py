@@ -1,7 +1,7 @@
 """The corpus of razor-mini: English prose that every Python carries, committed as extracted once.
 
 Documentation differs between Python versions, so the text is read from `assets/text.jsonl.xz` and checked
-by hash, never from the running interpreter. `python -m razor_jax.needles.text OUT` extracts it anew.
+by hash, never from the running interpreter. `python -m razor_jax.needles.text OUT` extracts it again.
 
 One document a line: `{"name", "split", "paragraphs"}`, a paragraph being one line of prose. Documents are
 split by the hash of their name; a paragraph that occurs in two documents is kept in the first one only, so

@@ -113,7 +113,7 @@ def test_causal_scores_are_head_scores():
     np.testing.assert_array_equal(scores.echo, scores.induction)
     best = np.unravel_index(scores.induction.argmax(), SHAPE)
     assert causal.heads_of(mask_of(scores.select(share=0.25))) == {best}
-    assert "2 documents of 256 tokens a seed, sinks 2, window 24" in scores.select().note
+    assert "2 documents of 256 tokens per seed, sinks 2, window 24" in scores.select().note
 
 
 def test_documents_that_drop_nothing_are_refused(tasks):
@@ -155,7 +155,7 @@ def test_needle_scores_depend_on_the_draw_and_not_on_the_chunk():
     again = needle_heads(tiny.params(), documents=2, tokens=256, chunk=256)
     np.testing.assert_allclose(scores.query_induction, again.query_induction, atol=1e-6)
     assert ((scores.query_echo > 0) & (scores.query_echo < 1)).all()
-    assert scores.meta.note == "2 documents of 256 tokens a seed"
+    assert scores.meta.note == "2 documents of 256 tokens per seed"
     other = needle_heads(tiny.params(), seeds=(1,), documents=2, tokens=256)
     assert np.abs(other.query_echo - scores.query_echo).max() > 1e-5
 

@@ -70,10 +70,10 @@ def test_duo_has_no_growing_window(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("full_attention_heads.tsv", "1\t0\n1\n", "must be one line a layer|inhomogeneous"),
-        ("full_attention_heads.tsv", "1\tx\n", "one number a KV head, tabs between.*'x'"),
-        ("full_attention_heads.tsv", "1\tnan\n", "must be finite numbers"),
-        ("full_attention_heads.tsv", "\n", "must be finite numbers"),
+        ("full_attention_heads.tsv", "1\t0\n1\n", "must have one line per layer.*inhomogeneous"),
+        ("full_attention_heads.tsv", "1\tx\n", "one number per KV head, separated by tabs.*'x'"),
+        ("full_attention_heads.tsv", "1\tnan\n", "equally many finite numbers"),
+        ("full_attention_heads.tsv", "\n", "equally many finite numbers, at least one line"),
         ("config.json", "{", "config.json: not JSON"),
         ("config.json", "[]", "must be a JSON object, found list"),
         ("config.json", '{"sink_size": 4}', "config.json: recent_size=None: must be an integer, at least 1"),
@@ -106,7 +106,10 @@ def vendor_file(tmp_path, content) -> str:
 def test_vendor_query_heads_keep_their_kv_head(tmp_path):
     split = read_vendor(vendor_file(tmp_path, VENDOR), **SHAPE, heads="query")
     assert split.retrieval == ((0, 1), (2, 3), ())
-    assert "3 prefix_matching + 1 copying KV heads, 0 in both, a KV head for any of its 2 query heads" in split.note
+    assert (
+        "3 prefix_matching + 1 copying KV heads, 0 in both, a KV head if any of its 2 query heads is listed"
+        in split.note
+    )
 
 
 def test_vendor_echo_heads_of_every_layer_are_merged(tmp_path):

@@ -12,7 +12,7 @@ import scipy.stats
 from razor_jax.config import HeadSplit
 from razor_jax.heads import HeadScores, ProbeMeta, compare, plots, report, study
 from razor_jax.heads.select import CurvePoint
-from razor_jax.heads.study import Agreement, Causal, Judged, Stability, Study
+from razor_jax.heads.study import Agreement, Causal, SplitResult, Stability, Study
 
 
 @pytest.mark.parametrize("levels", [3, 1000])
@@ -41,8 +41,8 @@ def made_study(with_causal: bool = True) -> Study:
     scores = HeadScores(rng.random((3, 8)), rng.random((3, 8)), 4, ProbeMeta("made", head_dim=8))
     rise = rng.normal(size=(3, 4))
 
-    def judged(loss: float) -> tuple[Judged, ...]:
-        return tuple(Judged(n, loss / (n + 1), n / 12, 0.05, tuple(np.ndindex(1, n))) for n in (0, 2, 4, 12))
+    def judged(loss: float) -> tuple[SplitResult, ...]:
+        return tuple(SplitResult(n, loss / (n + 1), n / 12, 0.05, tuple(np.ndindex(1, n))) for n in (0, 2, 4, 12))
 
     tried = Causal(
         rise=rise,
@@ -63,7 +63,7 @@ def test_report_says_what_was_measured():
     text = report.markdown(made_study(), model="m", machine={"cores": "2"})
     for words in (
         "keeps 3 of 12 KV heads: 0.0, 1.1, 1.3.",
-        "| every two seeds, worst | 0.90 | 0.50 | 75% |",
+        "| pairs of seeds, worst | 0.90 | 0.50 | 75% |",
         "kept by some seeds only: 1.2 (1 of the seeds).",
         "Not tried: vendor: vocab_size=40.",
         "probe 0.25, needle constant",
@@ -74,7 +74,7 @@ def test_report_says_what_was_measured():
     ):
         assert words in text, words
     short = report.markdown(made_study(with_causal=False), model="m", machine={})
-    assert "Heads were not tried one by one" in short
+    assert "Single heads were not windowed" in short
 
 
 def test_study_is_json():

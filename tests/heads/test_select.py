@@ -270,7 +270,7 @@ def test_ties_at_the_threshold_are_told():
             "share=0.1 keeps 10 heads, but .* have 20: use a share of at least 0.2",
         ),
         ({"always_layers": (10,)}, "always_layers=10: must be an integer, from 0 to 9"),
-        ({"balanced_over": 3}, r"balanced_over=3: must divide the 10 KV heads of a layer, so one of \[1, 2, 5, 10\]"),
+        ({"balanced_over": 3}, r"balanced_over=3: must divide the 10 KV heads of a layer: use one of \[1, 2, 5, 10\]"),
         ({"balanced_over": 0}, "balanced_over=0"),
     ],
 )

@@ -182,7 +182,9 @@ def child_two_processes(root: str, out: str) -> None:
     again = hub.load(f"{out}/orbax", mesh="data=2,model=4", weights="int8")
     assert (again.heads_or_all.retrieval, again.razor) == (SPLIT.retrieval, RAZOR)
     hub.save(again, f"{out}/int8", "orbax")
-    with pytest.raises(FileNotFoundError, match=r"there is no .*razor\.json: find the model's heads once on one machine"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no .*razor\.json: find the model's heads once on one machine"
+    ):
         hub.load(root, mesh="model=8")
 
 
