@@ -42,24 +42,7 @@ def serve(
     """Answer a file of prompts, or a person; over many hosts with `python -m razor_jax.launch`."""
     if interactively == (prompts is not None) or (prompts is None) != (output is None):
         raise typer.BadParameter("give --prompts FILE and --output FILE, or --interactive")
-    decisive = {
-        "dense": policy.dense,
-        "window": policy.window,
-        "sinks": policy.sinks,
-        "prefill_chunk": policy.prefill_chunk,
-        "sampling": [
-            draws.temperature,
-            draws.top_k,
-            draws.top_p,
-            draws.min_p,
-            draws.repetition_penalty,
-            draws.seed,
-        ],
-        "stop": draws.stop,
-        "dtype": model.dtype,
-        "kv_dtype": policy.kv_dtype,
-        "weights": model.weights,
-    }
+    decisive = _decisive(model, policy, draws)
     shape = {
         "batch": rows,
         "mesh": model.mesh,
@@ -87,17 +70,27 @@ def serve(
             _converse(params, {**options, "max_new_tokens": max_new_tokens, "seed": draws.seed})
             return
         # Draws depend on the row that a prompt takes in its batch.
-        run = {
-            "files": files,
-            **kept,
-            **decisive,
-            **({} if sampling.greedy else {"batch": rows}),
-        }
+        run = {"files": files, **kept, **decisive, **({} if sampling.greedy else {"batch": rows})}
         _answer_file(params, prompts, output, rows, max_new_tokens, run, draws.seed, options)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
         raise typer.Exit(worker.code_of(error)) from None
+
+
+def _decisive(model: ModelOptions, policy: PolicyOptions, draws: SamplingOptions) -> dict[str, Any]:
+    """Return the options that decide what the answers are."""
+    return {
+        "dense": policy.dense,
+        "window": policy.window,
+        "sinks": policy.sinks,
+        "prefill_chunk": policy.prefill_chunk,
+        "sampling": [draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.repetition_penalty, draws.seed],
+        "stop": draws.stop,
+        "dtype": model.dtype,
+        "kv_dtype": policy.kv_dtype,
+        "weights": model.weights,
+    }
 
 
 def _answer_file(
