@@ -43,6 +43,7 @@ _BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_LAYER_TENSORS = 9  # without biases and norms of q and k
 # Fields of an architecture that `_config` reads, or that change nothing.
 _READ = frozenset(
     (
@@ -140,9 +141,12 @@ def _config(header: Header) -> ModelConfig:
     header.refuse_unread(f"{kind}.", _READ, _NEUTRAL)
     size = functools.partial(_size, header, kind)
     layers, heads, width = size("block_count"), size("attention.head_count"), size("embedding_length")
-    if layers > len(header.tensors):
-        # Before names are made of it.
-        raise header.error(f"{kind}.block_count", f"must be at most {len(header.tensors):,}, the number of tensors")
+    if layers * _LAYER_TENSORS > len(header.tensors):  # Checked before a list of names is made of it.
+        raise header.error(
+            f"{kind}.block_count",
+            f"must be at most {len(header.tensors) // _LAYER_TENSORS:,}, because the file has {len(header.tensors):,} "
+            f"tensors and a layer has at least {_LAYER_TENSORS}; use another file",
+        )
     embedding = header.tensors.get(_EMBEDDING)
     if embedding is None:
         raise ValueError(f"{header.path}: tensor {_EMBEDDING} is missing; use a file that holds the whole model")
@@ -151,6 +155,8 @@ def _config(header: Header) -> ModelConfig:
         raise header.error(f"{kind}.vocab_size", f"must be {rows:,}, the rows of {_EMBEDDING}")
     head_dim = size("attention.key_length", width // heads)
     epsilon = header.field(f"{kind}.attention.layer_norm_rms_epsilon", float, 1e-6)
+    if epsilon > 1:
+        raise header.error(f"{kind}.attention.layer_norm_rms_epsilon", "must be at most 1; use another file")
     theta = header.field(f"{kind}.rope.freq_base", float, 10_000.0, least=2)
     hf = {
         "model_type": kind,
