@@ -39,6 +39,7 @@ _ALIGNMENT, _MAX_ALIGNMENT = 32, 1 << 20
 _HEADER_BYTES = 64 << 20
 _ENTRIES = 1 << 16  # tensors, and metadata fields
 
+# Type of a metadata field -> what an error asks for.
 _ALLOWED = {
     int: "a whole number, {} or more",
     float: "a finite number, {} or more",
@@ -113,9 +114,9 @@ class Header:
         """Raise ValueError for a field that would be ignored although it may change the results.
 
         Args:
-          prefix: the fields that are looked at; others describe the file.
-          read: patterns of names after the prefix that the caller reads or that change nothing.
-          neutral: name after the prefix -> values that change nothing.
+          prefix: only fields with this prefix are checked; others describe the file.
+          read: patterns of names after the prefix: fields that the caller reads or that change nothing.
+          neutral: values that change nothing, by name after the prefix.
         """
         for name, value in self.metadata.items():
             rest = name.removeprefix(prefix)
@@ -152,6 +153,7 @@ def read_header(path: Path) -> Header:
 
 @functools.lru_cache(maxsize=4)
 def _cached_header(path: Path, size: int, changed: int) -> Header:
+    """Parse a header once per version of a file."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return _Parser(path, data).header()
 
