@@ -176,7 +176,7 @@ def find(model: str | os.PathLike[str]) -> Path:
     # Not str(path): a Windows path turns an id's slash round.
     name = os.fspath(model)
     repository, _, file = name.partition(":")
-    if file.endswith(gguf.SUFFIX) and _HUB_ID.fullmatch(repository):
+    if file.lower().endswith(gguf.SUFFIX) and _HUB_ID.fullmatch(repository):
         return _download_file(repository, file)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise FileNotFoundError(
@@ -209,7 +209,15 @@ def _installed(model: str) -> Path:
 
 def _download_file(name: str, file: str) -> Path:
     with _hub_errors(name):
-        return Path(huggingface_hub.hf_hub_download(name, file))
+        try:
+            return Path(huggingface_hub.hf_hub_download(name, file))
+        except errors.EntryNotFoundError as error:
+            if isinstance(error, errors.LocalEntryNotFoundError):  # offline: nothing is known about the file
+                raise
+            raise FileNotFoundError(
+                f"{name} on the Hugging Face Hub has no file {file!r}: use a name that "
+                f"https://huggingface.co/{name}/tree/main lists"
+            ) from error
 
 
 def _download(name: str) -> Path:
