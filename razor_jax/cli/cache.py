@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import huggingface_hub.constants
 import jax
@@ -17,8 +17,6 @@ from .options import JsonOption
 from .terminal import note, print_json
 
 app = typer.Typer(cls=terminal.Commands, no_args_is_help=True, help="Compiled programs, remembered heads, downloads.")
-
-Kind = Literal["programs", "heads", "downloads"]
 
 
 @app.command("list")
@@ -34,13 +32,15 @@ def list_caches(as_json: JsonOption = False) -> None:
 
 @app.command()
 def clear(
-    what: Annotated[list[Kind] | None, typer.Argument(help="Programs and heads by default.")] = None,
+    what: Annotated[list[str] | None, typer.Argument(help="programs, heads; both by default.")] = None,
 ) -> None:
     """Delete compiled programs and remembered heads; both are made again when they are needed."""
     folders = _folders()
     for kind in what or ("programs", "heads"):
         if kind == "downloads":
             raise typer.BadParameter("downloads are shared with other programs: use `hf cache delete`")
+        if kind not in folders:
+            raise typer.BadParameter(f"{kind!r}: must be programs or heads")
         size = _size(folders[kind])
         shutil.rmtree(folders[kind], ignore_errors=True)
         note(f"{kind}: freed {size / 2**20:,.1f} MiB in {folders[kind]}")

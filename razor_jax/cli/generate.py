@@ -126,7 +126,7 @@ def generate(
     if question:
         asked = split(params.assets, text or "-", question, has_template and not template.raw, variables)
         if cache is not None:
-            options["cache"] = razor_jax.load_cache(cache, params)
+            options["cache"] = razor_jax.load_cache(params, cache)
         else:
             with terminal.working("reading the document"):
                 options["cache"] = razor_jax.prefill(params, asked.document, razor=policy.policy(params), raw=True)

@@ -17,6 +17,7 @@ from jax import lax
 
 from .. import cache as kv
 from ..cache import CacheSpec, KVCache
+from ..compilation import promoting
 from ..functional import decode, extend, extend_known, placement_of
 from ..params import Params
 from .sampling import Sampling, sample
@@ -45,6 +46,7 @@ class LoopState(flax.struct.PyTreeNode):
     keys: jax.Array
 
 
+@promoting
 def _begin(
     params: Params,
     source: KVCache | None,
@@ -76,6 +78,7 @@ resume = jax.jit(_begin, static_argnames=("spec", "chunk"), donate_argnames=("so
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "chunk"))
+@promoting
 def prefill(
     params: Params, tokens: jax.Array, lengths: jax.Array, *, spec: CacheSpec, chunk: int | None
 ) -> tuple[jax.Array, KVCache]:
@@ -113,6 +116,7 @@ def read_prompt(
 
 
 @functools.partial(jax.jit, static_argnames=("keep",), donate_argnames=("state",))
+@promoting
 def decode_block(
     params: Params,
     state: LoopState,
@@ -148,7 +152,7 @@ def decode_block(
         index, state, out = carry
         logits, cache = decode(params, state.cache, state.token, ~state.done)
         state = _choose(state, cache, logits, stop_ids, limit, sampling)
-        return index + 1, state, lax.dynamic_update_slice(out, state.token[:, None], (0, index))
+        return index + 1, state, lax.dynamic_update_slice_in_dim(out, state.token[:, None], index, axis=1)
 
     _, state, out = lax.while_loop(going, step, (jnp.int32(0), state, out))
     return (

@@ -90,6 +90,7 @@ def score(
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "chunk"))
+@compilation.promoting
 def _score(params: Params, tokens, lengths, targets, target_lengths, *, spec: CacheSpec, chunk: int):
     """Return log-probabilities and greedy agreement [B, C] of targets int32 [B, C] after tokens int32 [B, T]."""
     placement = placement_of(spec)
