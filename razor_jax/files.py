@@ -55,19 +55,19 @@ def atomic_directory(path: Path, overwrite: bool) -> Iterator[Path]:
     path = path.absolute()
     first = jax.process_index() == 0
     if first:
-        _put_back(path)
-    taken = _holds(path) and not overwrite
-    if _of_first(taken):
+        _recover(path)
+    taken = _not_empty(path) and not overwrite
+    if _from_process_0(taken):
         raise FileExistsError(f"{path} exists already: choose another folder, or pass overwrite=True")
-    mark = f"{_of_first(secrets.randbits(32)):08x}"
+    mark = f"{_from_process_0(secrets.randbits(32)):08x}"
     partial, old = path.with_name(f".{path.name}.{mark}.partial"), path.with_name(f".{path.name}.{mark}.old")
     if first:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
-    _meet(f"{partial} is made")
+    _barrier(f"{partial} is made")
     try:
         yield partial
-        _meet(f"{partial} is written")
+        _barrier(f"{partial} is written")
         if first:
             if path.exists():
                 path.rename(old)
@@ -78,7 +78,7 @@ def atomic_directory(path: Path, overwrite: bool) -> Iterator[Path]:
             if old.exists() and not path.exists():
                 old.rename(path)
         raise
-    _meet(f"{path} is in place")
+    _barrier(f"{path} is in place")
     if first:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -102,29 +102,29 @@ def write_json(file: Path, value: Any) -> None:
         file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _put_back(path: Path) -> None:
+def _recover(path: Path) -> None:
     """Finish what a killed process began: put an old folder back, or remove it where a new one took its place."""
     if not path.parent.is_dir():
         return
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.old")
     # Listed before `path` is checked, so that a folder that another process is moving is not among them.
     for old in [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name)]:
-        if _holds(path):
+        if _not_empty(path):
             shutil.rmtree(old, ignore_errors=True)
         elif not path.exists():
             old.rename(path)
 
 
-def _holds(path: Path) -> bool:
+def _not_empty(path: Path) -> bool:
     """Return whether there is more than an empty folder."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
-def _of_first(value: int) -> int:
+def _from_process_0(value: int) -> int:
     """Return the first process' number, on every process."""
     return int(multihost_utils.broadcast_one_to_all(np.uint32(value)))
 
 
-def _meet(where: str) -> None:
+def _barrier(where: str) -> None:
     """Wait until every process is here."""
     multihost_utils.sync_global_devices(where)

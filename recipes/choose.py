@@ -61,7 +61,7 @@ def tasks(params: Params, tokens: int, documents: int, facts: int) -> list[Task]
     return found
 
 
-def tried(params: Params, scores: HeadScores, asked: list[Task], most: int) -> tuple[Outcome, list[Choice]]:
+def try_choices(params: Params, scores: HeadScores, asked: list[Task], most: int) -> tuple[Outcome, list[Choice]]:
     """Return dense answers, and those of every window and 1 to `most` kept heads."""
     L, K = params.config.num_layers, params.config.num_kv_heads
     dense, choices = None, []
@@ -99,7 +99,7 @@ def main(
     """Find the split and the policy, print what was tried, and write razor.json."""
     params = checkpoint.read(folder)
     scores = find_heads(params, seeds=(0, 1, 2), block=block)
-    dense, choices = tried(params, scores, tasks(params, tokens, documents, facts), most)
+    dense, choices = try_choices(params, scores, tasks(params, tokens, documents, facts), most)
     typer.echo(f"dense: loss {dense.loss:.4f}, right {dense.accuracy:.1%} of {len(dense.right)}")
     for c in choices:
         typer.echo(

@@ -41,7 +41,7 @@ def initial_params(config: ModelConfig, seed: int) -> dict[str, Any]:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
 
 
-def grown(config: ModelConfig, params: dict[str, Any], seed: int) -> dict[str, Any]:
+def add_layers(config: ModelConfig, params: dict[str, Any], seed: int) -> dict[str, Any]:
     """Return `params` of a shallower model in one of `config`'s depth that computes the same.
 
     Old layers are spread evenly, the first stays first; new ones are noise that writes nothing yet.

@@ -29,7 +29,7 @@ from razor_jax.needles.facts import corpus
 
 from . import training, vocabulary
 from .batches import Rows, Stage
-from .initial import grown, initial_params
+from .initial import add_layers, initial_params
 
 # Two layers and short rows of nothing but repeated random ids: previous-token and induction heads form from noise.
 IGNITION = Stage(
@@ -126,11 +126,11 @@ def restore(
     return Run(step, saved["params"], saved["state"])
 
 
-def deepened(run: Run, config: ModelConfig, update: optax.GradientTransformation, seed: int) -> Run:
+def deepen_run(run: Run, config: ModelConfig, update: optax.GradientTransformation, seed: int) -> Run:
     """Return the run with as many layers as `config` asks for; moments start at zero, step counts go on."""
     if f"blocks_{config.num_layers - 1}" in run.params:
         return run
-    params = grown(config, run.params, seed)
+    params = add_layers(config, run.params, seed)
 
     def counted(x):
         return jnp.asarray(run.step, x.dtype) if jnp.issubdtype(x.dtype, jnp.integer) else x
@@ -171,7 +171,7 @@ def train(
         while run.step < end:
             stage = stage_at(stages, run.step)
             shape = config_at(config, stage)
-            run = deepened(run, shape, update, seed)
+            run = deepen_run(run, shape, update, seed)
             batch = rows.batch(stage, seed, run.step)
             arrays = {f.name: jnp.asarray(getattr(batch, f.name)) for f in dataclasses.fields(batch)}
             run.params, run.state, metrics = training.train_step(shape, update, run.params, run.state, arrays)

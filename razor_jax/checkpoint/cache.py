@@ -78,14 +78,14 @@ def load_cache(params: Params, directory: str | os.PathLike[str]) -> KVCache:
     record = _read_record(path)
     spec = _spec(path, record, params)
     kinds = {"length": ("lengths", np.int32), "window": ("windows", np.int32), "overflow": ("overflow", bool)}
-    rows = {name: _placed(np.asarray(record[key], kind), params) for name, (key, kind) in kinds.items()}
+    rows = {name: _to_devices(np.asarray(record[key], kind), params) for name, (key, kind) in kinds.items()}
     batch, layers, cache = len(record["lengths"]), [], None
     # Shapes, and no memory.
     shapes = jax.eval_shape(lambda: [list(map(_arrays, layer)) for layer in kv.init(spec, batch).layers])
     for index, wanted in enumerate(shapes):
         arrays = _read_layer(path, index, wanted, spec, _dense_order(params, spec, index))
         groups = (
-            Group(**(dict.fromkeys(_ARRAYS) | {name: _placed(x, params) for name, x in held.items()}), **static)
+            Group(**(dict.fromkeys(_ARRAYS) | {name: _to_devices(x, params) for name, x in held.items()}), **static)
             for held, static in arrays
         )
         cache = KVCache((tuple(groups),), spec=spec, **rows)
@@ -221,7 +221,7 @@ def _arrays(group: Group) -> dict[str, Any]:
     return {name: x for name in _ARRAYS if (x := getattr(group, name)) is not None}
 
 
-def _placed(x: np.ndarray, params: Params) -> jax.Array:
+def _to_devices(x: np.ndarray, params: Params) -> jax.Array:
     mesh = nontrivial(params.mesh)
     # A copy: on CPU an array may otherwise share the memory of `x`, and a cache is written in place.
     return jnp.array(x) if mesh is None else replicate(x, mesh)

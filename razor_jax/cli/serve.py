@@ -51,7 +51,7 @@ def serve(
     }
     sampling = draws.sampling()
     try:
-        worker.tell(process=jax.process_index(), processes=jax.process_count())
+        worker.notify_launcher(process=jax.process_index(), processes=jax.process_count())
         files = agreement.describe(hub.find(model.model))
         # By content: hosts may keep it in different places.
         ours = policy.dense or model.heads == "auto"

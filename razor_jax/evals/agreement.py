@@ -31,7 +31,7 @@ from ..text.result import KVReport
 from ..text.teacher_forcing import force_jit
 from .haystack import Haystack
 from .journal import Journal, key_of
-from .protocol import Progress, Setting, Stopwatch
+from .protocol import CachedModel, Progress, Stopwatch
 from .stats import Share, share_interval
 from .table import report_from
 
@@ -45,7 +45,7 @@ class Passage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class PassageScores:
     """A setting's predictions of one passage's tokens, from the second of `following` on.
 
     Attributes:
@@ -66,7 +66,7 @@ class Judged:
         return {**dataclasses.asdict(self), "kv": self.kv.to_dict()}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Judged:
+    def from_dict(cls, data: dict[str, Any]) -> PassageScores:
         lists = {name: tuple(data[name]) for name in ("logprobs", "best", "dropped")}
         return cls(**lists, finite=data["finite"], kv=report_from(data["kv"]), seconds=data["seconds"])
 
@@ -86,7 +86,7 @@ def text_passages(
     return passages
 
 
-def greedy_passages(setting: Setting, passages: Sequence[Passage], *, batch: int = 8) -> list[Passage]:
+def greedy_passages(setting: CachedModel, passages: Sequence[Passage], *, batch: int = 8) -> list[Passage]:
     """Return the same prompts followed by what a setting generates greedily, as many tokens; no token ends it."""
     params, found = setting.params.replace(assets=None), []
     for first in range(0, len(passages), batch):
@@ -100,9 +100,9 @@ def greedy_passages(setting: Setting, passages: Sequence[Passage], *, batch: int
     return found
 
 
-def judge(
-    setting: Setting, passages: Sequence[Passage], todo: Sequence[int], batch: int
-) -> Iterator[tuple[int, Judged]]:
+def score_passages(
+    setting: CachedModel, passages: Sequence[Passage], todo: Sequence[int], batch: int
+) -> Iterator[tuple[int, PassageScores]]:
     """Prefill the prompts of `todo`, then read what follows token by token."""
     params, T = setting.params, max(len(p.following) for p in passages) - 1
     longest = max(len(p.prompt) + len(p.following) for p in passages)
@@ -125,7 +125,7 @@ def judge(
             n = int(lengths[row])
             yield (
                 index,
-                Judged(
+                PassageScores(
                     logprobs=tuple(round(float(x), 5) for x in found.logprobs[row, :n]),
                     best=tuple(found.best[row, :n].tolist()),
                     dropped=tuple(np.broadcast_to(dropped, tokens.shape)[row, :n].tolist()),
@@ -170,7 +170,7 @@ class Agreement:
 
 
 def run(
-    settings: Sequence[Setting],
+    settings: Sequence[CachedModel],
     passages: Sequence[Passage],
     *,
     batch: int = 8,
@@ -191,13 +191,13 @@ def run(
 
 
 def _all(
-    setting: Setting, passages: Sequence[Passage], batch: int, journal: Journal, progress: Progress | None
-) -> list[Judged]:
+    setting: CachedModel, passages: Sequence[Passage], batch: int, journal: Journal, progress: Progress | None
+) -> list[PassageScores]:
     identity = setting.identity()
     keys = [key_of(agreement=identity, batch=batch, passage=dataclasses.asdict(p)) for p in passages]
-    found = {i: Judged.from_dict(r) for i, key in enumerate(keys) if (r := journal.get(key)) is not None}
+    found = {i: PassageScores.from_dict(r) for i, key in enumerate(keys) if (r := journal.get(key)) is not None}
     todo = [i for i in range(len(passages)) if i not in found]
-    for index, one in judge(setting, passages, todo, batch):
+    for index, one in score_passages(setting, passages, todo, batch):
         found[index] = one
         journal.add(keys[index], {"setting": setting.name, **one.to_dict()})
         if progress is not None:
@@ -205,7 +205,7 @@ def _all(
     return [found[i] for i in range(len(passages))]
 
 
-def _compare(name: str, reference: Sequence[Judged], found: Sequence[Judged]) -> Agreement:
+def _compare(name: str, reference: Sequence[PassageScores], found: Sequence[PassageScores]) -> Agreement:
     # The reference may be a cache that drops nothing: what counts is what the setting had dropped.
     counts = [np.asarray(one.dropped) > 0 if one.kv.share < 1 else np.zeros(len(one.dropped), bool) for one in found]
     same = [np.asarray(a.best) == np.asarray(b.best) for a, b in zip(reference, found, strict=True)]
@@ -218,7 +218,7 @@ def _compare(name: str, reference: Sequence[Judged], found: Sequence[Judged]) ->
         right = np.concatenate(kept).astype(float)[of]
         return share_interval(right, clusters[of]) if len(right) else None
 
-    def perplexity(judged: Sequence[Judged]) -> float | None:
+    def perplexity(judged: Sequence[PassageScores]) -> float | None:
         total = sum(float(np.asarray(j.logprobs)[c].sum()) for j, c in zip(judged, counts, strict=True))
         return math.exp(-total / counted) if counted else None
 

@@ -36,7 +36,7 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class QuestionFormat:
     """How the questions are put, the same for every setting.
 
     Attributes:

@@ -35,7 +35,7 @@ from ..text.policy import Policy, choose_policy
 from ..text.prompts import capacity_bucket
 from ..text.result import KVReport, Result
 from ..text.scoring import score
-from .harness_requests import Options, Row, Tokens
+from .harness_requests import RequestOptions, RequestTokens, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -235,9 +235,9 @@ class RazorLM(TemplateLM):
         answers, caches = [""] * len(requests), []
         for group in alike.values():
             given = arguments[group[0]][1]
-            options = Options.of(given, self.params, self.eot_token_id, self.max_length, self.max_gen_toks)
+            options = RequestOptions.of(given, self.params, self.eot_token_id, self.max_length, self.max_gen_toks)
             contexts = [self.tok_encode(arguments[index][0]) for index in group]
-            rows = [Row.of(context[-options.room :], self.question_tokens) for context in contexts]
+            rows = [RequestTokens.of(context[-options.room :], self.question_tokens) for context in contexts]
             self._say_cut([len(context) for context in contexts], [len(row.context) for row in rows])
             for batch, padded in self._batches([len(row.context) for row in rows], "answering", disable_tqdm):
                 for at, result in zip(batch, self._generate([rows[i] for i in padded], options), strict=False):
@@ -248,7 +248,7 @@ class RazorLM(TemplateLM):
         self._note(caches)
         return answers
 
-    def _generate(self, rows: list[Row], options: Options) -> list[Result]:
+    def _generate(self, rows: list[RequestTokens], options: RequestOptions) -> list[Result]:
         """Return answers of a batch. Where a context has no token to hold back, all are read whole."""
         call: dict[str, Any] = {
             "max_new_tokens": options.new_tokens,
@@ -262,13 +262,15 @@ class RazorLM(TemplateLM):
         cache = prefill(options.params, [row.read for row in rows], razor=self.razor, capacity=capacity)
         return generate(options.params, [row.held for row in rows], cache=cache, **call)
 
-    def _scored(self, context: Tokens, continuation: Tokens) -> Row:
+    def _scored(self, context: Tokens, continuation: Tokens) -> RequestTokens:
         """Score as `hf` does: the context is cut from the left; the last token is scored and never read."""
         if not 1 <= len(continuation) <= self.max_length:
             raise ValueError(
                 f"a continuation has {len(continuation):,} tokens: between 1 and max_length={self.max_length:,} fit"
             )
-        return Row.of(context[-(self.max_length + 1 - len(continuation)) :], self.question_tokens, continuation)
+        return RequestTokens.of(
+            context[-(self.max_length + 1 - len(continuation)) :], self.question_tokens, continuation
+        )
 
     def _batches(self, lengths: list[int], what: str, quiet: bool) -> Iterator[tuple[list[int], list[int]]]:
         """Yield indices of batches by falling length: a batch, and the same filled up to the size of the others."""

@@ -16,7 +16,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # A penalty would not see
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class RequestTokens:
     """A request's ids: `read` in prefill, `held` back, and the continuation to judge."""
 
     read: Tokens
@@ -32,14 +32,14 @@ class Row:
         return self.held + self.scored
 
     @classmethod
-    def of(cls, context: Tokens, held: int, scored: Tokens | None = None) -> Row:
+    def of(cls, context: Tokens, held: int, scored: Tokens | None = None) -> RequestTokens:
         """Hold back the last tokens of a context, but for its first."""
         at = max(1, len(context) - held)
         return cls(context[:at], context[at:], scored or [])
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class RequestOptions:
     """What a request says about its answer.
 
     Attributes:
@@ -57,7 +57,7 @@ class Options:
     sampling: Sampling
 
     @classmethod
-    def of(cls, given: dict[str, Any], params: Params, eos: int, max_length: int, max_gen_toks: int) -> Options:
+    def of(cls, given: dict[str, Any], params: Params, eos: int, max_length: int, max_gen_toks: int) -> RequestOptions:
         """Make the options from the task's generation_kwargs. Raise ValueError for unknown ones, or for too long an
         answer.
         """

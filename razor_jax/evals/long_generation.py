@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from ..cache import KVCache
-from ..needles import facts as tasks
+from ..needles.facts import Fact, make_facts
 from ..params import Params
 from ..text import prompts
 from ..text.generate import prefill
@@ -25,10 +25,20 @@ from ..text.policy import choose_policy
 from ..text.result import KVReport
 from ..text.session import Session
 from ..text.teacher_forcing import force_jit
-from .conversation import turn
+from .conversation import render_turn_separators
 from .haystack import Haystack, counter
 from .needle import plant
-from .protocol import Cut, Example, Options, Question, Setting, Stopwatch, batches, cut, rows_of
+from .protocol import (
+    CachedModel,
+    EncodedExample,
+    Example,
+    Question,
+    QuestionFormat,
+    Stopwatch,
+    batches,
+    encode_example,
+    rows_of,
+)
 from .table import Answered
 
 _REQUEST = "Continue."
@@ -57,7 +67,7 @@ def examples(
     made = []
     for index in range(count):
         rng = np.random.default_rng([seed, document, reply, index])
-        known = tasks.make_facts(rng, 2 * facts, "held_out")
+        known = make_facts(rng, 2 * facts, "held_out")
         depths = (np.arange(facts) + rng.random(facts)) / facts
         texts = []
         for tokens, part in ((document, known[:facts]), (reply, known[facts:])):
@@ -78,7 +88,7 @@ def examples(
     return made
 
 
-def _question(fact: tasks.Fact, written: int, where: str, distance: int) -> Question:
+def _question(fact: Fact, written: int, where: str, distance: int) -> Question:
     meta = {"written": written, "where": where, "distance": distance}
     return Question(fact.question, (fact.value,), meta=meta)
 
@@ -87,7 +97,7 @@ def _question(fact: tasks.Fact, written: int, where: str, distance: int) -> Ques
 class LongReply:
     """A setting that has to hold a given reply, decoded token by token, before it is asked."""
 
-    setting: Setting
+    setting: CachedModel
 
     @property
     def name(self) -> str:
@@ -98,12 +108,12 @@ class LongReply:
         return {**self.setting.identity(), "long_reply": True}
 
     def answer(
-        self, examples: Sequence[Example], todo: Sequence[int], options: Options
+        self, examples: Sequence[Example], todo: Sequence[int], options: QuestionFormat
     ) -> Iterator[tuple[int, Answered]]:
         """Answer as `System.answer`; `kv` is the cache after the whole reply."""
         params = self.setting.params
         choose_policy(params, self.setting.razor)
-        texts = [self._cut(example, options) for example in examples]
+        texts = [self._encode(example, options) for example in examples]
         longest = [len(d) + len(r) + max(map(len, asked)) + options.max_new_tokens for (d, asked), r in texts]
         for capacity, part in batches([len(d) for (d, _), _ in texts], longest, todo, options.batch):
             with Stopwatch() as watch:
@@ -112,22 +122,26 @@ class LongReply:
                 document = len(texts[index][0][0])
                 yield index, Answered(answers[row], report.row(row), document, watch.seconds / len(part))
 
-    def _cut(self, example: Example, options: Options) -> tuple[Cut, list[int]]:
+    def _encode(self, example: Example, options: QuestionFormat) -> tuple[EncodedExample, list[int]]:
         """Return ids of the document with the request, of each question after the reply, and of the reply."""
         assets = self.setting.params.assets
         request = Example(example.document, (Question(_REQUEST, ("",)),))
-        document, (asked,) = cut(self.setting.params, request, options.form)
+        document, (asked,) = encode_example(self.setting.params, request, options.form)
         assert assets is not None
         reply = assets.encode(example.meta["reply"], add_special=False)
         if options.form in ("chat", "user") or (options.form is None and assets.chat_template is not None):
-            between, follows = turn(assets, example.document)
+            between, follows = render_turn_separators(assets, example.document)
         else:
             between, follows = "\n\nQuestion: ", "\nAnswer:"
         questions = [assets.encode(f"{between}{q.text}{follows}", add_special=False) for q in example.questions]
         return ((*document, *asked), tuple(map(tuple, questions))), reply
 
     def _write(
-        self, part: Sequence[Example], texts: Sequence[tuple[Cut, list[int]]], capacity: int, options: Options
+        self,
+        part: Sequence[Example],
+        texts: Sequence[tuple[EncodedExample, list[int]]],
+        capacity: int,
+        options: QuestionFormat,
     ) -> tuple[list[tuple[str, ...]], KVReport]:
         params = self.setting.params
         filled = [texts[i % len(texts)] for i in range(options.batch)]
@@ -149,7 +163,7 @@ class LongReply:
         report = KVReport.of(cache, params.heads_or_all)
         return [tuple(found[number] for number in sorted(found)) for found in answers], report
 
-    def _ask(self, cache: KVCache, pairs: Sequence[tuple[int, int]], texts: Any, options: Options) -> list[str]:
+    def _ask(self, cache: KVCache, pairs: Sequence[tuple[int, int]], texts: Any, options: QuestionFormat) -> list[str]:
         """Put (row, question) pairs to copies of the cache's rows."""
         filled = [pairs[i % len(pairs)] for i in range(options.batch)]
         session = Session(

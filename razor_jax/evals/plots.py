@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..heads.plots import require
-from .table import Row, Table
+from .table import SettingScores, Table
 
 
 def heat_maps(table: Table, folder: Path, prefix: str, suffix: str = "png") -> list[Path]:
@@ -31,7 +31,7 @@ def heat_maps(table: Table, folder: Path, prefix: str, suffix: str = "png") -> l
     return paths
 
 
-def grid(table: Table, row: Row) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
+def grid(table: Table, row: SettingScores) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
     """Return lengths, depths, and for each (depth, length) the sum of the scores and the number of questions."""
     at = [(e.meta["length"], q.meta["depth"]) if "depth" in q.meta else None for e, q in table.questions]
     known = [place for place in at if place is not None]
@@ -47,7 +47,9 @@ def grid(table: Table, row: Row) -> tuple[list[int], list[float], np.ndarray, np
     return lengths, depths, right, asked
 
 
-def _draw(pyplot: Any, row: Row, lengths: list[int], depths: list[float], right: np.ndarray, asked: np.ndarray) -> Any:
+def _draw(
+    pyplot: Any, row: SettingScores, lengths: list[int], depths: list[float], right: np.ndarray, asked: np.ndarray
+) -> Any:
     share = np.divide(right, asked, out=np.full(right.shape, np.nan), where=asked > 0)
     figure, axes = pyplot.subplots(figsize=(1.8 + 0.75 * len(lengths), 1.2 + 0.4 * len(depths)))
     # Light means right: misses are visible, and the figures in the cells stay readable.

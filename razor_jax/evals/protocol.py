@@ -31,9 +31,9 @@ from ..text.result import KVReport, Result
 from ..text.session import Session
 from ..tokenizer.questions import split
 from . import metrics
-from .examples import Example, Form, Options, Question
+from .examples import Example, Form, Question, QuestionFormat
 from .journal import Journal, key_of
-from .table import Answered, Row, Table
+from .table import Answered, SettingScores, Table
 
 Progress = Callable[[str, int, int], None]
 _QUESTION = "razor-jax-question"  # Placeholder for the question while the template is rendered.
@@ -54,7 +54,7 @@ class System(typing.Protocol):
         ...
 
     def answer(
-        self, examples: Sequence[Example], todo: Sequence[int], options: Options
+        self, examples: Sequence[Example], todo: Sequence[int], options: QuestionFormat
     ) -> Iterator[tuple[int, Answered]]:
         """Answer `examples[i]` for each i of `todo`, in any order, as they are done.
 
@@ -84,7 +84,7 @@ def run(
     Returns a `Table` of every question's score under every setting. Raises ValueError on bad input, before anything is
     computed.
     """
-    options = Options(question_inside_prefill, form, batch, max_new_tokens, tuple(stop))
+    options = QuestionFormat(question_inside_prefill, form, batch, max_new_tokens, tuple(stop))
     _check(settings, examples)
     journal = Journal(resume)
     rows = tuple(_row(setting, examples, options, journal, progress) for setting in settings)
@@ -92,8 +92,8 @@ def run(
 
 
 def _row(
-    setting: System, examples: Sequence[Example], options: Options, journal: Journal, progress: Progress | None
-) -> Row:
+    setting: System, examples: Sequence[Example], options: QuestionFormat, journal: Journal, progress: Progress | None
+) -> SettingScores:
     identity, asked = setting.identity(), dataclasses.asdict(options)
     keys = [key_of(system=identity, options=asked, example=dataclasses.asdict(example)) for example in examples]
     found = {i: Answered.from_dict(record) for i, key in enumerate(keys) if (record := journal.get(key)) is not None}
@@ -109,7 +109,7 @@ def _row(
         found[index] = answered
         journal.add(keys[index], {"setting": setting.name, **answered.to_dict()})
         told()
-    return Row.of(setting.name, examples, [found[i] for i in range(len(examples))])
+    return SettingScores.of(setting.name, examples, [found[i] for i in range(len(examples))])
 
 
 def _check(settings: Sequence[System], examples: Sequence[Example]) -> None:
@@ -126,7 +126,7 @@ def _check(settings: Sequence[System], examples: Sequence[Example]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class CachedModel:
     """A row of a table: params with their head split, and a cache policy (None: dense attention)."""
 
     name: str
@@ -148,11 +148,11 @@ class Setting:
         }
 
     def answer(
-        self, examples: Sequence[Example], todo: Sequence[int], options: Options
+        self, examples: Sequence[Example], todo: Sequence[int], options: QuestionFormat
     ) -> Iterator[tuple[int, Answered]]:
         """Yield documents in batches of one shape, each batch prefilled once; then their questions, by the batch."""
         choose_policy(self.params, self.razor)
-        texts = [cut(self.params, example, options.form) for example in examples]
+        texts = [encode_example(self.params, example, options.form) for example in examples]
         totals = [len(document) + max(map(len, asked)) + options.max_new_tokens for document, asked in texts]
         ask = self._ask_in_one if options.question_inside_prefill else self._ask_after
         for capacity, part in batches([len(document) for document, _ in texts], totals, todo, options.batch):
@@ -162,7 +162,7 @@ class Setting:
                 yield index, Answered(answers, kv, len(texts[index][0]), watch.seconds / len(part))
 
     def _ask_after(
-        self, texts: Sequence[Cut], capacity: int, options: Options
+        self, texts: Sequence[EncodedExample], capacity: int, options: QuestionFormat
     ) -> list[tuple[tuple[str, ...], KVReport]]:
         """Return the headline: compress the documents, then put each question to a copy of its document's rows."""
         rows = [texts[i % len(texts)][0] for i in range(options.batch)]
@@ -189,7 +189,7 @@ class Setting:
         return [(tuple(texts_), report.row(row)) for row, texts_ in enumerate(answers)]
 
     def _ask_in_one(
-        self, texts: Sequence[Cut], capacity: int, options: Options
+        self, texts: Sequence[EncodedExample], capacity: int, options: QuestionFormat
     ) -> list[tuple[tuple[str, ...], KVReport]]:
         """Return the second column: a prefill of document and question for each question."""
         pairs = [(row, document + question) for row, (document, asked) in enumerate(texts) for question in asked]
@@ -209,18 +209,18 @@ class Setting:
         return [(tuple(r.text for r in results), results[0].kv) for results in found]
 
 
-def dense(params: Params, name: str = "dense") -> Setting:
+def dense(params: Params, name: str = "dense") -> CachedModel:
     """Make the reference setting: dense attention from a bfloat16 cache, whatever the type of the weights."""
     if params.dtype == np.dtype("bfloat16"):
-        return Setting(name, params, None)
+        return CachedModel(name, params, None)
     every = HeadSplit.all(params.config.num_layers, params.config.num_kv_heads)
-    return Setting(name, with_heads(params, every), RazorConfig(kv_dtype="bfloat16"))
+    return CachedModel(name, with_heads(params, every), RazorConfig(kv_dtype="bfloat16"))
 
 
-Cut = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
+EncodedExample = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 
 
-def cut(params: Params, example: Example, form: Form | None = None) -> Cut:
+def encode_example(params: Params, example: Example, form: Form | None = None) -> EncodedExample:
     """Return ids of the document and of each question: put together they are what one prefill of both reads.
 
     Raises ValueError where there is no tokenizer, or no chat template for "chat".
@@ -287,17 +287,17 @@ def _pieces(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 __all__ = [
+    "CachedModel",
     "Example",
     "Form",
-    "Options",
     "Progress",
     "Question",
-    "Setting",
+    "QuestionFormat",
     "Stopwatch",
     "System",
     "batches",
-    "cut",
     "dense",
+    "encode_example",
     "rows_of",
     "run",
 ]

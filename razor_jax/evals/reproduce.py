@@ -30,9 +30,9 @@ from ..needles.facts import needle_document
 from ..params import Params, with_heads
 from ..text.generate import prefill
 from ..text.policy import spec_for
-from .claims import CLAIMS, Judgement, at_least, exactly, not_applicable
+from .claims import CLAIMS, ClaimResult, at_least, exactly, not_applicable
 from .journal import Journal, key_of
-from .protocol import Example, Question, cut
+from .protocol import Example, Question, encode_example
 from .stats import paired_bootstrap
 from .variants import Reading, Variant
 
@@ -60,10 +60,10 @@ Say = Callable[[str], None]
 
 
 def reproduce(params: Params, weights: Path, preset: Preset, journal: Journal, say: Say = lambda _: None) -> dict:
-    """Return all stages: `claims`, a list of `Judgement`, `stages`, their figures, and `failed`, stage → error."""
+    """Return all stages: `claims`, a list of `ClaimResult`, `stages`, their figures, and `failed`, stage → error."""
     stages: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    judged: list[Judgement] = []
+    judged: list[ClaimResult] = []
     base = {"preset": dataclasses.asdict(preset), "weights": file_hashes(weights), "dtype": str(params.dtype)}
     steps: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         "needle": (needle, ("needle", "echo", "induction", "compensation", "chosen", "windowed")),
@@ -184,7 +184,7 @@ def documents(params: Params, tokens: int, questions: int, index: int) -> Task:
             raise ValueError(f"the tokenizer joins {prefix!r} and its value into one token: the answer cannot be cut")
         asked.append(Question(fact.question, (fact.value,), prefix=prefix))
         answers.append(tuple(whole[len(before) :]))
-    ids, turns = cut(params, Example(document.text, tuple(asked)))
+    ids, turns = encode_example(params, Example(document.text, tuple(asked)))
     return Task(ids, tuple(zip(turns, answers, strict=True)))
 
 
@@ -199,7 +199,7 @@ def needle(params: Params, preset: Preset, recorded: Recorded, say: Say):
             started, compiled = time.perf_counter(), compilation.totals()[1]
             task = documents(params, preset.tokens, preset.questions, index)
             reading = Reading(params, [task], batch=1, width=64)
-            scores = {row.name: (reading.judge(row).right() == 1).astype(float).tolist() for row in rows}
+            scores = {row.name: (reading.predict(row).right() == 1).astype(float).tolist() for row in rows}
             spent = time.perf_counter() - started - (compilation.totals()[1] - compiled)
             return {"right": scores, "ratio": {row.name: reading.ratio(row) for row in rows}, "seconds": spent}
 
@@ -220,7 +220,7 @@ def needle(params: Params, preset: Preset, recorded: Recorded, say: Say):
     return stage, _needle_claims({row.name: row for row in rows}, flat, clusters)
 
 
-def _needle_claims(rows: dict[str, Variant], right: dict[str, np.ndarray], clusters: np.ndarray) -> list[Judgement]:
+def _needle_claims(rows: dict[str, Variant], right: dict[str, np.ndarray], clusters: np.ndarray) -> list[ClaimResult]:
     dense = float(right["dense"].mean())
     pairs = {
         "needle": ("dense", "Razor"),
@@ -252,7 +252,7 @@ def short(params: Params, preset: Preset, recorded: Recorded, say: Say):
         every = HeadSplit.all(params.config.num_layers, params.config.num_kv_heads)
         split = random_heads(params, seeds=(SEED,)).select(share=0.15)
         policy = RazorConfig(kv_dtype="bfloat16")
-        a, b = (reading.judge(Variant("", heads, policy)) for heads in (every, split))
+        a, b = (reading.predict(Variant("", heads, policy)) for heads in (every, split))
         return {"tokens": tokens, "difference": float(np.abs(a.losses - b.losses).max())}
 
     stage = recorded("short", compute)

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 
 from ..text.result import KVReport
 from . import metrics
-from .examples import Example, Options, Question
+from .examples import Example, Question, QuestionFormat
 from .stats import Difference, Share, paired_bootstrap, share_interval
 
 
@@ -53,7 +53,7 @@ class Answered:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class SettingScores:
     """One setting. Arrays run over the questions of all documents, in order.
 
     Attributes:
@@ -68,7 +68,7 @@ class Row:
     answered: tuple[Answered, ...]
 
     @classmethod
-    def of(cls, name: str, examples: Sequence[Example], answered: Sequence[Answered]) -> Row:
+    def of(cls, name: str, examples: Sequence[Example], answered: Sequence[Answered]) -> SettingScores:
         """Score the answers."""
         scores, documents = [], []
         for number, (example, found) in enumerate(zip(examples, answered, strict=True)):
@@ -123,10 +123,10 @@ class Table:
     """Settings × questions; the first setting is what the others are compared with."""
 
     examples: tuple[Example, ...]
-    rows: tuple[Row, ...]
-    options: Options
+    rows: tuple[SettingScores, ...]
+    options: QuestionFormat
 
-    def __getitem__(self, name: str) -> Row:
+    def __getitem__(self, name: str) -> SettingScores:
         for row in self.rows:
             if row.name == name:
                 return row
@@ -164,7 +164,7 @@ class Table:
                 pairs = zip(row.answered[old].answers, mask[documents == old], strict=True)
                 found.append(dataclasses.replace(row.answered[old], answers=tuple(a for a, k in pairs if k)))
             at = np.asarray([number[d] for d in documents[mask].tolist()])
-            rows.append(Row(row.name, row.scores[mask], at, tuple(found)))
+            rows.append(SettingScores(row.name, row.scores[mask], at, tuple(found)))
         return Table(tuple(examples), tuple(rows), self.options)
 
     def render(self, title: str = "") -> RichTable:
@@ -202,7 +202,7 @@ class Table:
             "settings": [self._setting(row) for row in self.rows],
         }
 
-    def _setting(self, row: Row) -> dict[str, Any]:
+    def _setting(self, row: SettingScores) -> dict[str, Any]:
         lost, won = self._changes(row)
         change, low, high = self.difference(row.name)
         return {
@@ -222,12 +222,12 @@ class Table:
             "scores": [round(score, 6) for score in row.scores.tolist()],
         }
 
-    def _changes(self, row: Row) -> tuple[int, int]:
+    def _changes(self, row: SettingScores) -> tuple[int, int]:
         """Return questions on which a setting does worse, and better, than the first one."""
         change = row.scores - self.rows[0].scores
         return int((change < 0).sum()), int((change > 0).sum())
 
-    def _cells(self, row: Row) -> tuple[str, ...]:
+    def _cells(self, row: SettingScores) -> tuple[str, ...]:
         change, below, above = self.difference(row.name)
         lost, won = self._changes(row)
         first = row is self.rows[0]

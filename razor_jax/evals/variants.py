@@ -47,7 +47,7 @@ class Variant:
     counting: Counting = "dropped"
 
 
-class Judged(NamedTuple):
+class AnswerPredictions(NamedTuple):
     """Predictions of the answers, one row an answer, task by task.
 
     Attributes:
@@ -96,17 +96,17 @@ class Reading:
         self._batches = [_Batch.of(part, batch, turns, longest) for part in parts]
         self._read = [prefill(self.params, b.documents, razor=None, capacity=self.capacity) for b in self._batches]
 
-    def judge(self, variant: Variant) -> Judged:
+    def predict(self, variant: Variant) -> AnswerPredictions:
         """Return every question put to a copy of its document's cache under the variant, and its answer after it."""
         params = with_heads(self.params, variant.split)
         parts = [
-            _judge(
+            _predict(
                 params, self._cache(params, variant, batch, read), batch.tokens, batch.ends, counting=variant.counting
             )
             for batch, read in zip(self._batches, self._read, strict=True)
         ]
         found = [batch.collect(*map(np.asarray, part)) for batch, part in zip(self._batches, parts, strict=True)]
-        return Judged(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+        return AnswerPredictions(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
 
     def ratio(self, variant: Variant) -> float:
         """Return the bytes of a dense bfloat16 cache of this capacity over the bytes of the variant."""
@@ -157,7 +157,7 @@ class _Batch:
         documents = [part[i % len(part)].document for i in range(size)]
         return cls(documents, tokens, starts, ends, counts)
 
-    def collect(self, logprobs: np.ndarray, best: np.ndarray) -> Judged:
+    def collect(self, logprobs: np.ndarray, best: np.ndarray) -> AnswerPredictions:
         """Turn predictions [Q, B, T] of each token's next one into one row per answer."""
         losses, likeliest, wanted = [], [], []
         for row, count in enumerate(self.counts):
@@ -168,7 +168,7 @@ class _Batch:
                     line = np.full(source.shape, -1, np.int32)
                     line[first - 1 : end - 1] = source[first - 1 : end - 1]
                     rows.append(line)
-        return Judged(np.asarray(losses), np.stack(likeliest), np.stack(wanted))
+        return AnswerPredictions(np.asarray(losses), np.stack(likeliest), np.stack(wanted))
 
 
 class _One(AttentionMetadata):
@@ -199,7 +199,7 @@ def _counted(call: AttentionMetadata, cache: KVCache, counting: Counting) -> Att
 
 
 @functools.partial(jax.jit, static_argnames=("counting",))
-def _judge(params: Params, cache: KVCache, tokens, ends, *, counting: Counting):
+def _predict(params: Params, cache: KVCache, tokens, ends, *, counting: Counting):
     """Return the log-probability of each token's next one and the likeliest one, [Q, B, T], each turn on a copy of the
     cache.
     """

@@ -29,7 +29,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
-from .worker import LOST, Place
+from .worker import LOST, ProcessInfo
 
 PORT = 8476
 HEARTBEAT = 20  # seconds; JAX's own 100 would leave the others waiting that long
@@ -39,7 +39,7 @@ GRACE = 10  # seconds that a worker has to end when asked
 _FATAL = re.compile(rb"[EF]\d{4} .*(coordination_service|client\.h)")
 
 
-def place(flags: argparse.Namespace, env: Mapping[str, str]) -> Place:
+def process_info(flags: argparse.Namespace, env: Mapping[str, str]) -> ProcessInfo:
     """Read the process's place from flags, then from the environment (names in the module's docstring).
 
     Raises ValueError that names a variable which is no number, or an id out of range.
@@ -60,25 +60,25 @@ def place(flags: argparse.Namespace, env: Mapping[str, str]) -> Place:
     # The index of a Job says nothing where the rest is for JAX to detect.
     index = ("JOB_COMPLETION_INDEX",) if coordinator and processes else ()
     process = number(flags.process_id, "JAX_PROCESS_ID", "LWS_WORKER_INDEX", *index)
-    return Place(coordinator or None, processes, process, flags.connect_timeout, flags.heartbeat)
+    return ProcessInfo(coordinator or None, processes, process, flags.connect_timeout, flags.heartbeat)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code of the last start."""
     flags = _parse(arguments)
     try:
-        where = place(flags, os.environ)
+        info = process_info(flags, os.environ)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     code = LOST
     with _Signals() as signals:
         for restart in range(flags.restarts + 1):
-            code = _Worker(where, flags, signals).wait()
+            code = _Worker(info, flags, signals).wait()
             if code != LOST or signals.asked or restart == flags.restarts:
                 break
             # The other processes have to end first, or they would take the new one for the old.
-            pause = where.heartbeat + 5
+            pause = info.heartbeat + 5
             print(f"razor-jax: start {restart + 2} of {flags.restarts + 1} in {pause} s", file=sys.stderr, flush=True)
             signals.wait(pause)
             if signals.asked:
@@ -136,14 +136,14 @@ class _Signals:
 class _Worker:
     """The child process of one start."""
 
-    def __init__(self, where: Place, flags: argparse.Namespace, signals: _Signals):
-        self._where, self._debug, self._signals = where, flags.debug, signals
+    def __init__(self, info: ProcessInfo, flags: argparse.Namespace, signals: _Signals):
+        self._info, self._debug, self._signals = info, flags.debug, signals
         self._notes: dict[str, Any] = {}
         self._withheld = b""
         ours, theirs = socket.socketpair()
-        place_ = json.dumps(dataclasses.asdict(where))
+        info_json = json.dumps(dataclasses.asdict(info))
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "razor_jax.launch.worker", str(theirs.fileno()), place_, *flags.command],
+            [sys.executable, "-m", "razor_jax.launch.worker", str(theirs.fileno()), info_json, *flags.command],
             # With its preemption service JAX keeps SIGTERM to itself, and nothing would end.
             env={"JAX_ENABLE_PREEMPTION_SERVICE": "false", **os.environ},
             stderr=subprocess.PIPE,
@@ -154,7 +154,7 @@ class _Worker:
         assert self._child.stderr is not None
         self._listeners = [
             threading.Thread(target=listen, args=(source,), daemon=True)
-            for listen, source in ((self._hear, ours.makefile("rb")), (self._relay, self._child.stderr))
+            for listen, source in ((self._read_notes, ours.makefile("rb")), (self._forward_stderr, self._child.stderr))
         ]
         for listener in self._listeners:
             listener.start()
@@ -169,17 +169,17 @@ class _Worker:
             sys.stderr.flush()
         if code == 0:
             return 0
-        print(f"razor-jax: {self._line(code)}", file=sys.stderr, flush=True)
+        print(f"razor-jax: {self._report_line(code)}", file=sys.stderr, flush=True)
         if self._signals.asked:
             return self._signals.code
         return code if 0 < code != LOST else LOST
 
-    def _hear(self, notes: BinaryIO) -> None:
+    def _read_notes(self, notes: BinaryIO) -> None:
         for line in notes:
             with contextlib.suppress(ValueError):  # cut short by the worker's death
                 self._notes |= json.loads(line)
 
-    def _relay(self, stderr: BinaryIO) -> None:
+    def _forward_stderr(self, stderr: BinaryIO) -> None:
         """Relay the child's stderr, without the text of JAX's abort."""
         for line in stderr:
             if self._withheld or _FATAL.match(line):
@@ -188,12 +188,12 @@ class _Worker:
                 sys.stderr.buffer.write(line)
                 sys.stderr.flush()
 
-    def _line(self, code: int) -> str:
-        process, processes = (self._notes.get(name, getattr(self._where, name)) for name in ("process", "processes"))
+    def _report_line(self, code: int) -> str:
+        process, processes = (self._notes.get(name, getattr(self._info, name)) for name in ("process", "processes"))
         who = f"process {'?' if process is None else process} of {processes or '?'} on {socket.gethostname()}"
         asked = self._signals.asked
         why = f"asked to by {asked.name}" if asked else ""
-        why = why or explain(code, self._notes, self._withheld.decode(errors="replace"), self._where.connect_timeout)
+        why = why or explain(code, self._notes, self._withheld.decode(errors="replace"), self._info.connect_timeout)
         return f"{who} ended: {why}; last finished prompt: {self._notes.get('finished', 'none')}"
 
 

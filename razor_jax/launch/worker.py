@@ -30,7 +30,7 @@ _launcher: socket.socket | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """Where a process stands in its run; None is for JAX to detect.
 
     Attributes:
@@ -51,7 +51,7 @@ class Place:
             raise ValueError(f"process {self.process} of {self.processes}: ids go from 0 to {self.processes - 1}")
 
 
-def tell(**notes: Any) -> None:
+def notify_launcher(**notes: Any) -> None:
     """Notes for the line that the launcher prints if this process ends abnormally: `finished` a prompt's id, `error`
     what went wrong. Nothing happens without a launcher."""
     if _launcher is not None:
@@ -64,7 +64,7 @@ def code_of(error: Exception) -> int:
     Mostly it is of a collective whose other end is gone, hence LOST; 1 for what another start would meet again.
     """
     first = str(error).partition("\n")[0]
-    tell(error=first)
+    notify_launcher(error=first)
     return 1 if first.startswith(_VERDICTS) else LOST
 
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     _launcher = socket.socket(fileno=int(arguments[0]))
     _launcher.set_inheritable(False)
     threading.Thread(target=_end_with, args=(_launcher,), daemon=True).start()
-    code = _run(Place(**json.loads(arguments[1])), arguments[2:])
+    code = _run(ProcessInfo(**json.loads(arguments[1])), arguments[2:])
     sys.stdout.flush()
     sys.stderr.flush()
     if code != LOST:
@@ -87,12 +87,12 @@ def main(arguments: Sequence[str]) -> int:
     os._exit(code)
 
 
-def _run(place: Place, command: Sequence[str]) -> int:
+def _run(info: ProcessInfo, command: Sequence[str]) -> int:
     """Return the exit code: the script's own, or LOST where it came to no end of its own."""
     try:
-        if place.processes != 1:
+        if info.processes != 1:
             _keep_stdout()
-            _connect(place)
+            _connect(info)
         if command[0] == "-m":
             sys.argv = list(command[1:])
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
@@ -108,7 +108,7 @@ def _run(place: Place, command: Sequence[str]) -> int:
         return code_of(error)
     except BaseException as error:
         traceback.print_exc()
-        tell(error=f"{type(error).__name__}: {error}".partition("\n")[0])
+        notify_launcher(error=f"{type(error).__name__}: {error}".partition("\n")[0])
         return LOST
     return 0
 
@@ -120,22 +120,22 @@ def _keep_stdout() -> None:
     os.dup2(2, 1)
 
 
-def _connect(place: Place) -> None:
-    explicit = None not in (place.coordinator, place.processes, place.process)
+def _connect(info: ProcessInfo) -> None:
+    explicit = None not in (info.coordinator, info.processes, info.process)
     # Where nobody answers JAX aborts, and an address that it detected stands in its log only.
     logger, note = logging.getLogger("jax._src.distributed"), _Address()
     level, logger.propagate = logger.level, False
     logger.addHandler(note)
     logger.setLevel(logging.INFO)
     try:
-        tell(connecting=place.coordinator or "the address that JAX detects")
+        notify_launcher(connecting=info.coordinator or "the address that JAX detects")
         jax.distributed.initialize(
-            place.coordinator,
-            place.processes,
-            place.process,
+            info.coordinator,
+            info.processes,
+            info.process,
             cluster_detection_method="deactivate" if explicit else None,
-            initialization_timeout=place.connect_timeout,
-            heartbeat_timeout_seconds=place.heartbeat,
+            initialization_timeout=info.connect_timeout,
+            heartbeat_timeout_seconds=info.heartbeat,
         )
     except (ValueError, TypeError) as error:
         raise SystemExit(
@@ -146,7 +146,7 @@ def _connect(place: Place) -> None:
         logger.removeHandler(note)
         logger.setLevel(level)
         logger.propagate = True
-    tell(connecting=None)
+    notify_launcher(connecting=None)
 
 
 class _Address(logging.Handler):
@@ -154,7 +154,7 @@ class _Address(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.msg.startswith("Connecting") and isinstance(record.args, tuple):
-            tell(connecting=str(record.args[0]))
+            notify_launcher(connecting=str(record.args[0]))
 
 
 def _end_with(launcher: socket.socket) -> None:

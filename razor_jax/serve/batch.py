@@ -19,7 +19,7 @@ from ..config import check_int
 from ..evals.journal import Journal, key_of
 from ..launch import worker
 from ..text.result import Result
-from .messages import shared
+from .messages import broadcast_from_process_0
 
 # (prompts, max_new_tokens, number of the batch) -> one result a prompt
 Answer = Callable[[list[Any], int, int], Sequence[Result]]
@@ -67,17 +67,17 @@ def serve(
             work.append(_Work(items, output, batch, run))
             return work[0].counts
 
-        done, total = shared(begin)
+        done, total = broadcast_from_process_0(begin)
         before = done
         progress(done, total)
-        while (task := shared(lambda: work[0].task())) is not None:
+        while (task := broadcast_from_process_0(lambda: work[0].task())) is not None:
             given = task["prompts"]
             try:
                 results = answer(given + given[-1:] * (batch - len(given)), task["max_new_tokens"], task["number"])
             except (ValueError, TypeError) as error:
                 raise ValueError(f"prompts {task['ids'][0]!r} to {task['ids'][-1]!r}: {error}") from error
-            done, total = shared(lambda results=results: work[0].keep(results))
-            worker.tell(finished=task["ids"][-1])
+            done, total = broadcast_from_process_0(lambda results=results: work[0].keep(results))
+            worker.notify_launcher(finished=task["ids"][-1])
             progress(done, total)
     return done - before
 

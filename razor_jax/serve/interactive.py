@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 
-from .messages import shared
+from .messages import broadcast_from_process_0
 
 TICK = 5.0  # seconds: the others wait in a collective for process 0, which must not take for ever
 
@@ -21,7 +21,7 @@ def serve(answer: Callable[[str], None], lines: Iterable[str], tick: float = TIC
     inbox: queue.Queue[str | ValueError] = queue.Queue()
     if jax.process_index() == 0:
         threading.Thread(target=_read, args=(lines, inbox), daemon=True).start()
-    while (said := shared(lambda: _next(inbox, tick))) != {"line": "/exit"}:
+    while (said := broadcast_from_process_0(lambda: _next(inbox, tick))) != {"line": "/exit"}:
         if said.get("line"):
             answer(said["line"])
 

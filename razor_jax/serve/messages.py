@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def shared(make: Callable[[], Any]) -> Any:
+def broadcast_from_process_0(make: Callable[[], Any]) -> Any:
     """Call `make` on process 0 and return its JSON values on every process.
 
     Raises, on every process, the ValueError or OSError that it raises.

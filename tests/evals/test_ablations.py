@@ -37,7 +37,7 @@ def reading() -> Reading:
 
 
 def judge(split: HeadSplit = tiny.SPLIT, razor: RazorConfig | None = POLICY, counting="dropped"):
-    return reading().judge(Variant("", split, razor, counting))
+    return reading().predict(Variant("", split, razor, counting))
 
 
 @pytest.mark.parametrize("razor", [POLICY, dataclasses.replace(POLICY, kv_dtype="int8", compensation=False)])
@@ -125,13 +125,13 @@ def test_a_table_resumes_from_its_records(tmp_path, monkeypatch):
     # The shape of the table is that of all tasks: one reading stands for each here.
     readings = dict.fromkeys(ablations.TASKS, reading())
     first = ablations.judge(rows, readings, Journal(tmp_path / "a.jsonl"))
-    judged, compute = [], Reading.judge
+    judged, compute = [], Reading.predict
 
     def counted(self, variant):
         judged.append(variant.name)
         return compute(self, variant)
 
-    monkeypatch.setattr(Reading, "judge", counted)
+    monkeypatch.setattr(Reading, "predict", counted)
     again = ablations.judge(rows, readings, Journal(tmp_path / "a.jsonl"))
     assert again == first
     assert set(judged) == {"dense"}  # its tokens are what the others are compared with
@@ -151,7 +151,7 @@ def test_razor_mini_shows_what_its_parts_are_worth():
     read = Reading(params, ablations.tasks(params, "needle", tokens=1024, documents=4, questions=8), batch=4)
     every = HeadSplit.all(params.config.num_layers, params.config.num_kv_heads)
     none = HeadSplit.none(params.config.num_layers, params.config.num_kv_heads)
-    dense, found, lost = (read.judge(Variant("", split, razor)) for split in (every, params.heads_or_all, none))
+    dense, found, lost = (read.predict(Variant("", split, razor)) for split in (every, params.heads_or_all, none))
     assert (dense.right() == 1).mean() > 0.9
     assert (found.right() == 1).mean() > (lost.right() == 1).mean() + 0.3
     assert dense.losses.mean() < found.losses.mean() < lost.losses.mean()

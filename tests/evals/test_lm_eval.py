@@ -17,7 +17,7 @@ from tests.support import tiny
 
 pytest.importorskip("lm_eval", reason="the harness is the extra `evals`")
 from razor_jax.evals.harness import RazorLM
-from razor_jax.evals.harness_requests import Options
+from razor_jax.evals.harness_requests import RequestOptions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the harness and its own libraries
@@ -183,7 +183,7 @@ def test_short_requests_are_counted_and_said(params):
 
 
 def test_a_special_token_as_stop_string_ends_the_answer_by_its_id():
-    options = Options.of({"until": ["<|user|>", "ab", ""], "max_tokens": 4}, tiny.params(), 4, 4096, 256)
+    options = RequestOptions.of({"until": ["<|user|>", "ab", ""], "max_tokens": 4}, tiny.params(), 4, 4096, 256)
     assert options.params.assets is not None
     assert options.params.assets.eos_ids == (4, 2)
     assert (options.strings, options.new_tokens, options.room) == (["ab"], 4, 4092)

@@ -13,7 +13,7 @@ import razor_jax
 from razor_jax import KVReport, RazorConfig
 from razor_jax.cli import app as cli
 from razor_jax.evals import longbench, longbench_metrics, metrics, provenance
-from razor_jax.evals.protocol import cut, run
+from razor_jax.evals.protocol import encode_example, run
 from razor_jax.evals.settings import settings
 from razor_jax.evals.table import Answered
 from razor_jax.heads import store
@@ -175,7 +175,7 @@ def test_the_prompt_is_the_published_one_cut_behind_the_context():
     assert example.questions[0].text.endswith("\n\nQuestion: Who kept the mill?\nAnswer:")
     options = longbench.options(params, "hotpotqa")
     assert options == {"form": "user", "max_new_tokens": 32}
-    document, (question,) = cut(params, example, options["form"])
+    document, (question,) = encode_example(params, example, options["form"])
     whole = params.assets.apply_chat([{"role": "user", "content": example.document + example.questions[0].text}])
     assert params.assets.decode([*document, *question], skip_special=False) == whole
     assert (

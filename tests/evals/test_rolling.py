@@ -14,7 +14,7 @@ from razor_jax import HeadSplit, RazorConfig, with_heads
 from razor_jax.evals import agreement, long_generation
 from razor_jax.evals.agreement import Passage
 from razor_jax.evals.examples import Example, Question
-from razor_jax.evals.protocol import Setting, cut, dense, run
+from razor_jax.evals.protocol import CachedModel, dense, encode_example, run
 from razor_jax.text.teacher_forcing import force_jit
 from tests.support import tiny
 
@@ -22,7 +22,7 @@ POLICY = RazorConfig.compact(16, sinks=2)
 
 
 def razor():
-    return Setting("Razor", tiny.params(), POLICY)
+    return CachedModel("Razor", tiny.params(), POLICY)
 
 
 def passages(prompts=(30, 40), following=(25, 18)):
@@ -75,7 +75,7 @@ def test_agreement_and_perplexity_are_those_of_score():
 
 
 def test_tokens_that_the_reference_is_sure_of_are_counted_apart():
-    (one,) = agreement.judge(razor(), passages((30,), (4,)), [0], 1)
+    (one,) = agreement.score_passages(razor(), passages((30,), (4,)), [0], 1)
     reference = dataclasses.replace(one[1], logprobs=(-0.1, -0.6, -0.8), best=(1, 2, 3))
     found = agreement._compare("Razor", [reference], [dataclasses.replace(reference, best=(1, 5, 6))])
     assert found.agreement.share == pytest.approx(1 / 3)
@@ -85,8 +85,8 @@ def test_tokens_that_the_reference_is_sure_of_are_counted_apart():
 def test_a_setting_agrees_with_itself_and_dense_is_never_counted():
     text = passages()
     same = dataclasses.replace(razor(), name="again")
-    every = Setting("all heads", with_heads(tiny.params(), HeadSplit.all(2, 2)), POLICY)
-    wide = Setting("wide", tiny.params(), RazorConfig.compact(500))
+    every = CachedModel("all heads", with_heads(tiny.params(), HeadSplit.all(2, 2)), POLICY)
+    wide = CachedModel("wide", tiny.params(), RazorConfig.compact(500))
     found = agreement.run([razor(), same, every, wide], text, batch=2)
     assert found[0].agreement is not None
     assert found[0].agreement.share == 1
@@ -130,7 +130,7 @@ def test_a_long_reply_is_decoded_token_by_token():
     example = Example("the first fox " * 3, questions, {"reply": "of a second otter in the den"})
     table = run([long_generation.LongReply(razor())], [example], batch=2, max_new_tokens=new)
     request = Example(example.document, (Question("Continue.", ("",)),))
-    document, (asked,) = cut(params, request)
+    document, (asked,) = encode_example(params, request)
     reply = params.assets.encode(example.meta["reply"], add_special=False)
     step = jax.jit(razor_jax.decode)
     cache, at, want = razor_jax.prefill(params, document + asked, razor=POLICY, capacity=256), 0, []

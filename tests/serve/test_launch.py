@@ -21,27 +21,27 @@ LWS = {"LWS_LEADER_ADDRESS": "razor-0.razor.default", "LWS_GROUP_SIZE": "4", "LW
 JAX_NAMES = {"JAX_COORDINATOR_ADDRESS": "host:9", "JAX_NUM_PROCESSES": "2"}
 
 
-def place(env, **flags):
-    found = launch.place(argparse.Namespace(**(FLAGS | flags)), env)
+def process_info(env, **flags):
+    found = launch.process_info(argparse.Namespace(**(FLAGS | flags)), env)
     return found.coordinator, found.processes, found.process
 
 
 def test_flags_come_before_the_environment():
     given = {"coordinator": "a:1", "processes": 3, "process_id": 0}
-    assert place(JAX_NAMES | LWS | {"JAX_PROCESS_ID": "1"}, **given) == ("a:1", 3, 0)
-    assert place(JAX_NAMES | LWS | {"JAX_PROCESS_ID": "1"}) == ("host:9", 2, 1)
-    assert place(JAX_NAMES | {"JOB_COMPLETION_INDEX": "1"}) == ("host:9", 2, 1)
-    assert place(LWS) == (f"razor-0.razor.default:{launch.PORT}", 4, 3)
-    assert place({}, coordinator="a", processes=2, process_id=1) == (f"a:{launch.PORT}", 2, 1)
+    assert process_info(JAX_NAMES | LWS | {"JAX_PROCESS_ID": "1"}, **given) == ("a:1", 3, 0)
+    assert process_info(JAX_NAMES | LWS | {"JAX_PROCESS_ID": "1"}) == ("host:9", 2, 1)
+    assert process_info(JAX_NAMES | {"JOB_COMPLETION_INDEX": "1"}) == ("host:9", 2, 1)
+    assert process_info(LWS) == (f"razor-0.razor.default:{launch.PORT}", 4, 3)
+    assert process_info({}, coordinator="a", processes=2, process_id=1) == (f"a:{launch.PORT}", 2, 1)
     # Left to what JAX detects: TPU VMs, Slurm, a Job whose own addresses nobody gave.
-    assert place({}) == place({"JOB_COMPLETION_INDEX": "1"}) == (None, None, None)
+    assert process_info({}) == process_info({"JOB_COMPLETION_INDEX": "1"}) == (None, None, None)
 
 
 def test_a_wrong_place_is_named():
     with pytest.raises(ValueError, match="process 4 of 4: ids go from 0 to 3"):
-        place(LWS | {"LWS_WORKER_INDEX": "4"})
+        process_info(LWS | {"LWS_WORKER_INDEX": "4"})
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES='two': must be a whole number"):
-        place(JAX_NAMES | {"JAX_NUM_PROCESSES": "two"})
+        process_info(JAX_NAMES | {"JAX_NUM_PROCESSES": "two"})
 
 
 @pytest.mark.parametrize("flags", [[], ["--"], ["--", "-m"], ["--processes", "0", "--", "a.py"], ["--restarts", "-1"]])
@@ -53,13 +53,13 @@ def test_wrong_usage(flags, capsys):
 
 
 def test_tell_without_a_launcher_does_nothing():
-    worker.tell(finished="q1")
+    worker.notify_launcher(finished="q1")
 
 
 SCRIPT = """
 import os, sys, time
-from razor_jax.launch.worker import tell
-tell(finished="q7")
+from razor_jax.launch.worker import notify_launcher
+notify_launcher(finished="q7")
 print(os.getpid(), *sys.argv[1:], flush=True)
 if sys.argv[1] == "wait":
     time.sleep(60)
@@ -241,7 +241,7 @@ def test_a_job_tells_the_launcher_what_it_reads():
     env = {entry["name"]: entry["value"] for entry in container(pod)["env"]}
     count = job["spec"]["completions"]
     # Kubernetes adds the index; a Job's pods are called by its name and theirs.
-    found = place(env | {"JOB_COMPLETION_INDEX": "1"})
+    found = process_info(env | {"JOB_COMPLETION_INDEX": "1"})
     assert found == (f"{job['metadata']['name']}-0.{pod['subdomain']}:{launch.PORT}", count, 1)
     # Where TPUs tell JAX who is who, nothing may come between.
     assert "env" not in container(documents("job-tpu.yaml")["Job"]["spec"]["template"]["spec"])
