@@ -280,10 +280,10 @@ def test_answers_of_another_run_are_not_mixed_in(tmp_path, unchecked):
     prompts, output = write_lines(tmp_path / "in.jsonl", lines(3)), tmp_path / "out.jsonl"
     serve(prompts, output)
     for other in ({"run": {"model": "other"}}, {"max_new_tokens": 6}):
-        with pytest.raises(ValueError, match=r"out\.jsonl holds 3 answers, 0 of them to these prompts"):
+        with pytest.raises(ValueError, match=r"out\.jsonl has 3 answers, but 0 of them are to these prompts"):
             serve(prompts, output, **other)
     write_lines(tmp_path / "in.jsonl", lines(4)[::-1])
-    with pytest.raises(ValueError, match="does not hold the answers to the first of these prompts"):
+    with pytest.raises(ValueError, match="lacks answers to some of the first prompts"):
         serve(prompts, output)
     with pytest.raises(ValueError, match="name another file"):
         serve(prompts, prompts)
@@ -294,7 +294,7 @@ def test_an_output_that_another_run_writes_is_refused(tmp_path, unchecked):
     refused = []
 
     def meanwhile(*asked):
-        with pytest.raises(ValueError, match=r"out\.jsonl is being written by another run: wait for its end"):
+        with pytest.raises(ValueError, match=r"out\.jsonl is being written by another run: wait until it ends"):
             serve(prompts, output)
         refused.append(asked)
         return Answers()(*asked)
@@ -319,7 +319,7 @@ def test_a_resumed_run_keeps_to_its_policy(model, tmp_path, monkeypatch):
     first = output.read_bytes()
     refused = run(16)
     assert refused.exit_code == 1
-    assert "out.jsonl holds 1 answers, 0 of them to these prompts" in refused.stderr
+    assert "out.jsonl has 1 answers, but 0 of them are to these prompts" in refused.stderr
     assert run(8).exit_code == 0
     assert output.read_bytes() == first
     # What other processes are asked for: the file before weights are read, the policy after.
@@ -333,18 +333,21 @@ def test_a_resumed_run_keeps_to_its_policy(model, tmp_path, monkeypatch):
     [
         ('{"id": "a"', "line 2: "),
         ("[]", 'line 2: must be an object with an "id"'),
-        ('{"id": true, "prompt": "x"}', 'an "id", a string or a number'),
-        ('{"id": "q0", "prompt": "x"}', "id 'q0' stands in an earlier line"),
+        ('{"id": true, "prompt": "x"}', 'an "id" that is a string or a whole number'),
+        ('{"id": "q0", "prompt": "x"}', "id 'q0' is also in an earlier line"),
         ('{"id": 1, "prompt": "x", "temperature": 1}', "unknown field 'temperature': allowed are id, prompt"),
-        ('{"id": 1}', 'give "prompt" or "messages"'),
-        ('{"id": 1, "prompt": "x", "messages": []}', 'give "prompt" or "messages"'),
-        ('{"id": 1, "prompt": ""}', "not empty"),
-        ('{"id": 1, "messages": "hi"}', "a list of messages"),
-        ('{"id": 1, "messages": [1, 2]}', '"messages" is [1, 2]: must be a list of messages'),
+        ('{"id": 1}', 'give either "prompt" or "messages"'),
+        ('{"id": 1, "prompt": "x", "messages": []}', 'give either "prompt" or "messages"'),
+        ('{"id": 1, "prompt": ""}', "must be non-empty text"),
+        ('{"id": 1, "messages": "hi"}', "must be a non-empty list of"),
+        ('{"id": 1, "messages": [1, 2]}', '"messages" is [1, 2]: must be a non-empty list of'),
         ('{"id": 1, "messages": ["hi"]}', '"messages" is ["hi"]: must'),
         ('{"id": 1, "messages": [{"role": "user"}]}', '"messages" is [{"role": "user"}]: must'),
-        ('{"id": 1, "messages": [{"role": "user", "content": 5}]}', "must be a list of messages"),
-        ('{"id": 1, "prompt": ["a", "b"]}', '"prompt" is ["a", "b"]: must be text or a list of token ids'),
+        ('{"id": 1, "messages": [{"role": "user", "content": 5}]}', "must be a non-empty list of"),
+        (
+            '{"id": 1, "prompt": ["a", "b"]}',
+            '"prompt" is ["a", "b"]: must be non-empty text or a non-empty list of token ids',
+        ),
         ('{"id": 1, "prompt": [1.5, 2]}', '"prompt" is [1.5, 2]: must'),
         ('{"id": 1, "prompt": [true]}', '"prompt" is [true]: must'),
         ('{"id": 1, "prompt": [[1, 2], [3]]}', '"prompt" is [[1, 2], [3]]: must'),
@@ -365,7 +368,7 @@ def test_a_wrong_line_is_named_before_anything_is_written(line, said, tmp_path):
 
 def test_no_prompts(tmp_path):
     (tmp_path / "in.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match="holds no prompts"):
+    with pytest.raises(ValueError, match="has no prompts"):
         serve(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     with pytest.raises(FileNotFoundError):
         serve(tmp_path / "none.jsonl", tmp_path / "out.jsonl")
