@@ -67,8 +67,8 @@ def test_what_a_program_sends():
 def test_the_table_sums_up():
     table = collectives.table(collectives.read(PROGRAM)).splitlines()
     assert table[0].split() == ["all-reduce", "4", "×", "1,024", "bytes", "=", "4,096"]
-    assert any(line.endswith("a turn of a loop") for line in table)
-    assert table[-1].split() == ["together", "10", f"{192 + 2048 + 6 + 48 + 4096 + 100 + 24:,}"]
+    assert any(line.endswith("per loop iteration") for line in table)
+    assert table[-1].split() == ["total", "10", f"{192 + 2048 + 6 + 48 + 4096 + 100 + 24:,}"]
 
 
 def test_other_text_is_refused():

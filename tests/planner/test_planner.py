@@ -85,7 +85,9 @@ def test_names_of_models(tmp_path):
     assert find_config("Qwen/Qwen2.5-72B-Instruct") == known.CONFIGS["Qwen/Qwen2.5-72B"]
     (tmp_path / "config.json").write_text(json.dumps(write_config(tiny.CONFIG)))
     assert find_config(tmp_path) == tiny.CONFIG
-    with pytest.raises(FileNotFoundError, match=r"no folder 'gpt-5'.*config\.json.*Qwen/Qwen3-32B"):
+    with pytest.raises(
+        FileNotFoundError, match=r"'gpt-5' is neither a folder nor a built-in.*config\.json.*Qwen/Qwen3-32B"
+    ):
         find_config("gpt-5")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -99,7 +101,7 @@ def test_devices():
     assert find_hardware("v5e:4x4").devices == 16
     seven = find_hardware("tpu7x:2x2x1")
     assert (seven.devices, seven.per_chip) == (8, 2)
-    assert "2 a chip" in seven.describe()
+    assert "2 per chip" in seven.describe()
     assert find_hardware("h100:8").devices == 8
     for wrong in ("v5e:3x3", "v5e", "v7x:2x2x1", "h100:0", "h100:x", "cpu"):
         with pytest.raises(ValueError, match=rf"topology='{wrong}'.*v5e:1x1 2x2.*h200"):
@@ -245,7 +247,7 @@ def test_json(run):
 
 def test_table(run):
     shown = run(*LOAD).stdout
-    assert "4 devices of 15.75 GiB, 1 a chip" in shown
+    assert "4 devices of 15.75 GiB, 1 per chip" in shown
     assert "the default shares 0.28 + 0.02, spread evenly" in " ".join(shown.split())
     assert "Razor int8" in shown
     assert "-" in run("-m", "Llama-3.1-8B", "-t", "v5e:1x1", "-c", 131072).stdout.split("dense")[1].split("Razor")[0]
@@ -293,9 +295,9 @@ def test_scopes_of_an_alibi_model_are_not_rounded(run, tmp_path):
     made = json.loads(run(*load, "-t", "v5e:2x4", "--json").stdout)
     assert made["kv_bytes_by_layout"] == {"slot": made["rows"][1]["memory"]["kv"]}
     shown = " ".join(run(*load, "-t", "v5e:2x4").stdout.split())
-    assert "not by head over 8 devices: they do not divide the heads of every scope" in shown
+    assert "not by head over 8 devices: the heads of some scopes do not divide evenly" in shown
     done = run(*load, "-t", "v5e:2x4", "--layout", "head", code=1)
-    assert "there are groups of [2, 18, 20]; give the mesh less of model" in str(done.exception)
+    assert "the groups have [2, 18, 20] heads; use a smaller model axis" in str(done.exception)
     two = json.loads(run(*load, "-t", "v5e:2x4", "--mesh", "data=4,model=2", "--batch", 4, "--json").stdout)
     assert two["split"]["share"] == ALIBI.share
     assert two["kv_bytes_by_layout"]["head"] == two["rows"][1]["memory"]["kv"] <= two["kv_bytes_by_layout"]["slot"]

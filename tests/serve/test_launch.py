@@ -180,7 +180,7 @@ def test_a_coordinator_out_of_reach_is_named(start):
     finally:
         for name in (*slurm, "SLURM_LOCALID"):
             del os.environ[name]
-    for run, address in ((start("0", flags=given), "localhost:1 "), (detected, "localhost:61447 ")):
+    for run, address in ((start("0", flags=given), "localhost:1"), (detected, "localhost:61447")):
         _, err = run.communicate(timeout=120)
         assert run.returncode == worker.LOST
         assert f"not all processes connected to {address} within 3 s" in err
