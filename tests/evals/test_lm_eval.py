@@ -190,7 +190,7 @@ def test_a_special_token_as_stop_string_ends_the_answer_by_its_id():
 
 
 def test_bad_arguments_are_named(params):
-    with pytest.raises(ValueError, match="windw is not known; there are pretrained, dense"):
+    with pytest.raises(ValueError, match="windw is unknown; allowed are pretrained, dense"):
         RazorLM.create_from_arg_string("pretrained=razor-mini,windw=64")
     with pytest.raises(ValueError, match="pretrained=FOLDER is missing"):
         RazorLM.create_from_arg_obj({"window": 64})
@@ -199,7 +199,7 @@ def test_bad_arguments_are_named(params):
     with pytest.raises(ValueError, match="batch_size='auto'"):
         RazorLM(params, batch_size="auto")
     beams = [request("generate_until", "a b", {"num_beams": 4})]
-    with pytest.raises(ValueError, match="num_beams is not known; there are until"):
+    with pytest.raises(ValueError, match="num_beams is unknown; allowed are until"):
         RazorLM(params).generate_until(beams, disable_tqdm=True)
 
 

@@ -145,10 +145,10 @@ def test_files_are_read_by_dataset(tmp_path):
     [
         (v1("hotpotqa", answers="Anna"), r"bad.jsonl, record 2: field 'answers' is 'Anna'"),
         ({"input": "?"}, "record 2: field 'context' is None"),
-        (v1("squad"), "dataset 'squad' is none of narrativeqa"),
-        (v1("trec"), "trec is scored by all_classes"),
+        (v1("squad"), "dataset 'squad' is not one of narrativeqa"),
+        (v1("trec"), "field 'all_classes' is empty, but trec is scored by it"),
         (v1("hotpotqa", answers=[]), "no answer"),
-        (v2(answer="E"), "answer 'E' is none of A, B, C, D"),
+        (v2(answer="E"), "answer 'E' is not one of A, B, C, D"),
         (["x"], "is no object"),
     ],
 )
@@ -160,10 +160,10 @@ def test_a_bad_record_is_named(tmp_path, record, message):
 
 def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "cut.jsonl").write_text('{"input": ')
-    with pytest.raises(ValueError, match=r"cut.jsonl is no JSONL"):
+    with pytest.raises(ValueError, match=r"cut.jsonl is not JSONL"):
         longbench.read([tmp_path / "cut.jsonl"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no .jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"has no .jsonl"):
         longbench.read([tmp_path / "empty"])
 
 

@@ -157,7 +157,7 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path):
     for content in ('{"a": 1}\n', "notes of mine", "[1, 2]\n"):
         path = tmp_path / "notes.txt"
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"notes\.txt.* is no record"):
+        with pytest.raises(ValueError, match=r"notes\.txt.* is not a record"):
             run(settings()[:1], examples(), resume=path)
         assert path.read_text() == content
 
