@@ -181,9 +181,7 @@ class RazorLM(TemplateLM):
         last = chat_history[-1]["content"].lstrip()
         at = text.rfind(last.rstrip())
         if at < 0:
-            raise ValueError(
-                f"{self.assets.source}: the chat template alters the last message: it cannot be continued"
-            )
+            raise ValueError(f"{self.assets.source}: the chat template alters the last message: it cannot be continued")
         return text[: at + len(last if text.startswith(last, at) else last.rstrip())]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

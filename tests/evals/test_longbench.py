@@ -147,9 +147,9 @@ def test_files_are_read_by_dataset(tmp_path):
         ({"input": "?"}, "record 2: field 'context' is None"),
         (v1("squad"), "dataset 'squad' is not one of narrativeqa"),
         (v1("trec"), "field 'all_classes' is empty, but trec is scored by it"),
-        (v1("hotpotqa", answers=[]), "no answer"),
+        (v1("hotpotqa", answers=[]), "field 'answers' is empty"),
         (v2(answer="E"), "answer 'E' is not one of A, B, C, D"),
-        (["x"], "is no object"),
+        (["x"], "is not an object"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path, record, message):

@@ -205,7 +205,7 @@ def test_a_grown_model_computes_what_the_shallow_one_did():
     want = training.hidden(MICRO, params, tokens, positions)
     got = training.hidden(deep, initial.add_layers(deep, params, seed=1), tokens, positions)
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=1e-5)
-    with pytest.raises(ValueError, match="have 2 layers, the model 1: layers are only ever added"):
+    with pytest.raises(ValueError, match="have 2 layers, the config 1: give a config with at least"):
         initial.add_layers(dataclasses.replace(MICRO, num_layers=1), params, seed=1)
 
 
