@@ -1,4 +1,4 @@
-"""Caches on disk: bit for bit there and back, equal next tokens, and what is refused."""
+"""Caches on disk: bit for bit after a round trip, equal next tokens, and refusals."""
 
 import dataclasses
 import json

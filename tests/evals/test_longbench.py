@@ -24,7 +24,7 @@ KV = KVReport("dense", 1.0, 1, 64, "bfloat16", 1, 1, (0,))
 
 
 def v1(dataset: str, **changes) -> dict:
-    """A record as data.zip has them."""
+    """Return a record like those in data.zip."""
     return {
         "input": "Who kept the mill?",
         "context": f"{WORDS * 12}Anna kept the mill. {WORDS * 12}",
@@ -39,7 +39,7 @@ def v1(dataset: str, **changes) -> dict:
 
 
 def v2(**changes) -> dict:
-    """A record as data.json has them."""
+    """Return a record like those in data.json."""
     choices = dict(zip(("choice_A", "choice_B", "choice_C", "choice_D"), ("Ann", "Bob", "Carl", "Dora"), strict=True))
     texts = {"question": "Who kept the mill? ", "answer": "B", "context": f" {WORDS * 20}\n"}
     cuts = {"domain": "Single-Document QA", "sub_domain": "Literary", "difficulty": "easy", "length": "short"}
@@ -54,12 +54,12 @@ def write(path: Path, *records: dict) -> Path:
 @pytest.mark.parametrize(
     ("name", "answer", "references", "expected"),
     [
-        ("qa_f1", "The keeper, Anna!", ["Anna", "a miller"], 2 / 3),  # 1 of 2 words, the reference's only one
+        ("qa_f1", "The keeper, Anna!", ["Anna", "a miller"], 2 / 3),  # 1 of 2 words, and the only word of the reference
         ("qa_f1", "no", ["yes"], 0),
         ("qa_f1_first_line", "\nAnna\nPassage: Anna", ["Anna"], 1),
         ("classification", "It is a Number or an Animal", ["Number"], 1 / 2),
         ("classification", "\nAnimal\nType: Number", ["Number"], 0),
-        ("classification", "Type: Other animal", ["Other animal"], 1),  # "Other" stands inside the right one
+        ("classification", "Type: Other animal", ["Other animal"], 1),  # "Other" is part of the right class
         ("count", "There are 12, not 13 or 12.", ["12"], 2 / 3),
         ("count", "many", ["12"], 0),
         ("retrieval", "Paragraph 7 or 8", ["Paragraph 7"], 1 / 2),
@@ -81,7 +81,7 @@ def test_metrics(name, answer, references, expected):
 
 
 def test_classification_passes_over_the_class_after_each_one_taken_out():
-    """As the published loop: of two classes inside the right one, neighbours, the second is left and counts."""
+    """As in the published loop: of two adjacent classes inside the right one, the second is skipped and counts."""
     reference = longbench_metrics.class_reference("abc", ["a", "b", "abc"])
     assert metrics.score("longbench_classification", "abc", [reference]) == 1 / 2
 
@@ -95,7 +95,7 @@ def test_rouge_is_the_librarys():
     assert metrics.score("longbench_rouge_first_line", "\nthe mill\nmore", ["the mill"]) == pytest.approx(1)
 
 
-@pytest.mark.filterwarnings("ignore")  # jieba's own, on import
+@pytest.mark.filterwarnings("ignore")  # jieba warns on import
 def test_chinese_is_cut_into_words():
     pytest.importorskip("jieba", reason="installed by hand for Chinese")
     assert metrics.score("longbench_qa_f1_zh", "北京。", ["中国的首都是北京"]) == pytest.approx(1 / 3)
@@ -191,7 +191,7 @@ def test_the_prompt_is_the_published_one_cut_behind_the_context():
 
 @pytest.mark.parametrize("dataset", ["hotpotqa", longbench.V2])
 def test_the_middle_is_cut_out(dataset):
-    """One token a byte, so the kept halves are known to the character."""
+    """One token per byte, so the kept halves are known exactly."""
     params = tiny.params()
     record = v2() if dataset == longbench.V2 else v1(dataset)
     [whole] = longbench.examples(params, dataset, [record])
@@ -205,7 +205,7 @@ def test_the_middle_is_cut_out(dataset):
 
 
 class Known:
-    """Answers as told: every dataset's way from file to points, without a model."""
+    """System with given answers, to test every dataset from file to score without a model."""
 
     name = "known"
 

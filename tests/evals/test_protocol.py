@@ -1,4 +1,4 @@
-"""The protocol on a tiny model: what is asked of which cache, pairing, and records that outlive a killed run."""
+"""The protocol on a tiny model: which cache answers, pairing, and records that survive a killed run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEW = 6
 
 
 def examples(sizes=(60, 75, 66), questions=(2, 1, 3)):
-    """Documents of different lengths, with different numbers of questions."""
+    """Return documents of different lengths, with different numbers of questions."""
     rng = np.random.default_rng(0)
     letters = np.asarray(list("abcdefgh "))
     return [
@@ -44,7 +44,7 @@ def answers(row):
 
 @pytest.mark.parametrize("form", ["chat", "raw"])
 def test_answers_are_those_of_prefill_and_generate(form):
-    """One document and question at a time, by the public functions, gives the same text as the batched run."""
+    """The public functions, one document and question at a time, give the same text as the batched run."""
     made, setting = examples(), settings()[1]
     table = run([setting], made, form=form, batch=2, max_new_tokens=NEW)
     for example, found in zip(made, answers(table.rows[0]), strict=True):
@@ -62,7 +62,7 @@ def test_the_second_column_reads_the_question_in_the_prefill():
     document, asked = encode_example(setting.params, made[0])
     want = [razor_jax.generate(setting.params, document + q, razor=POLICY, max_new_tokens=NEW).text for q in asked]
     assert list(answers(table.rows[0])[0]) == want
-    # with every head windowed the two columns cannot be the same text throughout
+    # with every head windowed, the two columns must differ somewhere
     assert answers(table.rows[0]) != answers(run([setting], made, batch=2, max_new_tokens=NEW).rows[0])
 
 
@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_and_equals_an_unbroken_one(tmp_path):
         run(settings(), examples(), batch=2, max_new_tokens=NEW, resume=path, progress=kill)
     kept = path.read_bytes()
     assert kept.count(b"\n") == 4  # three of dense, one of Razor
-    # the kill may also come in the middle of a line
+    # a kill can also come in the middle of a line
     path.write_bytes(kept + kept[:40])
     told = []
     resumed = run(
@@ -138,7 +138,7 @@ def test_a_record_of_another_setting_is_not_reused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CachedModel, "_ask_after", counted)
     run([CachedModel("another name", params, POLICY)], made, batch=2, max_new_tokens=NEW, resume=path)
-    assert not asked  # a name decides no answer
+    assert not asked  # the name does not decide the answers
     others = {
         "policy": CachedModel("Razor", params, dataclasses.replace(POLICY, compensation=False)),
         "heads": CachedModel("Razor", with_heads(params, HeadSplit.none(2, 2)), POLICY),
@@ -200,13 +200,13 @@ def test_the_dense_row_is_bfloat16_whatever_the_weights():
 
 
 def test_a_conversation_hands_its_cache_on():
-    """Turn by turn with `Chat`, one conversation at a time, gives the same answers."""
+    """`Chat`, one conversation at a time, gives the same answers."""
     made = examples(questions=(3, 2, 3))
     setting = settings()[1]
     table = run([conversation.Conversation(setting)], made, batch=2, max_new_tokens=NEW)
     for example, found in zip(made, answers(table.rows[0]), strict=True):
         chat = razor_jax.Chat(setting.params, system=example.document, razor=POLICY)
-        # `Chat` reads document and first question in one call; the protocol never does
+        # `Chat` reads document and first question in one call, the protocol in two
         document, asked = encode_example(setting.params, example)
         chat._cache = razor_jax.prefill(setting.params, document, razor=POLICY, capacity=512)
         first = razor_jax.generate(setting.params, asked[0], cache=chat._cache, max_new_tokens=NEW)

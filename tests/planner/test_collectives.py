@@ -7,8 +7,8 @@ import pytest
 from razor_jax.planner import collectives
 from razor_jax.planner.collectives import Collective
 
-# As XLA writes them: a loop that turns four times with a reduction in it, one that nobody can count, and the
-# asynchronous pair of a TPU, whose start holds operands and results.
+# HLO as XLA writes it: a loop of four iterations with a reduction in it, a loop of unknown length, and the
+# asynchronous pair of a TPU, whose start has operands and results.
 PROGRAM = """HloModule jit_f, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {

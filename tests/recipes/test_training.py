@@ -148,7 +148,7 @@ def test_batches_depend_on_seed_and_step_alone(small_tokenizer):
 
 
 def _transformer(config, params, tokens, positions):
-    """Logits [T, V] of `models/transformer.py` with plain causal attention."""
+    """Return logits [T, V] of `models/transformer.py` with plain causal attention."""
 
     def attend(q, k, v, state):
         B, K, R, H = q.shape
@@ -288,7 +288,7 @@ def test_the_smallest_cache_as_good_as_dense_is_chosen():
     worse, good = _choice(1, 128, 0.9, 0.3, 3), _choice(3, 128, 0.7, 0.101, 4)
     larger, lossy = _choice(4, 256, 0.6, 0.1, 4), _choice(2, 128, 0.8, 0.2, 4)
     assert choose.best(dense, [worse, good, larger, lossy]) is good
-    assert choose.best(dense, [worse, lossy]) is lossy  # none is as good: the best answers
+    assert choose.best(dense, [worse, lossy]) is lossy  # none is as good as dense: the least loss
 
 
 def test_heads_are_chosen_on_train_documents(monkeypatch):

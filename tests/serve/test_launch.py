@@ -1,4 +1,4 @@
-"""The launcher: who is who, and what it makes of each way in which a process can end."""
+"""The launcher: which process is which, and its report on every way in which a process can end."""
 
 import argparse
 import os
@@ -33,7 +33,7 @@ def test_flags_come_before_the_environment():
     assert process_info(JAX_NAMES | {"JOB_COMPLETION_INDEX": "1"}) == ("host:9", 2, 1)
     assert process_info(LWS) == (f"razor-0.razor.default:{launch.PORT}", 4, 3)
     assert process_info({}, coordinator="a", processes=2, process_id=1) == (f"a:{launch.PORT}", 2, 1)
-    # Left to what JAX detects: TPU VMs, Slurm, a Job whose own addresses nobody gave.
+    # JAX detects the rest: TPU VMs, Slurm, a Job without a coordinator address.
     assert process_info({}) == process_info({"JOB_COMPLETION_INDEX": "1"}) == (None, None, None)
 
 
@@ -240,10 +240,10 @@ def test_a_job_tells_the_launcher_what_it_reads():
     pod = job["spec"]["template"]["spec"]
     env = {entry["name"]: entry["value"] for entry in container(pod)["env"]}
     count = job["spec"]["completions"]
-    # Kubernetes adds the index; a Job's pods are called by its name and theirs.
+    # Kubernetes sets the index; pods of a Job are named after the Job and their index.
     found = process_info(env | {"JOB_COMPLETION_INDEX": "1"})
     assert found == (f"{job['metadata']['name']}-0.{pod['subdomain']}:{launch.PORT}", count, 1)
-    # Where TPUs tell JAX who is who, nothing may come between.
+    # On TPUs, JAX detects the process id, and the Job's index must not override it.
     assert "env" not in container(documents("job-tpu.yaml")["Job"]["spec"]["template"]["spec"])
 
 
@@ -271,7 +271,7 @@ def test_commands_in_manifests_are_understood(name):
     words = [*only["command"], *only["args"]]
     assert words[:3] == ["python", "-m", "razor_jax.launch"]
     flags = launch._parse(words[3:])
-    # A set starts a pod again that ends, whatever its code.
+    # A set restarts every pod that ends, for any exit code.
     assert flags.stay == (name == "leaderworkerset.yaml")
     assert (SCRIPTS.parent / flags.command[0]).is_file()
     with pytest.raises(SystemExit, match="0"):

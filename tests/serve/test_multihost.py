@@ -52,7 +52,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 class Run:
-    """One launcher a process, on this machine."""
+    """A run on this machine, with one launcher per process."""
 
     def __init__(self, folder: Path, *arguments: str, each=((), ()), typed: str = "", script: Path = SCRIPT):
         with socket.socket() as free:
@@ -79,7 +79,7 @@ class Run:
         os.kill(int(children[0]), signal.SIGKILL)
 
     def wait(self, limit: float) -> list[int]:
-        """Exit codes; whoever is still there after `limit` seconds is ended, and the test with it."""
+        """Return the exit codes; kill what still runs after `limit` seconds and fail the test."""
         end = time.monotonic() + limit
         try:
             return [launcher.wait(max(0.1, end - time.monotonic())) for launcher in self.launchers]
@@ -119,7 +119,7 @@ def test_a_killed_process_costs_no_answer(killed, model, tmp_path):
     assert "killed by SIGKILL" in run.said(killed).splitlines()[-1]
     assert "stack trace" not in run.said(1 - killed)
 
-    output.write_bytes(before + b'{"key": "half a li')  # as a kill inside a write leaves it
+    output.write_bytes(before + b'{"key": "half a li')  # what a kill during a write leaves
     assert Run(tmp_path, *arguments).wait(600) == [0, 0]
     answers = read_lines(output)
     assert output.read_bytes().startswith(before)
@@ -137,7 +137,7 @@ def test_a_killed_process_costs_no_answer(killed, model, tmp_path):
 def test_processes_that_differ_are_refused_before_weights_are_read(tmp_path, model):
     each = []
     for index in (0, 1):
-        # Weights that cannot be read: whoever tries says so.
+        # Unreadable weights: a process that reads them fails.
         hollow = tmp_path / f"hollow_{index}"
         hollow.mkdir()
         for file in model.iterdir():
@@ -210,7 +210,7 @@ def test_caches_go_between_one_process_and_two(model, tmp_path):
 
 
 class Answers:
-    """Stands for `generate`; what a prompt's answer is depends on nothing else."""
+    """Stand-in for `generate` whose answers depend on the prompt only."""
 
     def __init__(self):
         self.calls = []
@@ -247,7 +247,7 @@ def test_batches_are_full_and_keep_their_cut(tmp_path, unchecked):
     ]
     assert [line["id"] for line in read_lines(output)] == [0, 1, 2, 3, 4, "x", "chat"]
 
-    # As if killed within the second batch: it comes again as it was, and only what is missing is written.
+    # As if killed within the second batch: the same batch runs again, and only missing answers are written.
     whole = output.read_bytes()
     output.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
     again = Answers()
@@ -305,7 +305,7 @@ def test_an_output_that_another_run_writes_is_refused(tmp_path, unchecked):
 
 
 def test_a_resumed_run_keeps_to_its_policy(model, tmp_path, monkeypatch):
-    """Which is a razor.json's where no option says otherwise."""
+    """Without options, that is the policy of razor.json."""
     agreed, require = [], agreement.require
     monkeypatch.setattr(agreement, "require", lambda record: (agreed.append(record), require(record)))
     prompts, output = write_lines(tmp_path / "in.jsonl", lines(1)), tmp_path / "out.jsonl"
@@ -322,7 +322,7 @@ def test_a_resumed_run_keeps_to_its_policy(model, tmp_path, monkeypatch):
     assert "out.jsonl has 1 answers, but 0 of them are to these prompts" in refused.stderr
     assert run(8).exit_code == 0
     assert output.read_bytes() == first
-    # What other processes are asked for: the file before weights are read, the policy after.
+    # Processes compare the file before weights are read, and the policy after.
     (early, late), (other_early, other_late), _ = (agreed[i : i + 2] for i in (0, 2, 4))
     assert {name for name in early if early[name] != other_early[name]} == {"--heads"}
     assert {name for name in late if late[name] != other_late[name]} == {"policy"}
