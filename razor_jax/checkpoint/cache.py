@@ -174,10 +174,10 @@ def _spec(path: Path, record: Mapping[str, Any], params: Params) -> CacheSpec:
     except (KeyError, TypeError) as error:
         raise _damaged(path, repr(error)) from error
     if differ:
-        said = "; ".join(f"{name} {_short(record[name])}, here {_short(here[name])}" for name in differ)
+        differences = "; ".join(f"{name} {_short(record[name])}, here {_short(here[name])}" for name in differ)
         raise ValueError(
-            f"the cache in {path} was made with other params: {said}. Use the same model, head split and types, or "
-            "prefill again"
+            f"the cache in {path} was made with other params: {differences}. Use the same model, head split and types, "
+            "or prefill again"
         )
     # The ring lengths that the allocation allows.
     least, most = spec.shortest_ring(0), spec.capacity if razor is None else ring_length(razor, spec.capacity)

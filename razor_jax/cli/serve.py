@@ -75,7 +75,7 @@ def serve(
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        raise typer.Exit(worker.code_of(error)) from None
+        raise typer.Exit(worker.exit_code(error)) from None
 
 
 def _decisive(model: ModelOptions, policy: PolicyOptions, draws: SamplingOptions) -> dict[str, Any]:

@@ -221,7 +221,7 @@ class RazorLM(TemplateLM):
                 caches.append(found.kv)
                 if (key := requests[index][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", key, answers[index])
-        self._note(caches)
+        self._record_caches(caches)
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -243,11 +243,11 @@ class RazorLM(TemplateLM):
                     answers[group[at]] = postprocess_generated_text(text, options.until, self.think_end_token)
                     caches.append(result.kv)
                     self.cache_hook.add_partial("generate_until", arguments[group[at]], answers[group[at]])
-        self._note(caches)
+        self._record_caches(caches)
         return answers
 
     def _generate(self, rows: list[RequestTokens], options: RequestOptions) -> list[Result]:
-        """Return the answers of a batch. If a context is too short to hold tokens back, none of the batch does."""
+        """Return the answers of a batch. If one context is too short to hold tokens back, none does."""
         call: dict[str, Any] = {
             "max_new_tokens": options.new_tokens,
             "sampling": options.sampling,
@@ -290,7 +290,7 @@ class RazorLM(TemplateLM):
                 stacklevel=3,
             )
 
-    def _note(self, caches: list[KVReport]) -> None:
+    def _record_caches(self, caches: list[KVReport]) -> None:
         """Record the caches, and warn of requests without compression: they say nothing about it."""
         self._caches += caches
         idle = sum(not kv.engaged for kv in caches)

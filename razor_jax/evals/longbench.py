@@ -88,8 +88,8 @@ def examples(
 ) -> list[Example]:
     """Make the prompts of one dataset, split after the context.
 
-    max_length: prompts are truncated in the middle to so many tokens, as published. Default: the checkpoint's positions
-    minus answer and chat template.
+    max_length: longer prompts are truncated in the middle to this many tokens, as published. Default: the checkpoint's
+    positions minus answer and chat template.
 
     Raises ValueError if instructions and question take more than half of `max_length`.
     """

@@ -86,11 +86,11 @@ def run(
     options = QuestionFormat(question_inside_prefill, form, batch, max_new_tokens, tuple(stop))
     _check(settings, examples)
     journal = Journal(resume)
-    rows = tuple(_row(setting, examples, options, journal, progress) for setting in settings)
+    rows = tuple(_score_setting(setting, examples, options, journal, progress) for setting in settings)
     return Table(tuple(examples), rows, options)
 
 
-def _row(
+def _score_setting(
     setting: System, examples: Sequence[Example], options: QuestionFormat, journal: Journal, progress: Progress | None
 ) -> SettingScores:
     identity, asked = setting.identity(), dataclasses.asdict(options)

@@ -7,7 +7,7 @@ When one process dies, JAX aborts all of them. The launcher reports that in one 
 last finished prompt) and exits with code 75 within the heartbeat limit. 75 means "start again", which `--restarts`
 does. An exit code that the script chose (refused input, wrong usage) is passed on: another start would not help.
 
-The coordinator, the number of processes and the process id come from the first of these that gives them:
+Coordinator, number of processes and process id each come from the first of these that gives it:
 
 1. the flags;
 2. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
@@ -79,13 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _Signals() as signals:
         for restart in range(flags.restarts + 1):
             code = _Worker(info, flags, signals).wait()
-            if code != LOST or signals.asked or restart == flags.restarts:
+            if code != LOST or signals.received or restart == flags.restarts:
                 break
             # The other processes must end first: they would mistake the new one for the old.
             pause = info.heartbeat + 5
             print(f"razor-jax: start {restart + 2} of {flags.restarts + 1} in {pause} s", file=sys.stderr, flush=True)
             signals.wait(pause)
-            if signals.asked:
+            if signals.received:
                 return signals.code
         if flags.stay and code != LOST:
             signals.wait()
@@ -96,12 +96,12 @@ class _Signals:
     """Handlers of SIGTERM, SIGINT and SIGHUP across all starts, which also stop the running worker."""
 
     def __init__(self):
-        self.asked: signal.Signals | None = None
+        self.received: signal.Signals | None = None
         self._worker: subprocess.Popen | None = None
 
     def __enter__(self) -> _Signals:
         names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        self._before = {name: signal.signal(name, self._take) for name in names}
+        self._before = {name: signal.signal(name, self._on_signal) for name in names}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -111,26 +111,26 @@ class _Signals:
     @property
     def code(self) -> int:
         """Exit code after such a signal."""
-        return 130 if self.asked == signal.SIGINT else LOST
+        return 130 if self.received == signal.SIGINT else LOST
 
-    def reach(self, worker: subprocess.Popen) -> None:
+    def attach(self, worker: subprocess.Popen) -> None:
         """Stop this worker when a signal arrives, or now if one has arrived."""
         self._worker = worker
-        if self.asked:
-            self._end(worker)
+        if self.received:
+            self._terminate(worker)
 
     def wait(self, seconds: float = math.inf) -> None:
         """Wait for `seconds`, or until a signal arrives."""
         end = time.monotonic() + seconds
-        while not self.asked and time.monotonic() < end:
+        while not self.received and time.monotonic() < end:
             time.sleep(0.2)  # sleep() resumes after a signal handler
 
-    def _take(self, number: int, frame: Any) -> None:
-        self.asked = signal.Signals(number)
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number)
         if self._worker is not None:
-            self._end(self._worker)
+            self._terminate(self._worker)
 
-    def _end(self, worker: subprocess.Popen) -> None:
+    def _terminate(self, worker: subprocess.Popen) -> None:
         worker.terminate()
         killer = threading.Timer(GRACE, worker.kill)
         killer.daemon = True
@@ -154,7 +154,7 @@ class _Worker:
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
-        signals.reach(self._child)
+        signals.attach(self._child)
         assert self._child.stderr is not None
         self._listeners = [
             threading.Thread(target=listen, args=(source,), daemon=True)
@@ -174,7 +174,7 @@ class _Worker:
         if code == 0:
             return 0
         print(f"razor-jax: {self._report_line(code)}", file=sys.stderr, flush=True)
-        if self._signals.asked:
+        if self._signals.received:
             return self._signals.code
         return code if 0 < code != LOST else LOST
 
@@ -195,8 +195,8 @@ class _Worker:
     def _report_line(self, code: int) -> str:
         process, processes = (self._notes.get(name, getattr(self._info, name)) for name in ("process", "processes"))
         who = f"process {'?' if process is None else process} of {processes or '?'} on {socket.gethostname()}"
-        asked = self._signals.asked
-        why = f"stopped by {asked.name}" if asked else ""
+        received = self._signals.received
+        why = f"stopped by {received.name}" if received else ""
         why = why or explain(code, self._notes, self._withheld.decode(errors="replace"), self._info.connect_timeout)
         return f"{who} ended: {why}; last finished prompt: {self._notes.get('finished', 'none')}"
 

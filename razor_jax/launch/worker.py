@@ -60,7 +60,7 @@ def notify_launcher(**notes: Any) -> None:
         _launcher.sendall(json.dumps(notes).encode() + b"\n")
 
 
-def code_of(error: Exception) -> int:
+def exit_code(error: Exception) -> int:
     """Send the first line of a JaxRuntimeError to the launcher and return the exit code.
 
     The code is 1 for an error that a restart would meet again, otherwise LOST: most are collectives whose peer died.
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     global _launcher
     _launcher = socket.socket(fileno=int(arguments[0]))
     _launcher.set_inheritable(False)
-    threading.Thread(target=_end_with, args=(_launcher,), daemon=True).start()
+    threading.Thread(target=_exit_with_launcher, args=(_launcher,), daemon=True).start()
     code = _run(ProcessInfo(**json.loads(arguments[1])), arguments[2:])
     sys.stdout.flush()
     sys.stderr.flush()
@@ -110,7 +110,7 @@ def _run(info: ProcessInfo, command: Sequence[str]) -> int:
             print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except jax.errors.JaxRuntimeError as error:
-        return code_of(error)
+        return exit_code(error)
     except BaseException as error:
         traceback.print_exc()
         notify_launcher(error=f"{type(error).__name__}: {error}".partition("\n")[0])
@@ -162,7 +162,7 @@ class _Address(logging.Handler):
             notify_launcher(connecting=str(record.args[0]))
 
 
-def _end_with(launcher: socket.socket) -> None:
+def _exit_with_launcher(launcher: socket.socket) -> None:
     launcher.recv(1)
     os._exit(LOST)
 

@@ -1,4 +1,4 @@
-"""Does it fit? Memory of a model on TPUs and GPUs that you need not have, by arithmetic and by the TPU compiler."""
+"""Does a model fit on TPUs or GPUs that this machine lacks? Answers by arithmetic and by the TPU compiler."""
 
 from .compiler import STEPS, Compiled, Step, compile_step
 from .hardware import GIB, Hardware, find_hardware

@@ -63,7 +63,7 @@ def serve(
 
         def begin() -> list[int]:
             items = read(prompts, max_new_tokens)
-            stack.enter_context(_alone(output))
+            stack.enter_context(_locked(output))
             work.append(_Work(items, output, batch, run))
             return work[0].counts
 
@@ -83,7 +83,7 @@ def serve(
 
 
 @contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
+def _locked(output: Path) -> Iterator[None]:
     """Lock the file against other runs. The lock ends with the process, even if it is killed."""
     import fcntl  # imported here: Windows lacks it, and every command imports this file
 
@@ -150,8 +150,8 @@ class _Work:
         """Write the missing answers of the current batch and return the counts."""
         for item, result in zip(self._batches[self._at], results, strict=False):  # a short batch was padded
             if self._missing(item):
-                told = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
-                self._journal.add(self._key(item), {"id": item.id, **told})
+                answer = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
+                self._journal.add(self._key(item), {"id": item.id, **answer})
                 self._done += 1
         return self.counts
 

@@ -21,9 +21,9 @@ def serve(answer: Callable[[str], None], lines: Iterable[str], tick: float = TIC
     inbox: queue.Queue[str | ValueError] = queue.Queue()
     if jax.process_index() == 0:
         threading.Thread(target=_read, args=(lines, inbox), daemon=True).start()
-    while (said := broadcast_from_process_0(lambda: _next(inbox, tick))) != {"line": "/exit"}:
-        if said.get("line"):
-            answer(said["line"])
+    while (message := broadcast_from_process_0(lambda: _next(inbox, tick))) != {"line": "/exit"}:
+        if message.get("line"):
+            answer(message["line"])
 
 
 def _read(lines: Iterable[str], inbox: queue.Queue[str | ValueError]) -> None:

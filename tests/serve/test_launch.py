@@ -122,7 +122,7 @@ def test_how_a_script_ends_is_one_line_and_a_code(start):
     ],
 )
 def test_errors_of_jax_that_another_start_would_meet_again_are_verdicts(said, code):
-    assert worker.code_of(jax.errors.JaxRuntimeError(said)) == code
+    assert worker.exit_code(jax.errors.JaxRuntimeError(said)) == code
 
 
 def test_a_worker_ends_with_its_launcher(start):
