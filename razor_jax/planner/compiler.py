@@ -134,9 +134,9 @@ def _compile(job: Job, step: Step) -> Compiled:
 
 def _lower(job: Job, step: Step, mesh: Mesh) -> Any:
     """Return the lowered step on abstract arrays with their shardings, the cache donated."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
-    def array(shape: tuple[int, ...], dtype: Any = jnp.int32, at: NamedSharding = everywhere) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32, at: NamedSharding = replicated) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
 
     weights = job.abstract_weights()
@@ -144,7 +144,7 @@ def _lower(job: Job, step: Step, mesh: Mesh) -> Any:
     params = Params(weights, job.config, heads=job.split, placement=MeshPlacement(mesh))
     make = functools.partial(functional.init_cache, params, batch=job.batch, capacity=job.context, razor=job.razor)
     cache = jax.eval_shape(functools.partial(make, layout=job.layout))
-    at = jax.tree.map(lambda x: everywhere, cache) if cache.spec.placement is None else cache_shardings(cache)
+    at = jax.tree.map(lambda x: replicated, cache) if cache.spec.placement is None else cache_shardings(cache)
     cache = jax.tree.map(lambda x, at: array(x.shape, x.dtype, at), cache, at)
     lengths = array((job.batch,))
     if step == "decode":
