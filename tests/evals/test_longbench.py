@@ -200,7 +200,7 @@ def test_the_middle_is_cut_out(dataset):
     ends = (400, 401) if dataset == longbench.V2 else (400, 400)
     assert short.document + short.questions[0].text == prompt[: ends[0]] + prompt[-ends[1] :]
     assert short.questions == whole.questions
-    with pytest.raises(ValueError, match="longer than half of max_length=200"):
+    with pytest.raises(ValueError, match="take more than half of max_length=200"):
         longbench.examples(params, dataset, [record], max_length=200)
 
 
