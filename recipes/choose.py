@@ -56,7 +56,7 @@ def tasks(params: Params, tokens: int, documents: int, facts: int) -> list[Task]
         cut = ask(assets, document.text, [q.question for q in document.questions], True)
         answers = [tuple(assets.encode(q.answer, add_special=False)) for q in document.questions]
         (text,) = prompts.encode(params, cut.document).rows
-        questions = prompts.encode(params, list(cut.questions), continues=True).rows
+        questions = prompts.encode(params, list(cut.questions), part="question", raw=True).rows
         found.append(Task(text, tuple(zip(questions, answers, strict=True))))
     return found
 

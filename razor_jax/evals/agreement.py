@@ -261,6 +261,6 @@ def render(rows: Sequence[Agreement], title: str = "") -> RichTable:
             f"{row.perplexity:.2f}" if row.perplexity else "",
             f"{row.reference_perplexity:.2f}" if row.reference_perplexity else "",
             f"{row.counted:,}",
-            f"{row.kv.ratio:.2f}×",
+            f"{row.kv.dense_bytes / row.kv.allocated_bytes:.2f}×",
         )
     return table

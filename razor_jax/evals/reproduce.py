@@ -26,6 +26,7 @@ from ..config import HeadSplit, RazorConfig
 from ..functional import decode, init_cache
 from ..heads import find_heads, random_heads
 from ..heads.causal import Task
+from ..heads.select import GROUPED_SHARES
 from ..needles.facts import needle_document
 from ..params import Params, with_heads
 from ..text.generate import prefill
@@ -153,7 +154,7 @@ def variants(params: Params, policy: RazorConfig, recorded: Recorded) -> list[Va
         shares = {"Razor": (0.14, 0.01), "no echo heads": (0.14, 0.0), "5 % induction": (0.05, 0.01)}
         found = {name: scores.select(*share).retrieval for name, share in shares.items()}
         if params.config.group_size > 1:
-            found["grouped (28 % + 2 %)"] = scores.select().retrieval
+            found["grouped (28 % + 2 %)"] = scores.select(*GROUPED_SHARES).retrieval
         return {"heads": found, "probe": scores.describe()}
 
     heads = {name: HeadSplit(tuple(map(tuple, rows)), K) for name, rows in recorded("heads", search)["heads"].items()}
