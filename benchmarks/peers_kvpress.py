@@ -1,7 +1,7 @@
 """NVIDIA kvpress on the same checkpoint through transformers, as systems that `razor_jax.evals.protocol.run` takes.
 
-Token ids are ours (`protocol.encode_example`); compression and answering are kvpress' own pipeline, batch 1, greedy. Seen working
-with kvpress 0.5.5, transformers 5.2 (it pins < 5.3: presses read `cache_position`) and torch 2.13 on the CPU.
+Token ids are ours (`protocol.encode_example`); compression and answering are kvpress' pipeline, batch 1, greedy. Seen
+working with kvpress 0.5.5, transformers 5.2 (it pins < 5.3: presses read `cache_position`) and torch 2.13 on the CPU.
 """
 
 from __future__ import annotations
