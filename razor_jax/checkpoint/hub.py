@@ -120,17 +120,16 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = checkpoint.SHARD_BYTES,
 ) -> None:
-    """Write weights, config, tokenizer and, as razor.json, the head split to a folder that `load` reads back exactly,
-    on any mesh and in any number of processes. The folder is there when it is whole, or as it was before; if a process
-    is killed just as the folders change places, what was there lies beside it, hidden, until the next `save` puts it
-    back.
+    """Write weights, config, tokenizer and head split (razor.json) to a folder that `load` reads back exactly.
+
+    `load` may use another mesh or number of processes. The folder is replaced atomically: readers see the old one or
+    the complete new one. If a process is killed between the two renames, the next `save` restores the old folder.
 
     Args:
-      format: "huggingface" loads in transformers too, in files of at most `shard_bytes`; "orbax" takes int8 weights as
-        well, and every process of a run writes its own shards.
+      format: "huggingface" writes files of at most `shard_bytes`, which transformers also loads. "orbax" also stores
+        int8 weights, and every process of a run writes its shards.
 
-    Every process of a run calls this. Raises FileExistsError where `directory` holds something and `overwrite` is not
-    given.
+    Every process of a run calls this. Raises FileExistsError if `directory` is not empty and `overwrite` is false.
     """
     split = params.heads
     if split is not None:

@@ -51,7 +51,7 @@ def serve(
     }
     sampling = draws.sampling()
     try:
-        worker.tell(process=jax.process_index(), processes=jax.process_count())
+        worker.notify_launcher(process=jax.process_index(), processes=jax.process_count())
         files = agreement.describe(hub.find(model.model))
         # By content: hosts may keep it in different places.
         ours = policy.dense or model.heads == "auto"
@@ -75,7 +75,7 @@ def serve(
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        raise typer.Exit(worker.code_of(error)) from None
+        raise typer.Exit(worker.exit_code(error)) from None
 
 
 def _decisive(model: ModelOptions, policy: PolicyOptions, draws: SamplingOptions) -> dict[str, Any]:

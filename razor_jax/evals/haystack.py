@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..needles import facts as tasks
+from ..needles import facts
 from ..needles.text import load_documents, load_folder
 from ..params import Params
-from .protocol import Example, Form, cut
+from .protocol import Example, Form, encode_example
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WORD = re.compile(r"\b[a-z]{4,12}\b")
@@ -49,7 +49,7 @@ class Haystack:
         written.
         """
         for paragraph in self.paragraphs(rng):
-            yield from tasks.sentences(paragraph)
+            yield from facts.sentences(paragraph)
 
     def sentences(self, rng: np.random.Generator) -> Iterator[str]:
         """Yield sentences without end."""
@@ -108,5 +108,5 @@ def counter(params: Params) -> Callable[[str], int]:
 
 def overhead(params: Params, example: Example, form: Form | None) -> int:
     """Return the tokens that template and longest question of an example take beside its document."""
-    document, questions = cut(params, dataclasses.replace(example, document="x"), form)
+    document, questions = encode_example(params, dataclasses.replace(example, document="x"), form)
     return len(document) + max(map(len, questions))
