@@ -229,8 +229,8 @@ def test_balanced_counts_divide_by_the_devices_and_lose_no_head(budget):
     for layer, heads in enumerate(even.retrieval):
         added = set(heads) - set(plain.retrieval[layer])
         left = set(range(10)) - set(heads)
-        worst = min((scores.induction[layer, h] for h in added), default=1)
-        assert all(scores.induction[layer, h] <= worst for h in left)
+        worst = min((scores.best[layer, h] for h in added), default=1)
+        assert all(scores.best[layer, h] <= worst for h in left)
 
 
 def test_always_kept_layers_count_inside_share_and_bytes_and_above_the_classes():
