@@ -26,6 +26,7 @@ No request starves: running requests have bounded length, and a request that doe
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
@@ -288,10 +289,9 @@ def _admit(state: State) -> tuple[State, tuple[Running, ...]]:
         if not slots or (left and left[0].passed >= config.max_passes):
             left.extend(state.waiting[index:])
             break
-        need_and_free = list(zip(waiting.needs, free_pages, strict=True))
-        if all(need <= len(free) for need, free in need_and_free):
-            pages = tuple(free[:need] for need, free in need_and_free)
-            free_pages = tuple(free[need:] for need, free in need_and_free)
+        if all(map(operator.le, waiting.needs, map(len, free_pages))):
+            pages = tuple(free[:need] for need, free in zip(waiting.needs, free_pages, strict=True))
+            free_pages = tuple(free[need:] for need, free in zip(waiting.needs, free_pages, strict=True))
             admitted.append(Running(waiting.request, waiting.arrival, slots.pop(0), pages))
             left = [dataclasses.replace(each, passed=each.passed + 1) for each in left]
         else:
