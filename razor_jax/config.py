@@ -88,6 +88,8 @@ class RazorConfig:
             f"window {window}",
             f"compensation {'on' if self.compensation else 'off'}",
         ]
+        if self.kv_dtype is not None:
+            parts.append(f"cache in {self.kv_dtype}")
         if self.windowed_kv_dtype is not None:
             parts.append(f"windowed heads in {self.windowed_kv_dtype}")
         parts.append("exact prefill" if self.prefill_chunk is None else f"streaming prefill by {self.prefill_chunk}")

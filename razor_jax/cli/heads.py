@@ -20,34 +20,36 @@ from razor_jax.cli.terminal import note, print_json
 from razor_jax.config import check_split
 from razor_jax.evals.bench import machine
 from razor_jax.heads import (
+    Calibration,
     HeadScores,
     alibi,
-    causal,
     find_heads,
-    gates,
     interchange,
-    needle,
     plots,
     promise,
     report,
+    search,
     store,
     study,
 )
+from razor_jax.heads.find import Method
 
 app = typer.Typer(
     cls=terminal.Commands, no_args_is_help=True, help="Which KV heads keep everything: find, import, or study them."
 )
 
+LEARNED = ("gradient", "gates", "search")
 _WINDOW = 256  # of learned and measured heads where neither the model nor the caller names one
 
 Budget = partial(typer.Option, rich_help_panel="Budget")
+Learn = partial(typer.Option, rich_help_panel="Questions")
 Save = partial(typer.Option, rich_help_panel="Output")
 Seeds = Annotated[int, typer.Option(min=1, help="Searches; scores are their mean.")]
-Method = Annotated[
-    Literal["probe", "needle", "causal", "gradient", "gates", "random"],
+MethodOption = Annotated[
+    Method,
     typer.Option(
         help="probe: random tokens, seconds. needle: a fact twice in prose. gradient: of answers by gates, a minute. "
-        "gates: learned, minutes. causal: every head alone, small models. random: chance."
+        "gates: learned, minutes. search: swaps at the budget. causal: every head alone, small models. random: chance."
     ),
 ]
 Preset = Annotated[Literal["paper", "vendor"], typer.Option(help="Which probe.")]
@@ -121,30 +123,51 @@ class SaveOptions:
             note(f"saved {interchange.write_duo(self.save_duo, chosen, policy)}")
 
 
+@dataclasses.dataclass(frozen=True)
+class LearnOptions:
+    """Questions that heads are chosen by and judged by."""
+
+    target: Annotated[
+        float | None,
+        Learn(min=0, max=100, help="Instead of a budget: the fewest heads that lose at most these points."),
+    ] = None
+    measure: Annotated[
+        bool | None,
+        Learn("--measure/--no-measure", help="Ask held-out questions, dense and compressed; on for learned heads."),
+    ] = None
+    documents: Annotated[int, Learn(min=1, help="Documents of eight questions that heads are chosen by.")] = 8
+    held_out: Annotated[int, Learn(min=2, help="Documents of eight questions that --measure asks about.")] = 12
+    tokens: Annotated[int, Learn(min=128, help="Tokens of a document that heads are judged by; half to choose.")] = 2048
+    text: Annotated[Path | None, Learn(help="Folder of .txt files to ask about; the packaged text by default.")] = None
+    state: Annotated[Path | None, Learn(help="Resume gates or search from this file, and save progress there.")] = None
+
+    def calibration(self) -> Calibration:
+        """Return the documents that heads are chosen by."""
+        return Calibration(self.documents, max(128, self.tokens // 2), text=self.text)
+
+
 @app.command()
 @grouped
 def find(
     model: ModelName = "razor-mini",
-    method: Method = "probe",
+    method: MethodOption = "probe",
     preset: Preset = "paper",
     seeds: Seeds = 1,
-    measure: Annotated[
-        bool | None,
-        typer.Option("--measure/--no-measure", help="Ask held-out questions, dense and compressed; on for gates."),
-    ] = None,
     dtype: Dtype = None,
     *,
     budget: BudgetOptions,
+    learn: LearnOptions,
     output: SaveOptions,
 ) -> None:
     """Find a model's retrieval heads: the scores of every KV head, and which to keep."""
     budget.check()
     _check_method(method, preset)
-    learned = method in ("gates", "gradient")
-    measured = learned if measure is None else measure
+    _check_learning(method, budget, learn)
+    learned = method in LEARNED
+    measured = (learned or learn.target is not None) if learn.measure is None else learn.measure
     uses_policy = budget.size is not None or output.save_duo is not None or learned or measured
     if budget.window is not None and not uses_policy:
-        raise typer.BadParameter("--window goes with --bytes, --save-duo, --measure, or --method gates or gradient")
+        raise typer.BadParameter(f"--window goes with --bytes, --save-duo, --measure, or --method {', '.join(LEARNED)}")
     params = _load(model, dtype, uses_policy)
     if params.config.alibi:
         if budget.given or output.save_duo is not None or method != "probe":
@@ -156,12 +179,18 @@ def find(
         policy = dataclasses.replace(policy, window=_WINDOW)
         note(f"--window {_WINDOW}: documents of calibration are shorter than the paper's window")
     output.check(policy)
-    scores = _scores(params, model, method, preset, seeds, policy)
-    chosen = budget.select(scores, policy)
+    scores = _scores(params, model, method, preset, seeds, policy, budget, learn)
+    if learn.target is None:
+        chosen = budget.select(scores, policy)
+    else:
+        with terminal.working(f"the fewest heads that lose at most {learn.target:g} points"):
+            chosen = search.smallest_budget(params, scores, learn.target, razor=policy, calibration=learn.calibration())
     kept = None
     if measured:
-        with terminal.working("asking held-out questions"):
-            kept = promise.measure(params, chosen, policy)
+        with terminal.working("asking held-out questions") as progress:
+            sizes = {"documents": learn.held_out, "tokens": learn.tokens, "text": learn.text}
+            asked = partial(progress, "asked")
+            [kept] = promise.measure(params, chosen, policy, **sizes, progress=asked)
     _finish(model, scores, chosen, policy, output, kept)
     if method == "probe" and not measured:
         note(
@@ -209,7 +238,7 @@ def import_heads(
 def report_heads(
     folder: Annotated[Path, typer.Argument(help="Where the report, its figures and pictures go.")],
     model: ModelName = "razor-mini",
-    method: Method = "probe",
+    method: MethodOption = "probe",
     preset: Preset = "paper",
     seeds: Seeds = 4,
     dtype: Dtype = None,
@@ -224,10 +253,26 @@ def report_heads(
     if params.config.alibi:
         raise typer.BadParameter("an ALiBi model's scopes follow from its weights: there is nothing to study")
     policy = budget.policy(params)
-    chosen = budget.select(_scores(params, model, method, preset, seeds, policy), policy)
+    chosen = budget.select(_scores(params, model, method, preset, seeds, policy, budget, LearnOptions()), policy)
     found = study.study(params.replace(heads=chosen, razor=policy), seeds=max(seeds, 4), say=_say)
     for path in report.write(found, folder, model=model, machine=machine()):
         note(f"saved {path}")
+
+
+def _check_learning(method: str, budget: BudgetOptions, learn: LearnOptions) -> None:
+    """Raise BadParameter for options that this method or budget does not take."""
+    if learn.state is not None and method not in ("gates", "search"):
+        raise typer.BadParameter(f"--state resumes --method gates or search, not {method}")
+    if learn.target is not None and dataclasses.replace(budget, window=None).given:
+        raise typer.BadParameter(
+            "--target finds the budget: leave out --share, --induction, --echo, --bytes and layers"
+        )
+    if method == "search" and (learn.target is not None or dataclasses.replace(budget, window=None, share=None).given):
+        raise typer.BadParameter("--method search needs its budget as --share")
+    if method == "search" and budget.share is None:
+        raise typer.BadParameter(
+            "--method search finds the best heads of one budget: give --share, such as --share 0.2"
+        )
 
 
 def _check_method(method: str, preset: str) -> None:
@@ -263,6 +308,9 @@ def _finish(
         for name, values in (("induction", scores.induction), ("echo", scores.echo)):
             Console().print(_table(f"{name} score of each KV head, %", 100 * values, chosen))
     _print_split(chosen)
+    if scores is not None and scores.meta.floor:
+        signal, floor = scores.above_floor(chosen), scores.meta.floor
+        typer.echo(f"● {signal} of them score above the noise of this probe, {floor:.2%}; the others are a guess")
     if kept is not None:
         typer.echo(f"● {kept}")
 
@@ -272,21 +320,34 @@ def _print_split(chosen: HeadSplit) -> None:
     typer.echo(f"● {sum(chosen.counts)} of {total} KV heads keep every token: {chosen.note}")
 
 
-def _scores(params: Params, model: str, method: str, preset: str, seeds: int, policy: RazorConfig) -> HeadScores:
-    draws = tuple(range(seeds))
+def _scores(
+    params: Params,
+    model: str,
+    method: Method,
+    preset: str,
+    seeds: int,
+    policy: RazorConfig,
+    budget: BudgetOptions,
+    learn: LearnOptions,
+) -> HeadScores:
+    options: dict[str, Any] = {}
+    if method in LEARNED:
+        if seeds != 1:
+            raise typer.BadParameter(f"--seeds goes with methods that search, not --method {method}")
+        options = {"razor": policy, "calibration": learn.calibration()}
+        if method in ("gates", "search"):
+            options["state"] = learn.state
+        if method == "search":
+            options["heads"] = round((budget.share or 0) * params.config.num_layers * params.config.num_kv_heads)
+    else:
+        options["seeds"] = tuple(range(seeds))
+        if method == "probe":
+            options["preset"] = preset
     if method == "random":
-        return needle.random_heads(params, seeds=draws)
+        return find_heads(params, method=method, **options)
     with terminal.working(model) as progress:
-        probed = partial(progress, "probed")
-        if method == "needle":
-            return needle.needle_heads(params, seeds=draws, progress=probed)
-        if method == "causal":
-            return causal.causal_heads(params, seeds=draws)
-        if method == "gates":
-            return gates.gate_heads(params, razor=policy, progress=partial(progress, "learned"))
-        if method == "gradient":
-            return gates.gradient_heads(params, razor=policy, progress=partial(progress, "differentiated"))
-        return find_heads(params, seeds=draws, preset=preset, progress=probed)
+        unit = {"gates": "learned", "gradient": "differentiated", "search": "searched"}.get(method, "probed")
+        return find_heads(params, method=method, progress=partial(progress, unit), **options)
 
 
 def _scopes(params: Params, model: str, save: Path | None, as_json: bool) -> None:

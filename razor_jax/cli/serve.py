@@ -51,7 +51,7 @@ def serve(
     }
     sampling = draws.sampling()
     try:
-        worker.tell(process=jax.process_index(), processes=jax.process_count())
+        worker.notify_launcher(process=jax.process_index(), processes=jax.process_count())
         files = agreement.describe(hub.find(model.model))
         # By content: hosts may keep it in different places.
         ours = policy.dense or model.heads == "auto"
@@ -75,7 +75,7 @@ def serve(
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        raise typer.Exit(worker.code_of(error)) from None
+        raise typer.Exit(worker.exit_code(error)) from None
 
 
 def _decisive(model: ModelOptions, policy: PolicyOptions, draws: SamplingOptions) -> dict[str, Any]:
@@ -106,7 +106,9 @@ def _answer_file(
     latest: list[Result] = []
 
     def answer(texts: list[Any], limit: int, number: int) -> list[Result]:
-        latest[:] = razor_jax.generate(params, texts, max_new_tokens=limit, seed=(seed + number) % 2**32, **options)
+        latest[:] = razor_jax.generate(
+            params, texts, max_new_tokens=limit, seed=(seed + number) % 2**32, raw=True, **options
+        )
         return latest
 
     def progress(done: int, total: int) -> None:
@@ -119,13 +121,11 @@ def _answer_file(
 
 
 def _converse(params: Params, options: dict[str, Any]) -> None:
-    chat = params.assets is not None and params.assets.chat_template is not None
     first = jax.process_index() == 0
 
     def answer(line: str) -> None:
         try:
-            prompt = [{"role": "user", "content": line}] if chat else line
-            result = terminal.answer(razor_jax.stream(params, prompt, **options), show=first)
+            result = terminal.answer(razor_jax.stream(params, line, **options), show=first)
         except ValueError as error:
             if first:
                 terminal.fail(str(error))

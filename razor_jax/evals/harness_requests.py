@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness asks for, as `harness` hands it on: token rows, and the options of an answer."""
+"""Requests of lm-evaluation-harness as `harness` handles them: tokens, and options of an answer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # A penalty would not see
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A request's ids: `read` in prefill, `held` back, and the continuation to judge."""
+class RequestTokens:
+    """Token ids of a request: `read` in prefill, `held` back for after it, and the `scored` continuation."""
 
     read: Tokens
     held: Tokens
@@ -32,21 +32,22 @@ class Row:
         return self.held + self.scored
 
     @classmethod
-    def of(cls, context: Tokens, held: int, scored: Tokens | None = None) -> Row:
-        """Hold back the last tokens of a context, but for its first."""
+    def of(cls, context: Tokens, held: int, scored: Tokens | None = None) -> RequestTokens:
+        """Split a context: hold its last `held` tokens back, but always prefill the first."""
         at = max(1, len(context) - held)
         return cls(context[:at], context[at:], scored or [])
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """What a request says about its answer.
+class RequestOptions:
+    """Options of a request's answer.
 
     Attributes:
-      params: whose stop ids hold the stop strings that are special tokens.
+      params: the model's, with stop strings that are special tokens added to the stop ids.
       until: all stop strings.
-      strings: those of them that are text.
-      room: tokens that the context may have.
+      strings: the stop strings that are ordinary text.
+      new_tokens: most tokens of the answer.
+      room: most tokens of the context.
     """
 
     params: Params
@@ -57,9 +58,10 @@ class Options:
     sampling: Sampling
 
     @classmethod
-    def of(cls, given: dict[str, Any], params: Params, eos: int, max_length: int, max_gen_toks: int) -> Options:
-        """Make the options from the task's generation_kwargs. Raise ValueError for unknown ones, or for too long an
-        answer.
+    def of(cls, given: dict[str, Any], params: Params, eos: int, max_length: int, max_gen_toks: int) -> RequestOptions:
+        """Make the options from a task's generation_kwargs.
+
+        Raises ValueError for unknown names, or an answer that leaves no room for a context.
         """
         assets = params.assets
         assert assets is not None
@@ -70,12 +72,12 @@ class Options:
         unknown = sorted(set(options) - set(SAMPLING))
         if unknown:
             raise ValueError(
-                f"generation_kwargs: {', '.join(unknown)} is not known; there are until, max_gen_toks, do_sample, "
+                f"generation_kwargs: {', '.join(unknown)} is unknown; allowed are until, max_gen_toks, do_sample, "
                 + ", ".join(SAMPLING)
             )
-        if not draws:  # the harness passes a temperature even then
+        if not draws:  # the harness passes a temperature even for greedy answers
             options = {"temperature": 0.0}
-        # A special token is no part of the text, so as a stop string it ends the answer by its id.
+        # Special tokens do not appear in the text, so one that is a stop string ends the answer by its id.
         single = {stop: assets.encode(stop, add_special=False) for stop in until if stop}
         special = {stop: ids[0] for stop, ids in single.items() if len(ids) == 1 and not assets.decode(ids)}
         ends = dict.fromkeys((*assets.eos_ids, *special.values()))

@@ -8,6 +8,22 @@ from ..tokenizer.assets import Assets, Detokenizer, find_stop
 from .result import FinishReason
 
 
+def end_ids(assets: Assets | None, stops: Sequence[str]) -> tuple[int, ...]:
+    """Return the ids that end a row: the end tokens of the checkpoint, and stop strings that are special tokens.
+
+    Text never shows a special token, so only its id can be matched.
+    """
+    if assets is None:
+        return ()
+    encoded = ((stop, assets.encode(stop, add_special=False)) for stop in stops)
+    special = (
+        ids[0]
+        for stop, ids in encoded
+        if len(ids) == 1 and not assets.decode(ids) and assets.decode(ids, skip_special=False) == stop
+    )
+    return (*assets.eos_ids, *special)
+
+
 class RowOutput:
     """Tokens and text of one row.
 
@@ -19,14 +35,14 @@ class RowOutput:
       text: text of the tokens, cut at a stop string. A token that ends the row adds no text.
       safe: length of the text that is safe to show; all of it once the row has finished.
       stopped_at: number of tokens up to the one that completed a stop string, None without one.
-      finished: whether the row reached an end token, a stop string or its limit.
+      finished: whether the row reached an end token, a stop string or its limit, or failed.
       finish_reason: of a finished row.
     """
 
     def __init__(self, assets: Assets | None, stops: Sequence[str], limit: int):
         """Start a row of at most `limit` tokens. Without a tokenizer, `text` stays empty."""
         self._stops, self._limit = stops, limit
-        self._eos = frozenset(assets.eos_ids if assets else ())
+        self._ends = frozenset(end_ids(assets, stops))
         self._detokenizer = Detokenizer(assets) if assets is not None and assets.tokenizer_json is not None else None
         self._shown = 0
         self.tokens: list[int] = []
@@ -42,7 +58,7 @@ class RowOutput:
             if self.finished:
                 return
             self.tokens.append(token)
-            ended = token in self._eos
+            ended = token in self._ends
             self.finished = ended or len(self.tokens) >= self._limit
             if self._detokenizer is not None:
                 self._add(
@@ -51,6 +67,14 @@ class RowOutput:
                 )
             if ended or self.stopped_at is not None:
                 self.finish_reason = "stop"
+
+    def fail(self) -> None:
+        """End the row with reason "error", unless it has finished: its next token could not be computed."""
+        if self.finished:
+            return
+        self.finished, self.finish_reason = True, "error"
+        if self._detokenizer is not None:
+            self._add(self._detokenizer.flush())
 
     def _add(self, text: str) -> None:
         self.text += text

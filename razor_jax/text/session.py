@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,13 +16,18 @@ from .. import compilation
 from ..cache import CacheSpec, KVCache
 from ..config import check_int
 from ..functional import check_cache, placement_of
-from ..params import Params
+from ..memory import check_memory
+from ..params import Params, nonfinite
 from . import loop, prompts
 from .policy import Policy, choose_policy, padded_batch, prefill_chunk, room_for, spec_for
 from .prompts import Prompts
 from .result import KVReport, Result, Timings
-from .row_output import RowOutput
+from .row_output import RowOutput, end_ids
 from .sampling import Rule, Sampling, as_sampling
+
+log = logging.getLogger("razor_jax")
+
+_STOP_IDS = 8  # stop ids are padded to a multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +57,15 @@ class Session:
         stop: str | Sequence[str] = (),
         cache: KVCache | None = None,
         capacity: int | None = None,
+        raw: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
         owns_cache: bool = False,
     ):
         compilation.track_compilation()
         max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
         self.params = params
-        self.prompts: Prompts = prompts.encode(params, prompt, continues=cache is not None)
+        part: prompts.Part = "whole" if cache is None else "question"
+        self.prompts: Prompts = prompts.encode(params, prompt, part=part, raw=raw, template_kwargs=template_kwargs)
         self.sampling = as_sampling(sampling)
         self.seed = np.uint32(check_int("seed", seed, 0, 2**32 - 1))
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -67,14 +76,17 @@ class Session:
         self.source, self._owns_source = cache, owns_cache
         self.spec = self._spec_or_error(razor, max_new_tokens, capacity)
         self.limit = np.full(len(self.prompts.rows), max_new_tokens, np.int32)
-        eos = params.assets.eos_ids if params.assets else ()
-        self._stop_ids = np.asarray(eos or (-1,), np.int32)
+        stop_ids = end_ids(params.assets, self.stop)
+        # Padded, so that other stop ids need no compilation.
+        self._stop_ids = np.full(-(-max(1, len(stop_ids)) // _STOP_IDS) * _STOP_IDS, -1, np.int32)
+        self._stop_ids[: len(stop_ids)] = stop_ids
         self.rows = [RowOutput(params.assets, self.stop, max_new_tokens) for _ in self.prompts.rows]
         self.state: loop.LoopState | None = None
         # The tokens of the newest block, the token count of each row before it, and the state to rewind to.
         self._unread: jax.Array | None = None
         self._before = [0] * len(self.rows)
         self._saved: loop.LoopState | None = None
+        self._warned = False
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
 
     def _spec_or_error(self, razor: Policy, max_new_tokens: int, capacity: int | None) -> CacheSpec:
@@ -82,8 +94,10 @@ class Session:
         if self.source is None:
             # The last generated token is never written to the cache.
             total = self.prompts.longest + max_new_tokens - 1
+            policy = choose_policy(self.params, razor)
+            spec = spec_for(self.params, policy, total, capacity, batch=len(self.prompts.rows))
             prompts.warn_beyond_trained(self.params.config, total)
-            return spec_for(self.params, choose_policy(self.params, razor), total, capacity)
+            return spec
         source = self.source
         if not isinstance(razor, str) and razor != source.spec.razor:
             raise ValueError(
@@ -101,7 +115,10 @@ class Session:
         prompts.warn_beyond_trained(self.params.config, total)
         fits = capacity is None and total <= source.spec.capacity
         room = source.spec.capacity if fits else room_for(total, capacity)
-        return dataclasses.replace(source.spec, capacity=max(room, source.spec.capacity))
+        spec = dataclasses.replace(source.spec, capacity=max(room, source.spec.capacity))
+        if not (self._owns_source and spec == source.spec):
+            check_memory(spec, len(self.prompts.rows))
+        return spec
 
     @property
     def cache(self) -> KVCache:
@@ -163,6 +180,12 @@ class Session:
         new = new[: len(counts)]
         for row, tokens, count, before in zip(self.rows, new, counts, self._before, strict=True):
             row.push(tokens[len(row.tokens) - before : count - before].tolist())
+        failed = [number for number, flag in enumerate(np.asarray(self._live.failed)[: len(counts)]) if flag]
+        for number in failed:
+            self.rows[number].fail()
+        if failed and not self._warned:
+            self._warned = True
+            log.warning("row %d: %s", failed[0], nonfinite(self.params))
 
     def _replay(self, steps: int) -> None:
         """Rewind to the start of the block and replay up to a stop string, which is only seen after its block ran.

@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from razor_jax.text.row_output import RowOutput
+from razor_jax.text.row_output import RowOutput, end_ids
 from tests.support.tokenizers import ASSETS, KINDS
 
 BACKENDS = {name: tokenizers.Tokenizer.from_str(assets.tokenizer_json) for name, assets in ASSETS.items()}
@@ -109,6 +109,26 @@ def test_an_end_token_that_is_not_special_adds_no_text():
     deltas, row = stream(assets, [*assets.encode("fox"), 1])
     assert "".join(deltas) == row.text == "fox"
     assert row.tokens[-1] == 1
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_row():
+    assets = MODELS["byte_level"]
+    assert end_ids(assets, ["<s>", "fox"]) == (EOS["byte_level"], 0)
+    # The word separator has no text by itself, but it is not special.
+    assert end_ids(MODELS["metaspace_words"], [" "]) == (EOS["metaspace_words"],)
+    deltas, row = stream(assets, [*assets.encode("the "), 0, *assets.encode("fox")], ["<s>"])
+    assert ("".join(deltas), row.finish_reason, row.stopped_at) == ("the ", "stop", None)
+
+
+def test_a_row_that_fails_shows_what_was_delayed_and_keeps_an_earlier_end():
+    tokens = MODELS["byte_level"].encode("fox 日 ##", add_special=False)
+    cut = tokens.index(MODELS["byte_level"].encode("日", add_special=False)[-1])
+    _, row = stream(MODELS["byte_level"], tokens[:cut], ["###"])
+    row.fail()
+    assert (row.text, row.take(), row.finished, row.finish_reason) == ("fox �", "�", True, "error")
+    _, row = stream(MODELS["byte_level"], tokens, ["##"])
+    row.fail()
+    assert (row.text, row.finish_reason) == ("fox 日 ", "stop")
 
 
 def test_a_row_without_a_tokenizer_has_tokens_only():
