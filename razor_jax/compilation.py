@@ -9,11 +9,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 
-P, T = ParamSpec("P"), TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger("razor_jax")
 
 _COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -56,15 +56,15 @@ def track_compilation() -> None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
 
 
-def promoting(function: Callable[P, T]) -> Callable[P, T]:
+def promoting(function: F) -> F:
     """Trace a function under JAX's default promotion of types and ranks, whatever the user's flags say."""
 
     @functools.wraps(function)
-    def traced(*args: P.args, **kwargs: P.kwargs) -> T:
+    def traced(*args: Any, **kwargs: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return function(*args, **kwargs)
 
-    return traced
+    return cast(F, traced)
 
 
 @contextlib.contextmanager

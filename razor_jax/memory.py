@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -39,7 +40,7 @@ def check_memory(spec: CacheSpec, batch: int, free: int | None = None) -> None:
     )
 
 
-def free_bytes(device: jax.Device) -> int | None:
+def free_bytes(device: Any) -> int | None:
     """Return the free bytes of a device, of this machine for a CPU; None where nobody can say."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:

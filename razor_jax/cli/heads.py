@@ -33,6 +33,7 @@ from razor_jax.heads import (
     study,
 )
 from razor_jax.heads.find import Method
+from razor_jax.params import architecture_fingerprint, weights_fingerprint
 
 app = typer.Typer(
     cls=terminal.Commands, no_args_is_help=True, help="Which KV heads keep everything: find, import, or study them."
@@ -82,6 +83,12 @@ class BudgetOptions:
             self.size is not None and (classes or self.share is not None)
         ):
             raise typer.BadParameter("--bytes goes with --capacity, and without --share, --induction and --echo")
+
+    def check_layers(self, params: Params) -> None:
+        """Raise ValueError for a layer that the model does not have, before any search."""
+        for layer in self.keep_layer or ():
+            if layer >= params.config.num_layers:
+                raise ValueError(f"--keep-layer {layer}: this model has layers 0 to {params.config.num_layers - 1}")
 
     @property
     def given(self) -> bool:
@@ -174,6 +181,7 @@ def find(
             raise typer.BadParameter("an ALiBi model's scopes follow from its weights: only --save and --json apply")
         _scopes(params, model, output.save, output.as_json)
         return
+    budget.check_layers(params)
     policy = budget.policy(params)
     if (learned or measured) and policy.window is None:
         policy = dataclasses.replace(policy, window=_WINDOW)
@@ -224,13 +232,17 @@ def import_heads(
     params = _load(model, dtype, uses_policy)
     if params.config.alibi:
         raise typer.BadParameter("an ALiBi model's scopes follow from its weights: there is nothing to import")
+    budget.check_layers(params)
     policy = budget.policy(params)
     output.check(policy)
     if numbered is not None:
-        _finish(model, None, _vendor(params, source, numbered), policy, output)
+        _finish(model, None, _named(params, _vendor(params, source, numbered)), policy, output)
         return
-    scores = _duo(params, source)
-    _finish(model, scores, budget.select(scores, policy), policy, output)
+    scores, pattern = _duo(params, source)
+    finished = not dataclasses.replace(budget, window=None).given and np.isin(pattern.gates, (0, 1)).all()
+    # Gates of 0 and 1 are a choice, not a ranking: the default budget would cut it.
+    chosen = pattern.split() if finished else budget.select(scores, policy)
+    _finish(model, scores, _named(params, chosen), policy, output)
 
 
 @app.command("report")
@@ -248,6 +260,8 @@ def report_heads(
     """Study a model's heads: stability, causal importance and pictures; minutes."""
     budget.check()
     _check_method(method, preset)
+    if folder.is_file():
+        raise typer.BadParameter(f"{folder} is a file: give a folder for the report")
     plots.require()
     params = _load(model, dtype, uses_policy=True)
     if params.config.alibi:
@@ -363,11 +377,17 @@ def _scopes(params: Params, model: str, save: Path | None, as_json: bool) -> Non
     _print_split(chosen)
 
 
-def _duo(params: Params, folder: Path) -> HeadScores:
+def _named(params: Params, split: HeadSplit) -> HeadSplit:
+    """Return the split with the fingerprints of the model that it is for."""
+    names = {"architecture": architecture_fingerprint(params.config), "weights": weights_fingerprint(params)}
+    return dataclasses.replace(split, **names)
+
+
+def _duo(params: Params, folder: Path) -> tuple[HeadScores, interchange.DuoPattern]:
     pattern = interchange.read_duo(folder)
     check_split(pattern.split(), params.config.num_layers, params.config.num_kv_heads)
     found = pattern.scores(params.config.group_size)
-    return dataclasses.replace(found, meta=dataclasses.replace(found.meta, head_dim=params.config.head_dim))
+    return dataclasses.replace(found, meta=dataclasses.replace(found.meta, head_dim=params.config.head_dim)), pattern
 
 
 def _vendor(params: Params, file: Path, numbered: Literal["query", "kv"]) -> HeadSplit:

@@ -19,6 +19,7 @@ from razor_jax.cli.options import ModelOptions, NewTokens, PolicyOptions, Sampli
 from razor_jax.cli.terminal import note
 from razor_jax.launch import worker
 from razor_jax.serve import agreement, batch, interactive
+from razor_jax.text.prompts import encode
 
 
 @grouped
@@ -105,11 +106,14 @@ def _answer_file(
 ) -> None:
     latest: list[Result] = []
 
-    def answer(texts: list[Any], limit: int, number: int) -> list[Result]:
+    def answer(texts: list[Any], limit: int, number: int) -> list[Result | str]:
+        refused = {index: why for index, text in enumerate(texts) if (why := _refusal(params, text))}
+        # A refused prompt keeps its row, so that the others are drawn as without it.
+        given = [[0] if index in refused else text for index, text in enumerate(texts)]
         latest[:] = razor_jax.generate(
-            params, texts, max_new_tokens=limit, seed=(seed + number) % 2**32, raw=True, **options
+            params, given, max_new_tokens=limit, seed=(seed + number) % 2**32, raw=True, **options
         )
-        return latest
+        return [refused.get(index, result) for index, result in enumerate(latest)]
 
     def progress(done: int, total: int) -> None:
         if jax.process_index() == 0:
@@ -118,6 +122,15 @@ def _answer_file(
     batch.serve(prompts, output, answer, batch=rows, max_new_tokens=max_new_tokens, run=run, progress=progress)
     if latest and jax.process_index() == 0:
         note(str(latest[-1].kv))
+
+
+def _refusal(params: Params, prompt: Any) -> str | None:
+    """Return why the model cannot take a prompt, None if it can."""
+    try:
+        encode(params, [prompt], raw=True)
+    except (ValueError, TypeError) as error:
+        return str(error).removeprefix("prompt 0 ")
+    return None
 
 
 def _converse(params: Params, options: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..config import HeadSplit, RazorConfig, check_int
 from ..files import write_text
+from ..notebook import table
 from ..params import Params, architecture_fingerprint, weights_fingerprint
 from . import select
 from .select import Head
@@ -109,6 +110,10 @@ class HeadScores:
         if self.query_echo.shape != self.query_induction.shape:
             shapes = self.query_echo.shape, self.query_induction.shape
             raise ValueError(f"query_echo {shapes[0]} and query_induction {shapes[1]} must be of one shape")
+
+    def _repr_html_(self) -> str:
+        rows = [(layer, *(f"{score:.2f}" for score in scores)) for layer, scores in enumerate(self.best)]
+        return table(rows, ("layer", *range(self.num_kv_heads)))
 
     @property
     def group_size(self) -> int:

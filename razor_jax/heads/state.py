@@ -37,4 +37,4 @@ class State:
         if self.path is None:
             return
         with atomic_file(self.path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, run=np.asarray(self._run), **arrays)
+            np.savez(file, **{"run": np.asarray(self._run), **arrays})  # pyright: ignore[reportArgumentType]

@@ -8,7 +8,7 @@ disjoint. The first words of the answer are given, because a small model's free 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ _CATEGORIES = (  # the words of a category; their first half serves as examples 
 
 # kind of fact -> values (None: five digits), and phrasings (sentence, question, first words of the answer). The last
 # phrasing of a kind is held out of calibration.
-_FACTS: dict[str, tuple[list[str] | None, tuple[tuple[str, str, str], ...]]] = {
+_FACTS: dict[str, tuple[Sequence[str] | None, tuple[tuple[str, str, str], ...]]] = {
     "code": (None, (
         ("The access code of the {n} is {v}.", "What is the access code of the {n}?", "The access code of the {n} is"),
         ("Visitors of the {n} have to enter {v} at the gate.", "What do visitors of the {n} enter at the gate?",
@@ -168,5 +168,5 @@ def _digits(rng: np.random.Generator) -> str:
     return f"{rng.integers(10_000, 100_000)}"
 
 
-def _one(rng: np.random.Generator, values: list[str]) -> str:
+def _one(rng: np.random.Generator, values: Sequence[str]) -> str:
     return values[int(rng.integers(len(values)))]

@@ -1,8 +1,9 @@
 """Answer a file of prompts in order, batch by batch, into a file of answers; a killed run resumes where it stopped.
 
 Prompts and answers are JSON lines: {"id": …, "prompt": … or "messages": …, "max_new_tokens": …} and {"key": …,
-"id": …, "text": …, "tokens": …, "finish_reason": …}. `key` is a hash of everything that decides the answer. Only
-process 0 reads and writes the files. Answers are on disk before the next batch begins.
+"id": …, "text": …, "tokens": …, "finish_reason": …}. `key` is a hash of everything that decides the answer. A prompt
+that the model cannot take gets {"key": …, "id": …, "line": …, "error": …}, and all others are answered. Only process 0
+reads and writes the files. Answers are on disk before the next batch begins.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from ..launch import worker
 from ..text.result import Result
 from .messages import broadcast_from_process_0
 
-# (prompts, max_new_tokens, batch number) -> one result per prompt
-Answer = Callable[[list[Any], int, int], Sequence[Result]]
+# (prompts, max_new_tokens, batch number) -> one result per prompt, or why that prompt has none
+Answer = Callable[[list[Any], int, int], Sequence[Result | str]]
 Progress = Callable[[int, int], None]
 
 _FIELDS = ("id", "prompt", "messages", "max_new_tokens")
@@ -35,6 +36,7 @@ class Item:
     id: str | int
     prompt: Any
     max_new_tokens: int
+    line: int  # in the file, from 1
 
 
 def serve(
@@ -146,11 +148,14 @@ class _Work:
             self._at += 1
         return None
 
-    def keep(self, results: Sequence[Result]) -> list[int]:
+    def keep(self, results: Sequence[Result | str]) -> list[int]:
         """Write the missing answers of the current batch and return the counts."""
         for item, result in zip(self._batches[self._at], results, strict=False):  # a short batch was padded
             if self._missing(item):
-                answer = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
+                if isinstance(result, str):
+                    answer = {"line": item.line, "error": result}
+                else:
+                    answer = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
                 self._journal.add(self._key(item), {"id": item.id, **answer})
                 self._done += 1
         return self.counts
@@ -159,7 +164,9 @@ class _Work:
         return self._journal.get(self._key(item)) is None
 
     def _key(self, item: Item) -> str:
-        return key_of(**dataclasses.asdict(item), run=dict(self._run))
+        asked = dataclasses.asdict(item)
+        del asked["line"]  # a blank line before a prompt does not change its answer
+        return key_of(**asked, run=dict(self._run))
 
 
 def read(path: Path, max_new_tokens: int) -> list[Item]:
@@ -169,7 +176,7 @@ def read(path: Path, max_new_tokens: int) -> list[Item]:
         if not line.strip():
             continue
         try:
-            item = _item(json.loads(line), max_new_tokens)
+            item = _item(json.loads(line), max_new_tokens, number)
             if item.id in items:
                 raise ValueError(f"id {item.id!r} is also in an earlier line: give each prompt its own id")
         except ValueError as error:  # JSON and UTF-8 errors are ValueErrors.
@@ -180,7 +187,7 @@ def read(path: Path, max_new_tokens: int) -> list[Item]:
     return list(items.values())
 
 
-def _item(data: Any, max_new_tokens: int) -> Item:
+def _item(data: Any, max_new_tokens: int, line: int) -> Item:
     if not isinstance(data, dict) or type(data.get("id")) not in (str, int):
         raise ValueError('must be an object with an "id" that is a string or a whole number')
     for name in data:
@@ -189,7 +196,7 @@ def _item(data: Any, max_new_tokens: int) -> Item:
     if ("prompt" in data) == ("messages" in data):
         raise ValueError('give either "prompt" or "messages"')
     limit = check_int("max_new_tokens", data.get("max_new_tokens", max_new_tokens), 1)
-    return Item(data["id"], _text(data["prompt"]) if "prompt" in data else _chat(data["messages"]), limit)
+    return Item(data["id"], _text(data["prompt"]) if "prompt" in data else _chat(data["messages"]), limit, line)
 
 
 def _text(prompt: Any) -> str | list[int]:

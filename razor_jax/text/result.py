@@ -10,6 +10,7 @@ import numpy as np
 from .. import cache as kv
 from ..cache import KVCache
 from ..config import HeadSplit
+from ..notebook import table
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -97,6 +98,16 @@ class KVReport:
         saved = f"{self.ratio:.2f}× smaller, up to {max(self.dropped_tokens):,} tokens dropped a head"
         return f"{size}: {saved} ({self.setting}; {where})"
 
+    def _repr_html_(self) -> str:
+        rows = [
+            ("KV cache", f"{_mib(self.allocated_bytes)} {self.dtype}, {self.batch} × {self.capacity:,} tokens"),
+            ("dense", f"{_mib(self.same_type_bytes)}, {self.ratio:.2f}×"),
+            ("policy", self.setting),
+            ("KV heads that keep everything", f"{self.share:.0%}"),
+            ("dropped per windowed head", f"{max(self.dropped_tokens):,} tokens"),
+        ]
+        return table(rows)
+
     def to_dict(self) -> dict:
         """Return all fields and derived values, for JSON."""
         return dataclasses.asdict(self) | {"ratio": self.ratio, "engaged": self.engaged}
@@ -147,6 +158,11 @@ class Result:
     finish_reason: FinishReason
     kv: KVReport
     timings: Timings
+
+    def _repr_html_(self) -> str:
+        speed = f"{self.timings.decode_tokens_per_second:,.1f} tokens/s"
+        rows = [("answer", self.text), ("ended by", self.finish_reason), ("decoding", speed)]
+        return table(rows) + self.kv._repr_html_()
 
     def to_dict(self) -> dict:
         """Return all fields, for JSON."""

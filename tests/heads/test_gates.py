@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import razor_jax
 from razor_jax import HeadSplit, RazorConfig
 from razor_jax.heads import gates, store
 from razor_jax.heads.causal import Ablation
@@ -143,3 +145,24 @@ def test_a_policy_that_drops_nothing_measures_nothing(params):
     wide = dataclasses.replace(RAZOR, window=4096)
     with pytest.raises(ValueError, match="drops nothing"):
         measure(params, HeadSplit.all(2, 2), wide, documents=2, tokens=TOKENS)
+
+
+def test_a_quantised_cache_is_judged_quantised(params):
+    """Kept heads read int8 too: the losses are those of a real int8 cache, and not those of a float one."""
+    razor = dataclasses.replace(RAZOR, kv_dtype="int8")
+    tasks = make_tasks(params, "train", documents=1, tokens=TOKENS, questions=7)
+    every = HeadSplit.all(2, 2)
+    found = Ablation(params, tasks, razor)(every).losses
+    whole, [task] = razor_jax.with_heads(params, every), tasks
+    want = []
+    for question, answer in task.turns:
+        cache = razor_jax.init_cache(whole, batch=1, capacity=len(task.document) + 400, razor=razor)
+        document, turn = (jnp.asarray([ids], jnp.int32) for ids in (task.document, question + answer))
+        _, cache = razor_jax.extend(whole, cache, document, jnp.asarray([document.shape[1]], jnp.int32))
+        logits, _ = razor_jax.extend(whole, cache, turn, jnp.asarray([turn.shape[1]], jnp.int32), logits="all")
+        logprobs = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
+        at = np.arange(len(question) - 1, turn.shape[1] - 1)
+        want.append(-logprobs[at, np.asarray(answer)].mean())
+    np.testing.assert_allclose(found, want, rtol=1e-3)
+    plain = Ablation(params, tasks, RAZOR)(every).losses
+    assert np.abs(found - plain).max() > 1e-3

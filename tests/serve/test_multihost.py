@@ -328,6 +328,27 @@ def test_a_resumed_run_keeps_to_its_policy(model, tmp_path, monkeypatch):
     assert {name for name in late if late[name] != other_late[name]} == {"policy"}
 
 
+def test_a_prompt_that_the_model_cannot_take_gets_an_error_record(model, tmp_path):
+    """The others are answered as they would be beside any other prompt, and a second run has nothing to do."""
+    items = [{"id": i, "prompt": text} for i, text in enumerate(["a fox", [99999], "the dog"])]
+    good = [items[0], {"id": 1, "prompt": [0]}, items[2]]
+    outputs = []
+    for name, given in (("bad", items), ("good", good)):
+        prompts, output = write_lines(tmp_path / f"{name}.jsonl", given), tmp_path / f"{name}.out.jsonl"
+        options = ["--prompts", prompts, "--output", output, "--batch", 3, "--max-new-tokens", 2]
+        command = [str(option) for option in ("serve", "--model", model, *options)]
+        done = CliRunner().invoke(cli.app, command)
+        assert done.exit_code == 0, done.output
+        before = output.read_bytes()
+        assert CliRunner().invoke(cli.app, command).exit_code == 0
+        assert output.read_bytes() == before
+        outputs.append(read_lines(output))
+    bad, answered = outputs
+    assert bad[1]["line"] == 2
+    assert bad[1]["error"].startswith("has token id 99999, outside the vocabulary")
+    assert [line.get("tokens") for line in bad] == [answered[0]["tokens"], None, answered[2]["tokens"]]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

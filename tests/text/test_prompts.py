@@ -139,3 +139,15 @@ def test_a_special_token_stops_by_its_id(params):
     assert (said.tokens, said.text) == ((0, 0, 0, 0), "")
     stopped = razor_jax.generate(speaker, "fox", max_new_tokens=4, razor=None, stop="<s>")
     assert (stopped.tokens, stopped.finish_reason) == ((0,), "stop")
+
+
+def test_results_display_as_plain_tables_in_a_notebook(params):
+    """Text of a model is text: no tag of it reaches the page."""
+    result = razor_jax.generate(params, "fox " * 40, max_new_tokens=3, razor=WINDOW)
+    shown = dataclasses.replace(result, text="<script>alert(1)</script>")._repr_html_()
+    assert "<script>" not in shown
+    assert "&lt;script&gt;" in shown
+    assert f"{result.kv.ratio:.2f}×" in shown
+    scores = razor_jax.find_heads(params, method="random")
+    for grid in (params.heads, scores):
+        assert grid._repr_html_().count("<tr>") == 1 + params.config.num_layers
