@@ -18,11 +18,11 @@ from ..config import check_int
 from ..functional import check_cache, placement_of
 from ..memory import check_memory
 from ..params import Params, nonfinite
-from ..tokenizer.assets import Detokenizer, find_stop
 from . import loop, prompts
 from .policy import Policy, choose_policy, padded_batch, prefill_chunk, room_for, spec_for
 from .prompts import Prompts
-from .result import FinishReason, KVReport, Result, Timings
+from .result import KVReport, Result, Timings
+from .row_output import RowOutput, end_ids
 from .sampling import Rule, Sampling, as_sampling
 
 log = logging.getLogger("razor_jax")
@@ -76,11 +76,11 @@ class Session:
         self.source, self._owns_source = cache, owns_cache
         self.spec = self._spec_or_error(razor, max_new_tokens, capacity)
         self.limit = np.full(len(self.prompts.rows), max_new_tokens, np.int32)
-        stop_ids = [*(params.assets.eos_ids if params.assets else ()), *self._special_stops()]
+        stop_ids = end_ids(params.assets, self.stop)
         # Padded, so that other stop ids need no compilation.
         self._stop_ids = np.full(-(-max(1, len(stop_ids)) // _STOP_IDS) * _STOP_IDS, -1, np.int32)
         self._stop_ids[: len(stop_ids)] = stop_ids
-        self.rows = [_RowOutput(params, self.stop, frozenset(stop_ids)) for _ in self.prompts.rows]
+        self.rows = [RowOutput(params.assets, self.stop, max_new_tokens) for _ in self.prompts.rows]
         self.state: loop.LoopState | None = None
         # The tokens of the newest block, the token count of each row before it, and the state to rewind to.
         self._unread: jax.Array | None = None
@@ -88,13 +88,6 @@ class Session:
         self._saved: loop.LoopState | None = None
         self._warned = False
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
-
-    def _special_stops(self) -> list[int]:
-        """Return the ids of stop strings that are special tokens, which no text shows."""
-        if not self.stop or self.params.assets is None:
-            return []
-        encoded = (self.params.assets.encode(text, add_special=False) for text in self.stop)
-        return [ids[0] for ids in encoded if len(ids) == 1 and not self.params.assets.decode(ids)]
 
     def _spec_or_error(self, razor: Policy, max_new_tokens: int, capacity: int | None) -> CacheSpec:
         """Return the spec of a cache with room for prompt and output; raise on bad input before any computation."""
@@ -186,7 +179,7 @@ class Session:
         counts = self._counts
         new = new[: len(counts)]
         for row, tokens, count, before in zip(self.rows, new, counts, self._before, strict=True):
-            row.push(tokens[len(row.tokens) - before : count - before].tolist(), int(self.limit.max()))
+            row.push(tokens[len(row.tokens) - before : count - before].tolist())
         failed = [number for number, flag in enumerate(np.asarray(self._live.failed)[: len(counts)]) if flag]
         for number in failed:
             self.rows[number].fail()
@@ -263,45 +256,6 @@ class Session:
         return results
 
 
-class _RowOutput:
-    """Output of one row on the host: tokens, text, and the length of text that is safe to show."""
-
-    def __init__(self, params: Params, stops: Sequence[str], eos: frozenset[int]):
-        self._stops, self._eos = stops, eos
-        has_text = params.assets is not None and params.assets.tokenizer_json is not None
-        self._detokenizer = Detokenizer(params.assets) if has_text and params.assets else None
-        self.tokens: list[int] = []
-        self.text = ""
-        self.safe = 0  # Length of the text that no stop string can cut.
-        self.stopped_at: int | None = None  # Number of tokens up to the one that completed a stop string.
-        self.finished = False
-        self.finish_reason: FinishReason = "length"
-
-    def push(self, tokens: Sequence[int], limit: int) -> None:
-        for token in tokens:
-            if self.finished:
-                return
-            self.tokens.append(token)
-            ended = token in self._eos or len(self.tokens) >= limit
-            if self._detokenizer is not None:
-                self.text += self._detokenizer.push([token]) + (self._detokenizer.flush() if ended else "")
-                at, self.safe = find_stop(self.text, self._stops, self.safe)
-                if at is not None:
-                    self.text, self.stopped_at = self.text[:at], len(self.tokens)
-                elif ended:
-                    self.safe = len(self.text)
-            if token in self._eos or self.stopped_at is not None:
-                self.finish_reason = "stop"
-            self.finished = ended or self.stopped_at is not None
-
-    def fail(self) -> None:
-        """End the row: the model gave no finite logits for its next token."""
-        if not self.finished and self._detokenizer is not None:
-            self.text += self._detokenizer.flush()
-        self.safe = len(self.text)
-        self.finished, self.finish_reason = True, "error"
-
-
 class _Clock:
     """Context manager that adds its wall time, without compilation, to a phase of a session."""
 
@@ -328,10 +282,9 @@ class _Clock:
 
 def pieces(session: Session) -> Iterator[Piece]:
     """Run a session of one row and yield one piece per block."""
-    shown = sent = 0
+    sent = 0
     row = session.rows[0]
     for _ in session.run(first_steps=4):
-        text, tokens = row.text[shown : row.safe], tuple(row.tokens[sent:])
-        shown, sent = max(shown, row.safe), len(row.tokens)
+        tokens, sent = tuple(row.tokens[sent:]), len(row.tokens)
         result = session.results()[0] if row.finished else None
-        yield Piece(text, tokens, result)
+        yield Piece(row.take(), tokens, result)
