@@ -212,6 +212,7 @@ def test_hub_id_downloads_no_pickle(model, monkeypatch):
         "model.safetensors",
         "model-00001-of-00002.safetensors",
         "tokenizer.json",
+        "added_tokens.json",
         "razor.json",
     ]
     unwanted = ["pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors", "model.py"]

@@ -181,9 +181,10 @@ def test_equal_content_shares_a_compilation(folder):
 @pytest.mark.parametrize(
     ("generation", "model", "bos", "eos"),
     [
-        ({"bos_token_id": 4, "eos_token_id": [5, 6]}, {"bos_token_id": 8, "eos_token_id": 9}, 4, (5, 6)),
-        ({"eos_token_id": 5}, {"bos_token_id": 8}, 8, (5,)),
-        ({}, {"eos_token_id": [9, 3]}, 0, (9, 3)),
+        ({"bos_token_id": 4, "eos_token_id": [5, 6]}, {"bos_token_id": 8, "eos_token_id": 9}, 4, (5, 6, 1)),
+        ({"eos_token_id": 5}, {"bos_token_id": 8}, 8, (5, 1)),
+        ({"eos_token_id": [1, 5]}, {"bos_token_id": 8}, 8, (1, 5)),
+        ({}, {"eos_token_id": [9, 3]}, 0, (9, 3, 1)),
         ({"eos_token_id": None}, {}, 0, (1,)),
         (None, None, 0, (1,)),
     ],
@@ -209,12 +210,14 @@ def test_bos_is_told():
     assert not dataclasses.replace(ASSETS["byte_level"], bos_id=0).add_bos
 
 
-def test_special_tokens_map_is_read(tmp_path):
-    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<a>"}, "eos_token": "<b>"}')
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<c>", "bos_token": null}')
-    assert Assets.read(tmp_path).special_tokens == (("eos_token", "<c>"),)
-    (tmp_path / "tokenizer_config.json").unlink()
-    assert Assets.read(tmp_path).special_tokens == (("bos_token", "<a>"), ("eos_token", "<b>"))
+def test_the_end_of_turn_that_tokenizer_config_names_ends_an_answer(tmp_path):
+    """A ChatML fine-tune whose generation config still names the base model's end of text."""
+    ASSETS["byte_level"].write(tmp_path)
+    config = {"eos_token": "<|im_end|>", "eot_token": "<|eot|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert Assets.read(tmp_path).eos_ids == (1, *tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot|>"]))
 
 
 @pytest.mark.parametrize(
