@@ -37,7 +37,7 @@ class Block(nn.Module):
     def setup(self):
         c = self.config
         D, F = c.hidden_size, c.intermediate_size
-        K, G, H = c.num_kv_heads, c.group_size, c.head_dim
+        K, G, H = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
 
         self.attn_norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
         self.q = Linear((D, K, G, H), "btd,dkgh->btkgh", c.qkv_bias)
@@ -80,7 +80,7 @@ class Block(nn.Module):
         """Add attention output [B, K, T·G, H] and the MLP to the residual stream x [B, T, D]."""
         B, T, _ = x.shape
         c = self.config
-        out = out.reshape(B, c.num_kv_heads, T, c.group_size, c.head_dim)
+        out = out.reshape(B, c.num_kv_heads, T, -1, c.head_dim)
         x = x + self.o(out.transpose(0, 2, 1, 3, 4).astype(x.dtype))
         y = self.mlp_norm(x)
         return x + self.down(nn.silu(self.gate(y)) * self.up(y))

@@ -53,9 +53,3 @@ class CacheWrite(NamedTuple):
     counts: jax.Array
     window: jax.Array | None
     sinks: jax.Array | int = 0
-
-    @property
-    def ring(self) -> tuple[jax.Array, jax.Array | int]:
-        """(window, sinks) of a windowed group."""
-        assert self.window is not None, "a full group has no ring"
-        return self.window, self.sinks

@@ -30,6 +30,11 @@ def ring_slot(
     return jnp.where(position < sinks, position, sinks + (position - sinks) % jnp.maximum(window, 1))
 
 
+def _ring(call: CacheWrite) -> tuple[jax.Array, jax.Array | int]:
+    assert call.window is not None, "a full group has no ring"
+    return call.window, call.sinks
+
+
 def _write_full(call: CacheWrite) -> GroupArrays:
     T, S = call.tokens.k.shape[2], call.group.k.shape[2]
     index = jnp.arange(T, dtype=jnp.int32)
@@ -41,7 +46,7 @@ def _write_full(call: CacheWrite) -> GroupArrays:
 def _write_ring_token(call: CacheWrite) -> GroupArrays:
     """Write one token per row: read its slot, fold the evicted token into the means, overwrite the slot."""
     group, tokens, lengths, counts = call[:4]
-    window, sinks = call.ring
+    window, sinks = _ring(call)
     S = group.k.shape[2]
     slot = ring_slot(lengths, window, sinks)
     at = jnp.minimum(slot, S - 1)[:, None, None, None]
@@ -61,7 +66,7 @@ def _write_ring_token(call: CacheWrite) -> GroupArrays:
 def _write_ring_chunk(call: CacheWrite) -> GroupArrays:
     """Write T tokens per row: each slot gathers its newest position, so no slot is written twice."""
     group, tokens, lengths, counts = call[:4]
-    window, sinks = call.ring
+    window, sinks = _ring(call)
     T = tokens.k.shape[2]
     source = _newest_positions(group.k.shape[2], lengths + counts, window, sinks) - lengths[:, None]
     arrives = (source >= 0) & (counts > 0)[:, None]
@@ -88,7 +93,7 @@ def fold_token(call: CacheWrite, evicted: GroupArrays) -> tuple[jax.Array, jax.A
     In rows that drop nothing `evicted` may be anything.
     """
     group, _, lengths, counts = call[:4]
-    window, sinks = call.ring
+    window, sinks = _ring(call)
     n = _per_row(dropped(lengths, window, sinks))
     folds = _per_row((counts > 0) & (lengths >= sinks + window))
 
@@ -102,7 +107,7 @@ def fold_token(call: CacheWrite, evicted: GroupArrays) -> tuple[jax.Array, jax.A
 def fold_chunk(call: CacheWrite) -> tuple[jax.Array, jax.Array]:
     """Return k_mean, v_mean once T tokens per row are written. Tokens that leave the ring or never enter it join."""
     group, new, lengths, counts = call[:4]
-    window, sinks = call.ring
+    window, sinks = _ring(call)
     start, tokens = lengths[:, None], jnp.arange(new.k.shape[2], dtype=jnp.int32)[None, :]
     n_before, n_after = dropped(lengths, window, sinks), dropped(lengths + counts, window, sinks)
     first_kept = (sinks + n_after)[:, None]

@@ -13,9 +13,13 @@ import typer
 
 import razor_jax
 
-from . import bench, chat, demo, evals, generate, heads, longbench, plan, reproduce, serve, terminal
+from . import ablations, bench, chat, demo, evals, generate, heads, longbench, plan, reproduce, serve, terminal
 
 app = typer.Typer(cls=terminal.Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+# Options that another program reads.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @app.callback()
@@ -36,6 +40,8 @@ app.command()(plan.plan)
 app.command()(serve.serve)
 app.command()(bench.bench)
 evals.app.command()(longbench.longbench)
+evals.app.command()(ablations.ablations)
+evals.app.command(add_help_option=False, context_settings=_PASS_ON)(ablations.harness)
 app.add_typer(evals.app, name="eval")
 app.command()(reproduce.reproduce)
 

@@ -1,6 +1,6 @@
 """Ablations of RazorAttention in one table: the worth of each part on the same held-out tokens.
 
-    python -m razor_jax.evals.ablations [--model razor-mini] [--tokens 2048] [--documents 16] [--output FILE]
+    razor-jax eval ablations --model razor-mini --out results
 
 Three tasks, each read into the cache before anything is asked: `needle`, facts in held-out prose; `copy`, segments of
 random ids that continue after their first few; `text`, held-out prose that goes on. Answers are teacher-forced
@@ -11,18 +11,14 @@ random ids that continue after their first few; `text`, held-out prose that goes
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from .. import cache as kv
-from ..checkpoint.hub import load
 from ..config import HeadSplit, RazorConfig
 from ..heads import causal_heads, find_heads, random_heads
 from ..heads.causal import Task, needle_tasks
@@ -30,7 +26,6 @@ from ..heads.probe import ordinary_ids
 from ..params import Params
 from .haystack import Haystack
 from .journal import Journal, key_of
-from .provenance import provenance, write_json
 from .stats import paired_bootstrap
 from .variants import Judged, Reading, Variant
 
@@ -179,42 +174,27 @@ def render(lines: Sequence[dict[str, Any]], title: str) -> Table:
     return table
 
 
-def main(
-    model: Annotated[str, typer.Option(help="razor-mini, a checkpoint folder, or a Hugging Face id.")] = "razor-mini",
-    tokens: Annotated[int, typer.Option(min=256, help="Tokens of a document.")] = 2048,
-    documents: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 16,
-    questions: Annotated[int, typer.Option(min=1, max=64, help="Facts, or copied segments, of each.")] = 8,
-    window: Annotated[int | None, typer.Option(min=1, help="Another window than the model's own.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of weights and arithmetic; the checkpoint's own.")] = None,
-    batch: Annotated[int, typer.Option(min=1)] = 8,
-    causal: Annotated[bool, typer.Option(help="Also heads found by trying each: small models only.")] = True,
-    output: Annotated[Path, typer.Option(help="JSON; its records stand beside it.")] = Path("ablations.json"),
-) -> None:
-    """Print and write the table; run again, it goes on where it stood."""
-    params = load(model, dtype=dtype)
-    razor = dataclasses.replace(params.razor or RazorConfig(), kv_dtype="bfloat16", windowed_kv_dtype=None)
-    razor = razor if window is None else dataclasses.replace(razor, window=window)
+def run(
+    params: Params,
+    razor: RazorConfig,
+    journal: Journal,
+    *,
+    tokens: int,
+    documents: int,
+    questions: int,
+    batch: int,
+    causal: bool = True,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[dict[str, Any]]:
+    """Return the table's lines: every variant on every task. A second run takes finished rows from the journal.
+
+    Raises ValueError for a policy that drops nothing from documents of this length.
+    """
     dropped = tokens - razor.sinks - int(kv.ring_length(razor, tokens))
     if dropped < 1:
-        raise typer.BadParameter(f"{tokens} tokens drop nothing under {razor.describe()}: give --window or --tokens")
+        raise ValueError(f"{tokens} tokens drop nothing under {razor.describe()}: give --window or more --tokens")
     rows = variants(params, razor, causal=causal)
     made = {name: tasks(params, name, tokens=tokens, documents=documents, questions=questions) for name in TASKS}
-    # Of one shape, so that a variant is compiled once.
-    same = {"width": _TEXT + 1, "turns": questions}
-    readings = {name: Reading(params, found, batch, **same) for name, found in made.items()}
-    about = provenance(params, model)
-    policy = f"{razor.describe()}; {sum(params.heads_or_all.counts)} heads: {params.heads_or_all.note}"
-
-    def tell(row: dict[str, Any]) -> None:
-        typer.echo(row["name"], err=True)
-
-    found = judge(rows, readings, Journal(output.with_suffix(".jsonl")), tell)
-    lines = summary(found, readings)
-    content = {"about": about, "tokens": tokens, "policy": policy, "summary": lines}
-    write_json(output, content)
-    write_json(output.with_suffix(".questions.json"), {**content, "rows": found})
-    Console().print(render(lines, f"{tokens:,} tokens a document, {documents} documents a task; {policy}"))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    # One shape for all, so that a variant is compiled once.
+    readings = {name: Reading(params, found, batch, width=_TEXT + 1, turns=questions) for name, found in made.items()}
+    return summary(judge(rows, readings, journal, lambda row: progress(row["name"])), readings)

@@ -1,9 +1,9 @@
 """EleutherAI's lm-evaluation-harness on a compressed cache.
 
 The harness (0.4.13) looks `--model` up in a table that no installed package can add to. So this module
-puts `razor_jax` there and runs the harness's command line, with all its options:
+puts `razor_jax` there, and the harness's command line, with all its options, runs as
 
-    python -m razor_jax.evals.harness --model razor_jax --model_args pretrained=FOLDER,window=4096 --tasks …
+    razor-jax eval harness --model_args pretrained=FOLDER,window=4096 --tasks …
 
 or is handed to it: `lm_eval.simple_evaluate(model=RazorLM(params, razor=…), tasks=[…])`.
 Needs lm-eval, the extra `evals`.
@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -316,7 +315,3 @@ class RazorLM(TemplateLM):
                 "kv_bytes_ratio": total[0] / total[1] if self._caches else None,
             },
         }
-
-
-if __name__ == "__main__":
-    cli_evaluate()

@@ -206,7 +206,7 @@ def test_bad_arguments_are_named(params):
 @pytest.mark.slow
 def test_the_harness_command_line(tasks, tmp_path):
     """The harness indexes its own thousands of tasks first."""
-    command = f"-m razor_jax.evals.harness --model razor_jax --model_args pretrained={FOLDER},window=64,dtype=float32"
+    command = f"-m razor_jax eval harness --model_args pretrained={FOLDER},window=64,dtype=float32"
     command += f" --include_path {tasks} --tasks local_letters --limit 2 --output_path {tmp_path}"
     done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
