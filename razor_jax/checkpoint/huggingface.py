@@ -38,7 +38,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 _WEIGHTS = "model.safetensors"
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Buffers that old checkpoints carry and every model computes.
+# Buffers in old checkpoints that models compute themselves.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 # Tensors of the common ways to quantise: GPTQ and AWQ, bitsandbytes, FP8 and compressed-tensors, MLX.
 _QUANTISED = re.compile(r"\.(qweight|SCB|absmax|weight_scale(_inv)?|weight_packed|scales)$")
@@ -57,7 +57,7 @@ def read(
     split: HeadSplit | None,
     progress: Progress | None,
 ) -> Params:
-    """Return the model of a folder; arguments and errors are `checkpoint.read`'s."""
+    """Return the model of a folder. Arguments and errors are those of `checkpoint.read`."""
     hf, config = _config(path)
     with contextlib.ExitStack() as stack:
         found = _find_tensors(path, stack)
@@ -117,11 +117,11 @@ def _find_tensors(path: Path, stack: contextlib.ExitStack) -> dict[str, _Slice]:
     """Return the checkpoint's tensors by the names of a language model, from open files on `stack`."""
     files = _weight_map(path)
     shards = sorted(set(files.values())) or [path / _WEIGHTS]
-    # A tensor may also remain in a shard that the index no longer names for it.
+    # An old copy of a tensor may remain in a shard that the index no longer names for it.
     found = {
         name: tensor for shard in shards for name, tensor in _open(shard, stack) if files.get(name, shard) == shard
     }
-    if any(name.startswith(_PREFIX) for name in found):
+    if "embed_tokens.weight" not in found:
         return found
     return {(_PREFIX + name if not name.startswith("lm_head.") else name): tensor for name, tensor in found.items()}
 
@@ -178,8 +178,8 @@ def _no_weights(path: Path) -> str:
             f"use_safetensors=False).save_pretrained('{path}-safetensors')"
         )
         return (
-            f"{path} holds its weights as pickle ({', '.join(pickles)}), and reading a pickle can run any "
-            "code that its author put there. Where you trust it, convert it once with torch and transformers "
+            f"{path} has its weights as pickle ({', '.join(pickles)}), and reading a pickle can run any "
+            "code that its author put there. If you trust it, convert it once with torch and transformers "
             f'and copy the tokenizer files beside the result: python -c "{convert}"'
         )
     others = sorted(p.name for p in path.glob("*.safetensors"))
@@ -246,7 +246,7 @@ def _head_name(config: ModelConfig) -> str:
 
 
 def _equal(found: _Found, one: str, other: str, rows: int = 4096) -> bool:
-    """Return whether two stored matrices hold the same values; a block of rows in memory at a time."""
+    """Return whether two stored matrices have the same values. One block of rows is in memory at a time."""
     a, b = found[one], found[other]
     # `_check` reports anything else.
     if a.get_shape() != b.get_shape() or len(a.get_shape()) != 2 or {a.get_dtype(), b.get_dtype()} - _FLOATS.keys():
@@ -297,7 +297,7 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
     """Write config.json and weight files into `folder`. Every process takes part; process 0 writes."""
     if params.int8:
         raise ValueError(
-            "these weights are int8, which Hugging Face's format does not know: save with format='orbax', or copy the "
+            "these weights are int8, which the Hugging Face format cannot store: save with format='orbax', or copy the "
             "checkpoint that they were loaded from"
         )
     assets = params.assets
@@ -309,7 +309,7 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
     }
     write_json(folder / "config.json", write_config(params.config) | about)
     flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params.weights, sep="/"))
-    # A tensor's parts, where it fuses weights; they are listed in order.
+    # The parts of each tensor in order; a fused tensor has several.
     tensors: dict[str, list[tuple[CheckpointTensor, Any]]] = {}
     for path, stored in tensor_names(params.config).items():
         tensors.setdefault(stored.name, []).append((stored, flat[path]))
@@ -322,9 +322,9 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
         arrays = {}
         for name in names:
             parts = [stored.to_stored(_on_host(x)) for stored, x in tensors[name]]
-            # Joining transposed tensors may leave them transposed, and safetensors writes raw memory.
+            # Joined transposed tensors may stay transposed in memory, which safetensors writes as it is.
             arrays[name] = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
-        # transformers reads only files that say which framework's layout they hold.
+        # transformers reads only files whose metadata names a framework.
         if jax.process_index() == 0:
             safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
     if len(groups) > 1:
@@ -337,7 +337,7 @@ def _on_host(x: jax.Array) -> np.ndarray:
 
 
 def _group(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Return names in order, a new group wherever the next tensor would pass `limit` bytes."""
+    """Return the names in order, in groups of at most `limit` bytes; a larger tensor is a group of its own."""
     groups: list[list[str]] = [[]]
     room = limit
     for name, size in sizes.items():

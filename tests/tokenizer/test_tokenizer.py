@@ -365,6 +365,50 @@ def test_template_variables_and_text_parts():
     assert assets.apply_chat(messages, variables={"think": False}) == "hi FalseTrue"
 
 
+PARTS = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
+READS_STRINGS = {
+    "printed": "{% for m in messages %}<{{ m.role }}>{{ m['content'] }}{% endfor %}",
+    "added": "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}",
+    "trimmed": "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}",
+    "qwen 3": "{% for m in messages %}{% if m.content is string %}{% set content = m.content %}{% else %}"
+    "{% set content = '' %}{% endif %}<{{ m.role }}>{{ content }}{% endfor %}",
+    "refusing": "{% for m in messages %}{% if m.content is not string %}{{ raise_exception('text only') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}",
+    "alternating": "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}",
+}
+READS_PARTS = {
+    "loop": "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{% if p.type == 'text' %}[{{ p.text }}]"
+    "{% endif %}{% endfor %}{% endfor %}",
+    "both": "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}[{{ p['text'] }}]{% endfor %}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", READS_STRINGS.values(), ids=READS_STRINGS.keys())
+def test_text_parts_are_joined_for_templates_that_read_strings(template):
+    assets = Assets(chat_template=template)
+    parts = [{"role": role, "content": PARTS} for role in ("user", "assistant", "user")]
+    strings = [{"role": role, "content": "Hi there"} for role in ("user", "assistant", "user")]
+    assert assets.apply_chat(parts) == assets.apply_chat(strings) == "<user>Hi there<assistant>Hi there<user>Hi there"
+    assert parts[0]["content"] is PARTS
+
+
+@pytest.mark.parametrize("template", READS_PARTS.values(), ids=READS_PARTS.keys())
+def test_templates_that_read_parts_get_them(template):
+    messages = [{"role": "user", "content": PARTS}]
+    assert Assets(chat_template=template).apply_chat(messages) == "<user>[Hi ][there]"
+    theirs = PreTrainedTokenizerFast(tokenizer_object=byte_level(), chat_template=template)
+    assert theirs.apply_chat_template(messages, tokenize=False) == "<user>[Hi ][there]"
+
+
+def test_parts_are_joined_by_role():
+    """Llama 3.2's kind: the user's parts are read, the system message has to be a string."""
+    template = "{{ messages[0].content | trim }}" + READS_PARTS["both"].replace("messages", "messages[1:]")
+    messages = [{"role": role, "content": PARTS} for role in ("system", "user")]
+    assert Assets(chat_template=template).apply_chat(messages) == "Hi there<user>[Hi ][there]"
+
+
 def test_no_tokenizer_names_the_command(tmp_path):
     assets = Assets.read(tmp_path)
     command = rf"AutoTokenizer.from_pretrained\('{tmp_path}', use_fast=True\).save_pretrained\('{tmp_path}'\)"
