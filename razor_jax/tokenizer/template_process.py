@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-SECONDS = 10  # A real template takes milliseconds.
-MEMORY, MEMORY_PER_INPUT = 2**29, 64  # Bytes of the process: a constant, and per byte of the input.
-CHARACTERS, CHARACTERS_PER_INPUT = 1_000_000, 10  # Length of the text: a constant, and per byte of the input.
+# Limits of one call: a constant, and more per byte of the input. A real template takes milliseconds.
+SECONDS, SECONDS_PER_INPUT = 10, 1e-6
+MEMORY, MEMORY_PER_INPUT = 2**29, 64  # Bytes of the whole process.
+CHARACTERS, CHARACTERS_PER_INPUT = 1_000_000, 10  # Length of the text.
 _START_SECONDS = 60
 _PROGRAM = Path(__file__).with_name("template_worker.py")
 
@@ -39,16 +40,18 @@ class TemplateProcess:
         """Return {"text": …}, or {"error": kind, "line": …, "message": …} if the template is broken or refuses.
 
         Raises `Stopped` if the template exceeds a limit, and TypeError or ValueError if `variables` are not plain JSON
-        data. The limits of memory and length grow with the input.
+        data. The limits grow with the input.
         """
-        size = len(json.dumps(variables)) + len(template)
+        data = json.dumps(variables)
+        size = len(data) + len(template)
         memory = MEMORY + MEMORY_PER_INPUT * size
         characters = CHARACTERS + CHARACTERS_PER_INPUT * size
-        limits = {"memory": memory, "characters": characters, "seconds": SECONDS}
-        request = json.dumps({"template": template, "variables": variables, **limits}).encode() + b"\n"
+        seconds = SECONDS + int(SECONDS_PER_INPUT * size)
+        call = json.dumps({"template": template, "memory": memory, "characters": characters, "seconds": seconds})
         with self._lock:
             process = self._started()
-            answer = self._ask(process, request, SECONDS)
+            # The variables may be megabytes: they are written as they were measured.
+            answer = self._ask(process, f'{{"call": {call}, "variables": {data}}}\n'.encode(), seconds)
             if answer.get("error") == "memory":
                 self.end()  # What is left of its memory is unknown.
         match answer.get("error"):

@@ -67,11 +67,12 @@ def _write(answer: Mapping[str, Any]) -> None:
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return {"text": …}, or {"error": kind, "line": …, "message": …}."""
-    _limit_cpu(request["seconds"])
-    _limit_memory(request["memory"])
+    call = request["call"]
+    _limit_cpu(call["seconds"])
+    _limit_memory(call["memory"])
     try:
-        pieces = _compile(request["template"]).generate(request["variables"])
-        return {"text": "".join(_limited(pieces, request["characters"]))}
+        pieces = _compile(call["template"]).generate(request["variables"])
+        return {"text": "".join(_limited(pieces, call["characters"]))}
     except jinja2.TemplateSyntaxError as error:
         return {"error": "syntax", "line": error.lineno, "message": error.message}
     except _Refused as error:
