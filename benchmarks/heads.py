@@ -1,6 +1,6 @@
-"""Learned heads beside probed ones: held-out questions to one model at equal numbers of heads.
+"""Every method of choosing heads on one model: what each keeps of held-out questions at equal numbers of heads.
 
-    python -m benchmarks.heads [--model smollm2] [--window 256] [--tokens 2048] [--documents 12]
+    python -m benchmarks.heads [--model smollm2] [--window 256] [--tokens 2048] [--documents 96] [--out FILE]
 
 Every document is read before its questions. Names, prose and phrasings of the questions are not those of calibration.
 """
@@ -8,60 +8,86 @@ Every document is read before its questions. Names, prose and phrasings of the q
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 import razor_jax
-from razor_jax import HeadSplit, RazorConfig, find_heads
+from razor_jax import HeadScores, HeadSplit, RazorConfig, find_heads
 from razor_jax.evals.bench import machine
-from razor_jax.heads.causal import Ablation
-from razor_jax.heads.gates import gate_heads, gradient_heads
-from razor_jax.needles.tasks import FAMILIES, Task, make_tasks
+from razor_jax.evals.provenance import provenance, write_json
+from razor_jax.heads import Calibration, measure
+
+LEARNED = ("gradient", "gates", "search")
 
 
 def main(
     model: str = "smollm2",
-    share: Annotated[list[float] | None, typer.Option(help="Shares of KV heads that keep everything.")] = None,
+    heads: Annotated[list[int] | None, typer.Option(help="KV heads that keep everything; repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Repeatable; all that fit a small model.")] = None,
     window: int = 256,
     tokens: int = 2048,
-    documents: int = 12,
-    steps: int = 72,
+    documents: int = 96,
+    calibration: Annotated[int, typer.Option(help="Documents that heads are chosen by.")] = 8,
+    kv_dtype: Annotated[str | None, typer.Option(help="Type of the compressed cache.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Folder to keep scores in: a second run reads them.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON of the table.")] = None,
 ) -> None:
-    """Choose heads by three methods and print what each keeps."""
+    """Choose heads by several methods, then print and write what each keeps."""
     params = razor_jax.load(model, dtype="float32", heads=None)
     razor = RazorConfig.compact(window=window)
-    scores = {}
-    for name, method in (
-        ("gates", lambda: gate_heads(params, razor=razor, steps=steps)),
-        ("gradient", lambda: gradient_heads(params, razor=razor)),
-        ("probe", lambda: find_heads(params)),
-    ):
-        start = time.perf_counter()
-        scores[name] = method()
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-    tasks = make_tasks(params, "held_out", documents=documents, tokens=tokens, seed=7)
-    ablation = Ablation(params, tasks, razor)
-    shape = (params.config.num_layers, params.config.num_kv_heads)
-    show("dense", HeadSplit.all(*shape), ablation, tasks)
-    for part in share or (0.289, 0.2, 0.144):
-        for name, found in scores.items():
-            show(name, found.select(share=part), ablation, tasks)
-    print(f"{razor.describe()}; {machine()}")
-
-
-def show(name: str, split: HeadSplit, ablation: Ablation, tasks: list[Task]) -> None:
-    """Print right answers in all and of each family, and the loss."""
-    outcome = ablation(split)
-    turns = len(tasks[0].turns)
-    family = np.asarray([[task.families[turn] for task in tasks] for turn in range(turns)]).reshape(-1)
-    parts = "  ".join(f"{f} {outcome.right[family == f].sum()}/{(family == f).sum()}" for f in FAMILIES)
-    print(
-        f"{name:9s} {sum(split.counts):3d} heads  {outcome.right.sum()}/{len(outcome.right)} right  "
-        f"{outcome.loss:.3f} nats  {parts}",
-        flush=True,
+    total = params.config.num_layers * params.config.num_kv_heads
+    rows: list[tuple[str, int, HeadSplit]] = []
+    seconds: dict[str, float] = {}
+    for count in heads or (30, 26, 18, 13):
+        for name in method or ("gates", "gradient", "search", "probe", "random"):
+            label = f"{name}-{count}" if name == "search" else name
+            start = time.perf_counter()
+            found = _scores(params, name, count, razor, calibration, scores and scores / f"{label}.json")
+            if label not in seconds:
+                seconds[label] = round(time.perf_counter() - start, 1)
+                print(f"{label}: {seconds[label]:.0f} s", flush=True)
+            paper = name == "probe" and count == round(0.3 * total)
+            rows.append((name, count, found.select() if paper else found.select(share=count / total)))
+    policy = RazorConfig.compact(window=window, kv_dtype=kv_dtype)
+    promises = measure(
+        params,
+        [split for _, _, split in rows],
+        policy,
+        documents=documents,
+        tokens=tokens,
+        seed=7,
+        progress=lambda done, of: print(f"{done} of {of} documents", flush=True),
     )
+    table = [
+        {"method": name, "heads": count, **promise.to_dict(), "split": split.retrieval}
+        for (name, count, split), promise in zip(rows, promises, strict=True)
+    ]
+    for (name, _, _), promise in zip(rows, promises, strict=True):
+        print(f"{name:9s} {promise}", flush=True)
+    print(promises[0].families)
+    print(f"{policy.describe()}; {machine()}")
+    if out is not None:
+        write_json(out, {"about": provenance(params, model), "seconds": seconds, "table": table})
+
+
+def _scores(
+    params: razor_jax.Params, name: str, count: int, razor: RazorConfig, documents: int, file: Path | None
+) -> HeadScores:
+    if file is not None and file.exists():
+        return HeadScores.load(file)
+    options: dict[str, Any] = {}
+    if name in LEARNED:
+        options = {"razor": razor, "calibration": Calibration(documents)}
+    if name == "search":
+        options["heads"] = count
+        if file is not None and (ranking := file.with_name("gates.json")).exists():
+            options["start"] = HeadScores.load(ranking)
+    found = find_heads(params, method=name, **options)  # type: ignore[arg-type]
+    if file is not None:
+        found.save(file)
+    return found
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from razor_jax import cache as kv
 from razor_jax.checkpoint.hub import find
 from razor_jax.evals import needle as needles
 from razor_jax.evals.conversation import Conversation
-from razor_jax.evals.protocol import Example, Setting, System, cut, dense, run
+from razor_jax.evals.protocol import CachedModel, Example, System, dense, encode_example, run
 from razor_jax.evals.provenance import provenance, write_results
 from razor_jax.evals.table import Table
 from razor_jax.params import with_heads
@@ -57,7 +57,7 @@ def kept_tokens(params: Params, razor: RazorConfig, tokens: int) -> float:
     return document_bytes(params, razor, tokens) / (c.num_layers * c.num_kv_heads * 4 * c.head_dim)
 
 
-def own_settings(params: Params, razor: RazorConfig, tokens: int) -> list[Setting]:
+def own_settings(params: Params, razor: RazorConfig, tokens: int) -> list[CachedModel]:
     """Return dense, Razor, and the peers that our own cache can hold, at no fewer bytes, for documents of `tokens`
     tokens.
     """
@@ -70,13 +70,13 @@ def own_settings(params: Params, razor: RazorConfig, tokens: int) -> list[Settin
     duo = RazorConfig.compact(recent, sinks=razor.sinks, compensation=False, kv_dtype="bfloat16")
     return [
         dense(params),
-        Setting(OURS, params, razor),
-        Setting("DuoAttention-style (ours)", params, duo),
-        Setting("StreamingLLM (ours)", with_heads(params, none), streaming),
+        CachedModel(OURS, params, razor),
+        CachedModel("DuoAttention-style (ours)", params, duo),
+        CachedModel("StreamingLLM (ours)", with_heads(params, none), streaming),
     ]
 
 
-def asked(setting: Setting, conversation: bool) -> System:
+def asked(setting: CachedModel, conversation: bool) -> System:
     """Return the setting itself, each question put to a copy, or one growing conversation with it."""
     return Conversation(setting) if conversation else setting
 
@@ -100,7 +100,7 @@ def documents(params: Params, variant: needles.Variant, grid: needles.Grid) -> l
     dropped.
     """
     razor, examples = params.razor or RazorConfig(), needles.examples(params, variant, grid)
-    longest = max(len(cut(params, e)[0]) for e in examples)
+    longest = max(len(encode_example(params, e)[0]) for e in examples)
     if longest <= razor.sinks + kv.ring_length(razor, longest):
         raise ValueError(f"documents of {longest:,} tokens drop nothing under {razor.describe()}: use longer ones")
     return examples
@@ -121,7 +121,7 @@ def compare(
     """
     razor = params.razor or RazorConfig()
     new_tokens = needles.answer_tokens(variant)
-    longest = max(len(cut(params, e)[0]) for e in examples)
+    longest = max(len(encode_example(params, e)[0]) for e in examples)
     budget = document_bytes(params, razor, longest)
     systems = [asked(setting, conversation) for setting in own_settings(params, razor, longest)]
     compared, failed = None, {}
@@ -130,7 +130,7 @@ def compare(
 
         host = peers_kvpress.Host(find(model), params)
         reference, *peers = peers_kvpress.presses(host, lambda n: kept_tokens(params, razor, n), conversation)
-        ours = asked(Setting("ours", params, None), conversation)
+        ours = asked(CachedModel("ours", params, None), conversation)
         compared = check_parity(ours, reference, examples, new_tokens)
         typer.echo(f"parity: {compared} dense answers equal transformers', word for word")
         for peer in (peer for peer in peers if only.lower() in peer.name.lower()):

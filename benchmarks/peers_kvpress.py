@@ -1,7 +1,7 @@
 """NVIDIA kvpress on the same checkpoint through transformers, as systems that `razor_jax.evals.protocol.run` takes.
 
-Token ids are ours (`protocol.cut`); compression and answering are kvpress' own pipeline, batch 1, greedy. Seen working
-with kvpress 0.5.5, transformers 5.2 (it pins < 5.3: presses read `cache_position`) and torch 2.13 on the CPU.
+Token ids are ours (`protocol.encode_example`); compression and answering are kvpress' pipeline, batch 1, greedy. Seen
+working with kvpress 0.5.5, transformers 5.2 (it pins < 5.3: presses read `cache_position`) and torch 2.13 on the CPU.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import transformers
 from kvpress.presses import duo_attention_press
 
 from razor_jax import Params
-from razor_jax.evals.conversation import after, opened
-from razor_jax.evals.protocol import Example, Options, cut
+from razor_jax.evals.conversation import encode_conversation, skip_repeated_token
+from razor_jax.evals.protocol import Example, QuestionFormat, encode_example
 from razor_jax.evals.table import Answered
 from razor_jax.needles.facts import load_documents
 from razor_jax.params import weights_fingerprint
@@ -46,7 +46,7 @@ class Host:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.pipeline = kvpress.KVPressTextGenerationPipeline(model=self.model, tokenizer=tokenizer)
 
-    def ask(self, document: Sequence[int], questions: Sequence[Sequence[int]], press: Any, options: Options):
+    def ask(self, document: Sequence[int], questions: Sequence[Sequence[int]], press: Any, options: QuestionFormat):
         """Return answers, and the compressed document's cache as (bytes in memory, bytes not masked), both as
         bfloat16.
         """
@@ -56,7 +56,7 @@ class Host:
             answers = self.pipeline._forward(ids, max_new_tokens=options.max_new_tokens, press=press, cache=cache)
         return tuple(answers), self._sizes(cache)  # the pipeline has cut the answers off again
 
-    def talk(self, document: Sequence[int], turns: Sequence[Sequence[int]], press: Any, options: Options):
+    def talk(self, document: Sequence[int], turns: Sequence[Sequence[int]], press: Any, options: QuestionFormat):
         """Ask as `ask`, but each turn follows the answers before it, which stay in the cache."""
         cache, position = transformers.DynamicCache(), len(document)
         answers, last = [], []
@@ -65,7 +65,7 @@ class Host:
                 self.model.model(input_ids=self._tensor(document), past_key_values=cache)
             sizes = self._sizes(cache)
             for turn in turns:
-                said, spoken = [], last + after(last, list(turn))
+                said, spoken = [], last + skip_repeated_token(last, list(turn))
                 while len(said) < options.max_new_tokens and not (said and said[-1] in self.ends):
                     # A press leaves fewer keys than positions: transformers cannot count them.
                     where = torch.arange(position, position + len(spoken), device=self.model.device)[None]
@@ -116,14 +116,14 @@ class Press:
         return {**found, "conversation": True} if self.conversation else found
 
     def answer(
-        self, examples: Sequence[Example], todo: Sequence[int], options: Options
+        self, examples: Sequence[Example], todo: Sequence[int], options: QuestionFormat
     ) -> Iterator[tuple[int, Answered]]:
         """Yield one document at a time. Raises ValueError for what the pipeline cannot do: questions inside the
         prefill.
         """
         if options.question_inside_prefill or options.stop:
             raise ValueError("kvpress answers after the document was compressed, and knows no stop strings")
-        read, put = (opened, self.host.talk) if self.conversation else (cut, self.host.ask)
+        read, put = (encode_conversation, self.host.talk) if self.conversation else (encode_example, self.host.ask)
         for index in todo:
             document, questions = read(self.host.params, examples[index], options.form)
             press = None if self.make is None else self.make(len(document), self.kept(len(document)))

@@ -70,7 +70,7 @@ def main() -> None:
         nbytes = sum(x.nbytes for x in jax.tree.leaves(params.weights))
         results[name] = {"bytes": nbytes, **logit_errors(logits(params, rows), want)}
     policy = kinds["bfloat16"].razor or razor_jax.RazorConfig()
-    settings = [protocol.Setting(name, params, policy) for name, params in kinds.items()]
+    settings = [protocol.CachedModel(name, params, policy) for name, params in kinds.items()]
     table = protocol.run(settings, examples, max_new_tokens=needle.ANSWER_TOKENS, batch=16)
     for row in table.rows:
         results[row.name] |= {"questions": row.scores.size, "right": float(row.scores.mean())}

@@ -236,6 +236,10 @@ class KVCache(flax.struct.PyTreeNode):
     overflow: jax.Array
     spec: CacheSpec = flax.struct.field(pytree_node=False)
 
+    def __repr__(self) -> str:
+        spec = self.spec
+        return f"KVCache({self.batch} rows × {spec.capacity:,} tokens, {spec.dtype}, {spec.describe()})"
+
     @property
     def batch(self) -> int:
         return self.length.shape[0]

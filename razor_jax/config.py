@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from .notebook import table
+
 # Cache types by the names that users write, and JAX's for them.
 _KV_TYPES = {
     "float32": "float32",
@@ -88,6 +90,8 @@ class RazorConfig:
             f"window {window}",
             f"compensation {'on' if self.compensation else 'off'}",
         ]
+        if self.kv_dtype is not None:
+            parts.append(f"cache in {self.kv_dtype}")
         if self.windowed_kv_dtype is not None:
             parts.append(f"windowed heads in {self.windowed_kv_dtype}")
         parts.append("exact prefill" if self.prefill_chunk is None else f"streaming prefill by {self.prefill_chunk}")
@@ -181,6 +185,13 @@ class HeadSplit:
     def none(cls, num_layers: int, num_kv_heads: int) -> HeadSplit:
         """Return every head is windowed: the lower end of any comparison."""
         return cls(((),) * num_layers, num_kv_heads, note="no heads")
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (layer, *("●" if head in kept else "·" for head in range(self.num_kv_heads)))
+            for layer, kept in enumerate(self.retrieval)
+        ]
+        return table(rows, ("layer", *range(self.num_kv_heads)))
 
     @property
     def num_layers(self) -> int:

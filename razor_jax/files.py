@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, from one process or from many that share a file system."""
+"""Atomic writes of files and folders, by one process or by several that share a file system."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from jax.experimental import multihost_utils
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; the file takes the place of `path` if the block ends well.
+    """Yield a temporary path to write to; if the block succeeds, the file replaces `path`, otherwise it is deleted.
 
-    A reader sees the old file or the new one. Makes the folder.
+    A reader sees either the old file or the new one. Creates the folder of `path`.
     """
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target: a rename is atomic within one file system only.
+    # In the same folder, because a rename is atomic only within one file system.
     partial = path.with_name(f".{path.name}.{secrets.randbits(32):08x}.partial")
     try:
         yield partial
@@ -35,7 +35,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a text file whole or not at all, and return its path."""
+    """Write a text file atomically and return its path."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return Path(path).expanduser()
@@ -43,31 +43,31 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a new folder beside `path`; it takes the place of `path` if the block ends well, and is removed otherwise.
+    """Yield a temporary folder; if the block succeeds, it replaces `path`, otherwise it is deleted.
 
-    A killed process leaves a `.name.….partial` beside `path`, which may be removed. If it was killed between two
-    renames, the old folder is left as `.name.….old`; the next call for the same path puts it back.
+    A killed process leaves a `.name.….partial` beside `path`, which may be deleted. One that was killed between the two
+    renames leaves the old folder as `.name.….old`; the next call for the same path restores it.
 
-    Every process of a run enters. Process 0 makes, renames and removes, once all have arrived.
+    Every process of a run must enter. Process 0 creates, renames and deletes; the others wait for it.
 
-    Raises FileExistsError, on every process, where `path` is not empty and `overwrite` is false.
+    Raises FileExistsError, on every process, if `path` is not empty and `overwrite` is false.
     """
     path = path.absolute()
     first = jax.process_index() == 0
     if first:
-        _put_back(path)
-    taken = _holds(path) and not overwrite
-    if _of_first(taken):
-        raise FileExistsError(f"{path} exists already: choose another folder, or pass overwrite=True")
-    mark = f"{_of_first(secrets.randbits(32)):08x}"
+        _recover(path)
+    taken = _not_empty(path) and not overwrite
+    if _from_process_0(taken):
+        raise FileExistsError(f"{path} already exists: choose another folder, or pass overwrite=True")
+    mark = f"{_from_process_0(secrets.randbits(32)):08x}"
     partial, old = path.with_name(f".{path.name}.{mark}.partial"), path.with_name(f".{path.name}.{mark}.old")
     if first:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
-    _meet(f"{partial} is made")
+    _barrier(f"{partial} is made")
     try:
         yield partial
-        _meet(f"{partial} is written")
+        _barrier(f"{partial} is written")
         if first:
             if path.exists():
                 path.rename(old)
@@ -78,13 +78,16 @@ def atomic_directory(path: Path, overwrite: bool) -> Iterator[Path]:
             if old.exists() and not path.exists():
                 old.rename(path)
         raise
-    _meet(f"{path} is in place")
+    _barrier(f"{path} is in place")
     if first:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def read_json(file: Path, role: str) -> dict[str, Any]:
-    """Return the JSON object in a file. FileNotFoundError or ValueError name the file; `role` says what it is for."""
+    """Return the JSON object in a file; `role` says in an error what the file is for.
+
+    Raises FileNotFoundError or ValueError, with the file's name.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: {role}")
     try:
@@ -92,7 +95,7 @@ def read_json(file: Path, role: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}): copy or download it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a JSON {type(value).__name__}, expected an object")
+        raise ValueError(f"{file} contains a JSON {type(value).__name__}, expected an object")
     return value
 
 
@@ -102,29 +105,29 @@ def write_json(file: Path, value: Any) -> None:
         file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _put_back(path: Path) -> None:
-    """Finish what a killed process began: put an old folder back, or remove it where a new one took its place."""
+def _recover(path: Path) -> None:
+    """Clean up after a killed process: restore the old folder, or delete it if a new one replaced it."""
     if not path.parent.is_dir():
         return
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.old")
-    # Listed before `path` is checked, so that a folder that another process is moving is not among them.
+    # List first, then check `path`: a folder that another process is renaming right now is then not in the list.
     for old in [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name)]:
-        if _holds(path):
+        if _not_empty(path):
             shutil.rmtree(old, ignore_errors=True)
         elif not path.exists():
             old.rename(path)
 
 
-def _holds(path: Path) -> bool:
-    """Return whether there is more than an empty folder."""
+def _not_empty(path: Path) -> bool:
+    """Return whether `path` is a file or a non-empty folder."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
-def _of_first(value: int) -> int:
-    """Return the first process' number, on every process."""
+def _from_process_0(value: int) -> int:
+    """Return process 0's value on every process."""
     return int(multihost_utils.broadcast_one_to_all(np.uint32(value)))
 
 
-def _meet(where: str) -> None:
-    """Wait until every process is here."""
+def _barrier(where: str) -> None:
+    """Wait until every process reaches this call."""
     multihost_utils.sync_global_devices(where)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float32, Int
 from . import attention
 from . import cache as kv
 from .cache import AttentionMetadata, CacheSpec, Group, KVCache, make_spec
+from .compilation import promoting
 from .config import RazorConfig
 from .kernels.cache_write import ordered_after
 from .models import alibi, rope
@@ -31,6 +32,7 @@ Ids = jax.Array | np.ndarray
 CHUNK = 256
 
 
+@promoting
 def init_cache(
     params: Params,
     *,
@@ -109,6 +111,7 @@ def extend(
     return extend_known(params, cache, tokens, lengths, logits, fresh=False)
 
 
+@promoting
 def extend_known(
     params: Params, cache: KVCache, tokens: Ids, lengths: Ids, logits: Logits, *, fresh: bool
 ) -> tuple[jax.Array | None, KVCache]:

@@ -105,6 +105,19 @@ class Params(flax.struct.PyTreeNode):
         """The mesh (data, heads, rows) of weights and caches, None for one device."""
         return None if self.placement is None else self.placement.mesh
 
+    def __repr__(self) -> str:
+        c, split = self.config, self.heads
+        count = sum(x.size for x in jax.tree.leaves(self.weights))
+        kept = (
+            "no head split"
+            if split is None
+            else f"{sum(split.counts)} of {c.num_layers * c.num_kv_heads} keep everything"
+        )
+        size = f"{c.num_layers} layers, {c.num_heads} query and {c.num_kv_heads} KV heads"
+        kind = f"{self.dtype}, int8 kernels" if self.int8 else f"{self.dtype}"
+        where = "" if self.placement is None else f", on {self.mesh and self.mesh.size} devices"
+        return f"Params({c.family}: {count:,} parameters in {kind}; {size}; KV heads: {kept}{where})"
+
     def order(self, layer: int) -> tuple[int, ...]:
         """Return the layer's KV heads in the order of its weights."""
         return stored_order(self.heads_or_all, layer, self.placement)
@@ -288,3 +301,31 @@ def _check_tree(weights: Any, config: ModelConfig) -> None:
             problems.append(f"{name} has type {have[name].dtype}, expected {kind}")
     if problems:
         raise ValueError("these weights do not fit the config:\n  " + "\n  ".join(problems))
+
+
+def norms_fingerprint(params: Params) -> str:
+    """Return the SHA-256 of all norm vectors in bfloat16: equal for the quantised files of one checkpoint.
+
+    Quantisation leaves norms alone, and training does not.
+    """
+    digest = hashlib.sha256()
+    for path, x in jax.tree_util.tree_leaves_with_path(params.weights):
+        if x.ndim == 1 and "norm" in jax.tree_util.keystr(path):
+            digest.update(np.asarray(x.astype(jnp.bfloat16)).tobytes())
+    return digest.hexdigest()
+
+
+def nonfinite(params: Params) -> str:
+    """Return why a model's logits may be infinite or NaN: the damaged tensors, or an overflow of float16."""
+    found = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, x in jax.tree_util.tree_leaves_with_path(params.weights)
+        if jnp.issubdtype(x.dtype, jnp.floating) and not bool(jnp.isfinite(x).all())
+    ]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        names = f"{', '.join(found[:3])}{more}"
+        return f"the logits are not finite, because weights are not ({names}): fetch the checkpoint again"
+    if params.dtype == jnp.float16:
+        return "the logits are not finite: float16 overflows in this model; load it with dtype='bfloat16' or 'float32'"
+    return f"the logits are not finite, though all weights are ({params.dtype}): load the model with dtype='float32'"

@@ -1,7 +1,7 @@
-"""Choose razor-mini's head split and cache policy, on train documents: `python -m recipes.choose`.
+"""Choose razor-mini's head split and cache policy on training documents: `python -m recipes.choose`.
 
-The paper's probe ranks the heads. Every number of kept heads and every window is then tried on needle questions about
-train documents, and the smallest cache that answers as well as dense attention is written to razor.json.
+The paper's probe ranks the heads. Every number of kept heads with every window then answers needle questions about
+training documents. The smallest cache that answers as well as dense attention is written to razor.json.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from razor_jax.tokenizer.questions import split as ask
 WINDOWS = (128, 256, 512)
 FAMILIES = ("needle", "alike")
 CAPACITY = 8192  # tokens at which bytes are compared
-SLACK = 0.002  # loss that a smaller cache may cost, natural log
-_SEED = 500  # documents that neither training nor any evaluation draws
+SLACK = 0.002  # allowed increase of the loss (natural log) over dense attention
+_SEED = 500  # gives documents that neither training nor an evaluation uses
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One cache that was tried."""
+    """One tried combination of heads and window."""
 
     heads: int
     window: int
@@ -44,10 +44,10 @@ class Choice:
 
 
 def tasks(params: Params, tokens: int, documents: int, facts: int) -> list[Task]:
-    """Train documents with a question for each fact, half of the documents with facts that one word tells apart."""
+    """Make training documents with a question per fact; in every other document, facts differ in one word only."""
     assets = params.assets
     if assets is None or assets.tokenizer_json is None:
-        raise ValueError("the params carry no tokenizer.json: load a folder that recipes.export wrote")
+        raise ValueError("the params have no tokenizer.json: load a folder that recipes.export wrote")
     tokenizer = Tokenizer.from_str(assets.tokenizer_json)
     found = []
     for index in range(documents):
@@ -56,13 +56,13 @@ def tasks(params: Params, tokens: int, documents: int, facts: int) -> list[Task]
         cut = ask(assets, document.text, [q.question for q in document.questions], True)
         answers = [tuple(assets.encode(q.answer, add_special=False)) for q in document.questions]
         (text,) = prompts.encode(params, cut.document).rows
-        questions = prompts.encode(params, list(cut.questions), continues=True).rows
+        questions = prompts.encode(params, list(cut.questions), part="question", raw=True).rows
         found.append(Task(text, tuple(zip(questions, answers, strict=True))))
     return found
 
 
-def tried(params: Params, scores: HeadScores, asked: list[Task], most: int) -> tuple[Outcome, list[Choice]]:
-    """Return dense answers, and those of every window and 1 to `most` kept heads."""
+def try_choices(params: Params, scores: HeadScores, asked: list[Task], most: int) -> tuple[Outcome, list[Choice]]:
+    """Answer the questions with dense attention, and with every window and 1 to `most` kept heads."""
     L, K = params.config.num_layers, params.config.num_kv_heads
     dense, choices = None, []
     for window in WINDOWS:
@@ -80,7 +80,7 @@ def tried(params: Params, scores: HeadScores, asked: list[Task], most: int) -> t
 
 
 def best(dense: Outcome, choices: list[Choice]) -> Choice:
-    """Return the choice that saves most among those as good as dense attention; the best answers if none is."""
+    """Return the choice that saves most among those as good as dense attention, or the one with the least loss."""
     good = [c for c in choices if c.outcome.accuracy >= dense.accuracy and c.outcome.loss <= dense.loss + SLACK]
     if good:
         return max(good, key=lambda c: c.saved)
@@ -90,16 +90,16 @@ def best(dense: Outcome, choices: list[Choice]) -> Choice:
 def main(
     folder: Annotated[pathlib.Path, typer.Option(help="Model folder; razor.json is written here.")] = ASSETS
     / "razor-mini",
-    tokens: Annotated[int, typer.Option(min=1024, help="Tokens of a document.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=1024, help="Tokens per document.")] = 4096,
     documents: Annotated[int, typer.Option(min=2, help="Documents.")] = 8,
-    facts: Annotated[int, typer.Option(min=1, help="Facts and questions of a document: more are harder.")] = 8,
-    block: Annotated[int, typer.Option(min=16, help="Ids of the probe's block.")] = 1023,
-    most: Annotated[int, typer.Option(min=1, help="Most heads kept.")] = 10,
+    facts: Annotated[int, typer.Option(min=1, help="Facts and questions per document; more are harder.")] = 8,
+    block: Annotated[int, typer.Option(min=16, help="Token ids per block of the probe.")] = 1023,
+    most: Annotated[int, typer.Option(min=1, help="Largest number of kept heads.")] = 10,
 ) -> None:
-    """Find the split and the policy, print what was tried, and write razor.json."""
+    """Choose split and policy, print all candidates, and write razor.json."""
     params = checkpoint.read(folder)
     scores = find_heads(params, seeds=(0, 1, 2), block=block)
-    dense, choices = tried(params, scores, tasks(params, tokens, documents, facts), most)
+    dense, choices = try_choices(params, scores, tasks(params, tokens, documents, facts), most)
     typer.echo(f"dense: loss {dense.loss:.4f}, right {dense.accuracy:.1%} of {len(dense.right)}")
     for c in choices:
         typer.echo(

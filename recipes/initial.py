@@ -1,9 +1,9 @@
-"""Initial weights of razor-mini: noise and nothing else; and how a trained shallow model gets more layers.
+"""Initial weights of razor-mini, which are only noise, and the addition of layers to a trained shallow model.
 
-Embeddings have unit size, and so have the writes of attention and feed-forward: no part of the residual stream drowns
-another one, and one learning rate suits all matrices. The final norm starts small, for with tied embeddings of unit
-size a token would otherwise predict itself beyond doubt. All embeddings share one random direction, as those of
-trained models do: attention by position alone can hold on to it.
+Embeddings have unit variance, and so have the outputs of attention and feed-forward blocks. No part of the residual
+stream drowns another, and one learning rate suits all matrices. The final norm starts small: with tied embeddings of
+unit variance, each token would otherwise predict itself with certainty. All embeddings share one random direction, as
+in trained models, which heads that attend by position alone can use.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from razor_jax.models import rope as rotary
 from razor_jax.models.config import ModelConfig
 from razor_jax.models.transformer import Transformer
 
-_COMMON = 0.5  # size of the direction that all embeddings share, theirs being 1
+_COMMON = 0.5  # size of the direction that all embeddings share, relative to their own
 _FINAL_NORM = 0.1
 
 
 def initial_params(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Return fresh float32 weights in the transformer's own tree: normal at fan-in^-1/2, embeddings at 1, norms at
-    1.
+    """Return new float32 weights in the transformer's tree.
+
+    Kernels are normal with deviation 1/√fan-in, embeddings normal with deviation 1; norms are 1.
     """
     rng = np.random.default_rng(seed)
 
-    def drawn(path, x):
+    def draw(path, x):
         name = next((p.key for p in path if p.key in _FAN_IN), None)
         if name is not None:
             fan_in = np.prod([x.shape[axis] for axis in _FAN_IN[name]])
@@ -37,19 +38,19 @@ def initial_params(config: ModelConfig, seed: int) -> dict[str, Any]:
             return rng.normal(size=x.shape) + _COMMON * rng.normal(size=(1, x.shape[1]))
         return np.full(x.shape, _FINAL_NORM if path[0].key == "norm" else 1.0)
 
-    params = jax.tree_util.tree_map_with_path(drawn, _shapes(config))
+    params = jax.tree_util.tree_map_with_path(draw, _shapes(config))
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
 
 
-def grown(config: ModelConfig, params: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Return `params` of a shallower model in one of `config`'s depth that computes the same.
+def add_layers(config: ModelConfig, params: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Add layers to a shallower model, up to the depth of `config`, without changing what it computes.
 
-    Old layers are spread evenly, the first stays first; new ones are noise that writes nothing yet.
+    Old layers are spread evenly, and the first stays first. New layers are noise with zero output projections.
     """
     old = [name for name in params if name.startswith("blocks_")]
     L = config.num_layers
     if len(old) > L:
-        raise ValueError(f"params have {len(old)} layers, the model {L}: layers are only ever added")
+        raise ValueError(f"params have {len(old)} layers, the config {L}: give a config with at least as many layers")
     kept = {index * L // len(old): params[f"blocks_{index}"] for index in range(len(old))}
     fresh = initial_params(config, seed)
     blocks = {f"blocks_{i}": kept[i] if i in kept else _silent(fresh[f"blocks_{i}"]) for i in range(L)}

@@ -1,7 +1,7 @@
 """Train razor-mini: `python -m recipes.train_mini --output runs/mini`.
 
-The defaults are the recipe of the shipped model. Interrupt at any time; the same command goes on from the
-last checkpoint and sees the same batches. On Linux,
+The defaults are the recipe of the shipped model. You can interrupt it at any time: the same command resumes from the
+last checkpoint with the same batches. On Linux,
 `GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184`
 keeps XLA's buffers mapped between steps and saves about a quarter of the time.
 """
@@ -29,9 +29,9 @@ from razor_jax.needles.facts import corpus
 
 from . import training, vocabulary
 from .batches import Rows, Stage
-from .initial import grown, initial_params
+from .initial import add_layers, initial_params
 
-# Two layers and short rows of nothing but repeated random ids: previous-token and induction heads form from noise.
+# Two layers and short rows of repeated random ids only: previous-token and induction heads form from noise.
 IGNITION = Stage(
     600,
     length=64,
@@ -63,7 +63,7 @@ REPORT_EVERY = 25  # steps
 
 @dataclasses.dataclass
 class Run:
-    """Everything a run carries from step to step."""
+    """State of a run between steps."""
 
     step: int
     params: Any
@@ -71,7 +71,7 @@ class Run:
 
 
 def schedule(stages: Sequence[Stage]) -> optax.Schedule:
-    """Return the learning rate of a global step: a warm-up, then constant or linear within each stage."""
+    """Return the learning-rate schedule over all stages: a warm-up, then constant or linear within each stage."""
     parts, ends, total = [], [], 0
     for stage in stages:
         final = stage.learning_rate if stage.final_rate is None else stage.final_rate
@@ -84,11 +84,12 @@ def schedule(stages: Sequence[Stage]) -> optax.Schedule:
 
 @functools.cache
 def optimizer(stages: tuple[Stage, ...]) -> optax.GradientTransformation:
-    """Return one object for one recipe, so that runs of one process share the compiled step."""
+    """Return the optimizer of a recipe, always the same object, so that runs in a process share the compiled step."""
     return training.optimizer(schedule(stages))
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> Stage:
+    """Return the stage of a global step."""
     for stage in stages:
         if step < stage.steps:
             return stage
@@ -97,7 +98,7 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
 
 
 def tokenizer_in(folder: pathlib.Path) -> Tokenizer:
-    """Return the run's tokenizer: trained on the train split at the first start, read back later."""
+    """Return the tokenizer of a run; the first call trains it on the train split and writes it."""
     path = folder / "tokenizer.json"
     if not path.exists():
         vocabulary.train(corpus()).save(str(path))
@@ -105,7 +106,7 @@ def tokenizer_in(folder: pathlib.Path) -> Tokenizer:
 
 
 def config_at(config: ModelConfig, stage: Stage) -> ModelConfig:
-    """Return the model of one stage: as deep as the stage says."""
+    """Return the model config of a stage, with the stage's number of layers."""
     return dataclasses.replace(config, num_layers=stage.layers or config.num_layers)
 
 
@@ -116,7 +117,7 @@ def restore(
     update: optax.GradientTransformation,
     seed: int,
 ) -> Run:
-    """Return the saved run, or a new one if none is saved. A checkpoint at a stage's end has that stage's depth."""
+    """Return the last saved run, or a new one. A checkpoint at the end of a stage has the depth of that stage."""
     step = manager.latest_step()
     params = initial_params(config_at(config, stage_at(stages, max(0, (step or 0) - 1))), seed)
     run = Run(0, params, update.init(params))
@@ -126,19 +127,20 @@ def restore(
     return Run(step, saved["params"], saved["state"])
 
 
-def deepened(run: Run, config: ModelConfig, update: optax.GradientTransformation, seed: int) -> Run:
-    """Return the run with as many layers as `config` asks for; moments start at zero, step counts go on."""
+def deepen_run(run: Run, config: ModelConfig, update: optax.GradientTransformation, seed: int) -> Run:
+    """Return the run with the depth of `config`. Added layers reset the optimizer's moments but not its step count."""
     if f"blocks_{config.num_layers - 1}" in run.params:
         return run
-    params = grown(config, run.params, seed)
+    params = add_layers(config, run.params, seed)
 
-    def counted(x):
+    def keep_step(x):
         return jnp.asarray(run.step, x.dtype) if jnp.issubdtype(x.dtype, jnp.integer) else x
 
-    return Run(run.step, params, jax.tree.map(counted, update.init(params)))
+    return Run(run.step, params, jax.tree.map(keep_step, update.init(params)))
 
 
 def save(manager: ocp.CheckpointManager, run: Run) -> None:
+    """Write a checkpoint and wait until it is on disk."""
     manager.save(run.step, args=ocp.args.StandardSave({"params": run.params, "state": run.state}), force=True)
     manager.wait_until_finished()
 
@@ -151,7 +153,7 @@ def train(
     save_every: int = 250,
     stop_at: int | None = None,
 ) -> Run:
-    """Run the stages from the last checkpoint of `folder` on; metrics go to `folder/metrics.jsonl`."""
+    """Run the stages, from the last checkpoint in `folder` if it has one; write metrics to `folder/metrics.jsonl`."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     rows = Rows(tokenizer_in(folder), config.max_position_embeddings)
@@ -171,7 +173,7 @@ def train(
         while run.step < end:
             stage = stage_at(stages, run.step)
             shape = config_at(config, stage)
-            run = deepened(run, shape, update, seed)
+            run = deepen_run(run, shape, update, seed)
             batch = rows.batch(stage, seed, run.step)
             arrays = {f.name: jnp.asarray(getattr(batch, f.name)) for f in dataclasses.fields(batch)}
             run.params, run.state, metrics = training.train_step(shape, update, run.params, run.state, arrays)
@@ -190,14 +192,14 @@ def train(
 
 def main(
     output: Annotated[pathlib.Path, typer.Option(help="Folder of the run: tokenizer, checkpoints, metrics.")],
-    family: Annotated[Literal["llama", "qwen3"], typer.Option(help="qwen3 norms queries and keys.")] = "llama",
+    family: Annotated[Literal["llama", "qwen3"], typer.Option(help="qwen3 adds QK-norm.")] = "llama",
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
-    stop_at: Annotated[int | None, typer.Option(min=1, help="Stop after this step; go on later.")] = None,
+    stop_at: Annotated[int | None, typer.Option(min=1, help="Stop after this step; a later run resumes.")] = None,
 ) -> None:
     """Train razor-mini by its recipe, resuming from the last checkpoint in OUTPUT."""
     if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"{output} is a file; name a folder", param_hint="--output")
+        raise typer.BadParameter(f"{output} is a file: name a folder", param_hint="--output")
     run = train(output, config=training.FAMILIES[family], seed=seed, save_every=save_every, stop_at=stop_at)
     typer.echo(f"step {run.step} of {sum(s.steps for s in STAGES)}, saved in {output / 'checkpoints'}")
 

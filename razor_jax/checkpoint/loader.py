@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from ..config import HeadSplit
+from ..memory import free_bytes
 from ..mesh import MeshPlacement
 from ..models import ModelConfig
 from ..models.linear import is_kernel, quantize, scale_of
@@ -195,9 +196,8 @@ def place(target: jax.ShapeDtypeStruct, part: Callable[[Index], np.ndarray]) -> 
 
 
 def _room(device: Any) -> int | None:
-    """Return the free bytes of a device's memory, None if its backend does not report them."""
-    stats = device.memory_stats() or {}
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+    """Return the free bytes of an accelerator, None for a CPU, whose memory is that of the host."""
+    return None if device.platform == "cpu" else free_bytes(device)
 
 
 def _largest_kernel(weights: Any, mesh: Mesh | None) -> int:

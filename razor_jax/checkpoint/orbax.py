@@ -1,4 +1,4 @@
-"""Orbax checkpoints: the weights in Orbax's folder, and a record of the rest beside it."""
+"""Orbax checkpoints: the weights in an Orbax folder, and a record of everything else beside it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read(
     split: HeadSplit | None,
     progress: Progress | None,
 ) -> Params:
-    """Return the model of a folder; arguments and errors are `checkpoint.read`'s."""
+    """Return the model of a folder, with the arguments and errors of `checkpoint.read`."""
     record, config = _config(path)
     loader = Loader(
         config,
@@ -52,19 +52,19 @@ def read(
             _restore(checkpointer, folder, loader, split, progress)
     except _Misfit:
         raise
-    except Exception as error:  # Orbax raises a bare Exception where a file is damaged
+    except Exception as error:  # Orbax raises a bare Exception for a damaged file
         cause = error.__cause__ or error
         raise ValueError(f"Orbax cannot restore {folder}: {cause}; copy it again, or save the model again") from error
     return loader.params(split)
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Return the recorded config."""
+    """Return the model config from the record."""
     return _config(path)[1]
 
 
 def write(params: Params, folder: Path) -> None:
-    """Write record and weights into `folder`; every process writes its shards."""
+    """Write record and weights into `folder`. Every process calls this and writes its shards."""
     record = {
         "version": _VERSION,
         "dtype": params.dtype.name,
@@ -79,7 +79,7 @@ def write(params: Params, folder: Path) -> None:
 
 
 def _config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
-    record = read_json(path / RECORD, "it holds the model's config")
+    record = read_json(path / RECORD, "it describes the model")
     if record.get("version") != _VERSION:
         raise ValueError(
             f"{path / RECORD} has version {record.get('version')!r}, this razor_jax reads version {_VERSION}"
@@ -90,12 +90,12 @@ def _config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
         if record.get("weights") not in (None, "int8"):
             raise KeyError(f"weights of type {record['weights']!r}")
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path / RECORD} is damaged: {error!r}") from error
+        raise ValueError(f"{path / RECORD} is damaged: {error!r}; save the model again") from error
     return record, config
 
 
 class _Misfit(ValueError):
-    """Tensors that are not those of the recorded config."""
+    """Error for tensors that do not match the recorded config."""
 
 
 def _check(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
@@ -117,16 +117,19 @@ def _restore(
     split: HeadSplit | None,
     progress: Progress | None,
 ) -> None:
-    """Weights, one tensor after the other: of many read at once one that fails leaves the others' readers
-    behind, which then complain on stderr about an event loop that is gone."""
+    """Read the weights into the loader, one tensor at a time.
+
+    If one of several concurrent reads failed, Orbax would leave the readers of the others running, which then print
+    errors about a closed event loop.
+    """
     total = sum(math.prod(x.shape) * x.dtype.itemsize for x in loader.targets.values())
     done = 0
     for name, target in loader.targets.items():
         where = target.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         item = jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=where)
         item = flax.traverse_util.unflatten_dict({name: item}, sep="/")
-        how = ocp.checkpoint_utils.construct_restore_args(item)
-        args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
         restored: dict[str, Any] = dict(
             flax.traverse_util.flatten_dict(checkpointer.restore(folder, args=args), sep="/")
         )

@@ -13,7 +13,7 @@ import typer
 
 import razor_jax
 
-from . import ablations, bench, chat, demo, evals, generate, heads, longbench, plan, reproduce, serve, terminal
+from . import ablations, bench, cache, chat, demo, evals, generate, heads, longbench, plan, reproduce, serve, terminal
 
 app = typer.Typer(cls=terminal.Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -34,6 +34,7 @@ def common(
 
 app.command()(demo.demo)
 app.command()(generate.generate)
+app.command()(generate.prefill)
 app.command()(chat.chat)
 app.add_typer(heads.app, name="heads")
 app.command()(plan.plan)
@@ -43,12 +44,13 @@ evals.app.command()(longbench.longbench)
 evals.app.command()(ablations.ablations)
 evals.app.command(add_help_option=False, context_settings=_PASS_ON)(ablations.harness)
 app.add_typer(evals.app, name="eval")
+app.add_typer(cache.app, name="cache")
 app.command()(reproduce.reproduce)
 
 
 def main() -> None:
     """Run the `razor-jax` program."""
-    warnings.showwarning = lambda message, *place: terminal.note(f"warning: {message}")
+    warnings.showwarning = lambda message, *place: terminal.warn(str(message))
     logging.getLogger("razor_jax").propagate = False  # libraries set up the root logger: no line twice
     app()
 

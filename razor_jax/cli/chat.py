@@ -10,11 +10,19 @@ from typing import Annotated
 
 import typer
 
-from razor_jax import Chat, Sampling
+from razor_jax import Chat, Params, RazorConfig, Sampling
 
+from ..evals.provenance import write_json
 from . import terminal
 from .options import ModelOptions, NewTokens, PolicyOptions, SamplingOptions, grouped, read_text
 from .terminal import note
+
+COMMANDS = {
+    "/reset": "forget the conversation",
+    "/system TEXT": "begin again with this system message",
+    "/save FILE": "write the messages as JSON",
+    "/exit": "leave; so does the end of the input",
+}
 
 
 @grouped
@@ -27,7 +35,7 @@ def chat(
     policy: PolicyOptions,
     draws: SamplingOptions,
 ) -> None:
-    """Talk to a model. /reset forgets, /exit leaves; Ctrl-C ends an answer, or leaves at the prompt."""
+    """Talk to a model; /help lists what else can be typed. Ctrl-C ends an answer, or leaves at the prompt."""
     sampling = draws.sampling()
     if system is not None and system_file is not None:
         raise typer.BadParameter("give --system or --system-file, not both")
@@ -37,22 +45,36 @@ def chat(
     if params.assets is not None:
         # A template that is missing or broken fails here, not at the first line.
         params.assets.apply_chat([*conversation.messages, {"role": "user", "content": "hello"}])
-    note("/reset forgets the conversation, /exit leaves; Ctrl-C ends an answer")
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  (line editing and history of input())
+    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": draws.seed, "stop": draws.stop or ()}
+    note("/help lists the commands; Ctrl-C ends an answer")
     while (line := _line()) != "/exit":
-        if line == "/reset":
-            conversation.reset()
-            note("forgotten")
-        elif line.startswith("/"):
-            note(f"{line.split()[0]} is not a command: /reset or /exit")
+        if line.startswith("/"):
+            conversation = _command(conversation, params, policy.policy(params), line)
         elif line:
-            _turn(
-                conversation,
-                line,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                seed=draws.seed,
-                stop=draws.stop or (),
-            )
+            _turn(conversation, line, **options)
+
+
+def _command(conversation: Chat, params: Params, razor: RazorConfig | None, line: str) -> Chat:
+    """Run a line that begins with a slash, and return the conversation to go on with."""
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if name == "/help":
+        for command, about in COMMANDS.items():
+            note(f"{command:15s} {about}")
+    elif name == "/reset" and not rest:
+        conversation.reset()
+        note("forgotten")
+    elif name == "/system" and rest:
+        note("a new conversation with this system message")
+        return Chat(params, system=rest, razor=razor)
+    elif name == "/save" and rest:
+        write_json(Path(rest), conversation.messages)
+        note(f"saved {len(conversation.messages)} messages to {rest}")
+    else:
+        note(f"{line!r} is not a command: {', '.join(COMMANDS)}")
+    return conversation
 
 
 def _turn(
@@ -62,11 +84,12 @@ def _turn(
     try:
         pieces = conversation.stream(line, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop)
         with contextlib.closing(pieces):  # type: ignore[type-var]
-            note(str(terminal.answer(pieces).kv))
+            result = terminal.answer(pieces)
+        note(f"{result.timings.decode_tokens_per_second:,.1f} tokens/s; {result.kv}")
     except KeyboardInterrupt:
         typer.echo()
         note("interrupted")
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         terminal.fail(str(error))
 
 

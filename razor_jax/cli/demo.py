@@ -23,7 +23,7 @@ from . import terminal
 from .options import CompressedOptions, JsonOption, ModelName, ModelOptions, grouped
 from .terminal import note, print_json
 
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Report:
         table = Table(
             title=f"{self.document_tokens:,} tokens read before the questions were known",
             caption=(
-                "kept: KV heads that keep every token; ratio: a dense bfloat16 cache over this one; dropped: "
+                "kept: KV heads that keep every token; ratio: a dense cache of the same type over this one; dropped: "
                 f"tokens a windowed head folded away. {self.policy}. {self.seconds:.0f} s in all."
             ),
         )
@@ -110,9 +110,16 @@ def run(params: Params, policy: RazorConfig, *, tokens: int, facts: int, seed: i
     started = time.perf_counter()
     if params.assets is None or params.assets.tokenizer_json is None or params.assets.chat_template is None:
         raise ValueError("the demo asks by chat template: it needs a model with a tokenizer.json and a template")
+    longest = params.config.max_position_embeddings
+    if tokens > longest:
+        raise ValueError(f"--tokens {tokens:,}: this model has {longest:,} positions")
     rng = np.random.default_rng(seed)
     document = needle_document(rng, Tokenizer.from_str(params.assets.tokenizer_json), tokens=tokens, facts=facts)
     asked = split(params.assets, document.text, [fact.question for fact in document.facts], chat=True)
+    # The first words of the answer are given: a small model may know the value and not how to begin.
+    begun = [params.assets.encode(_begun(fact), add_special=False) for fact in document.facts]
+    questions = tuple([*ids, *words] for ids, words in zip(asked.questions, begun, strict=True))
+    asked = dataclasses.replace(asked, questions=questions)
     depths = ", ".join(f"{fact.depth:.0%}" for fact in document.facts)
     note(f"a document of {document.tokens:,} tokens of text never trained on; {facts} facts hidden at {depths}")
     none = HeadSplit.none(params.config.num_layers, params.config.num_kv_heads)
@@ -141,7 +148,7 @@ def _ask(
     results = []
     for fact, question in zip(facts, asked.questions, strict=True):
         if show:
-            typer.echo(f"\n{fact.question}")
+            typer.echo(f"\n{fact.question}\n{_begun(fact)} …")
         pieces = stream(params, question, cache=cache, max_new_tokens=ANSWER_TOKENS)
         results.append(terminal.answer(pieces, show))
         if show:
@@ -154,3 +161,8 @@ def _ask(
         results[-1].kv,
         sum(result.timings.generated_tokens for result in results) / max(seconds, 1e-9),
     )
+
+
+def _begun(fact: Fact) -> str:
+    """Return the answer's words before the value."""
+    return fact.answer[: fact.answer.index(fact.value)].rstrip()

@@ -20,7 +20,7 @@ from razor_jax.cli.terminal import note
 from razor_jax.evals import agreement, conversation, long_generation, plots, protocol, ruler
 from razor_jax.evals import needle as needles
 from razor_jax.evals.haystack import Haystack
-from razor_jax.evals.protocol import Example, Form, Setting, System
+from razor_jax.evals.protocol import CachedModel, Example, Form, System
 from razor_jax.evals.provenance import provenance, write_results
 from razor_jax.evals.settings import settings
 from razor_jax.evals.table import Table
@@ -73,7 +73,7 @@ class Job:
 
     params: Params
     model: str
-    rows: list[Setting]
+    rows: list[CachedModel]
     out: Path | None
     as_json: bool
 

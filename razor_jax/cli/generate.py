@@ -1,15 +1,19 @@
-"""`razor-jax generate`: continue a prompt, or answer questions about a document."""
+"""`razor-jax generate` and `razor-jax prefill`: answer a message, or questions about a document."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import razor_jax
-from razor_jax import Result
+from razor_jax import KVReport, Result
 
+from ..text.prompts import capacity_bucket, encode
 from ..tokenizer.questions import split
 from . import terminal
 from .options import (
@@ -23,31 +27,92 @@ from .options import (
 )
 from .terminal import note, print_json
 
+Template = partial(typer.Option, rich_help_panel="Chat template")
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateOptions:
+    """How text becomes a prompt."""
+
+    raw: Annotated[bool, Template("--raw", help="Continue the text as it is, without the chat template.")] = False
+    system: Annotated[str | None, Template(help="System message.")] = None
+    template_var: Annotated[
+        list[str] | None,
+        Template(help="NAME=VALUE that the template reads, such as enable_thinking=false; repeatable."),
+    ] = None
+
+    def variables(self) -> dict[str, Any]:
+        """Return the template's variables, values read as JSON where they are JSON. Raises BadParameter."""
+        found = {}
+        for text in self.template_var or ():
+            name, sign, value = text.partition("=")
+            if not sign or not name.isidentifier():
+                raise typer.BadParameter(f"--template-var {text!r}: give NAME=VALUE, such as enable_thinking=false")
+            try:
+                found[name] = json.loads(value)
+            except json.JSONDecodeError:
+                found[name] = value
+        return found
+
+
+@grouped
+def prefill(
+    document: Annotated[Path, typer.Argument(help="A UTF-8 file; - for stdin.")],
+    save: Annotated[Path, typer.Option(help="Folder to write the compressed cache to.")],
+    room: Annotated[int, typer.Option(min=1, help="Tokens to keep free for questions and answers.")] = 1024,
+    raw: Annotated[bool, Template("--raw", help="Read the text as it is, without the chat template.")] = False,
+    *,
+    model: ModelOptions,
+    policy: PolicyOptions,
+) -> None:
+    """Read a document once and save its compressed cache, for `generate --cache`."""
+    text = read_text(document)
+    params = model.load(dense=policy.dense)
+    with terminal.working("reading the document"):
+        read = encode(params, text, part="document", raw=raw, what="document")
+        capacity = capacity_bucket(read.longest + room)
+        cache = razor_jax.prefill(params, list(read.rows[0]), razor=policy.policy(params), capacity=capacity)
+    razor_jax.save_cache(cache, params, save)
+    note(f"saved {save}: {KVReport.of(cache, params.heads_or_all)}")
+    note(f"ask with: razor-jax generate -m {model.model} --cache {save} -Q '…'")
+
 
 @grouped
 def generate(
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue, or to ask about.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Message to answer, or text to ask about.")
+    ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="The same from a UTF-8 file; - for stdin.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="The same as a cache that `razor-jax prefill` saved.")] = None,
     question: Annotated[
         list[str] | None,
         typer.Option("--question", "-Q", help="Asked about the prompt, which is compressed once, before; repeatable."),
     ] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template. Default: for questions, if there is one."),
-    ] = None,
     max_new_tokens: NewTokens = 256,
     *,
     model: ModelOptions,
+    template: TemplateOptions,
     policy: PolicyOptions,
     draws: SamplingOptions,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a prompt, or answer questions about a document."""
-    if (prompt is None) == (prompt_file is None):
-        raise typer.BadParameter("give --prompt or --prompt-file, one of the two")
-    text = prompt if prompt_file is None else read_text(prompt_file)
-    assert text is not None
+    """Answer a message, continue a text (--raw), or answer questions about a document (-Q)."""
+    if sum(given is not None for given in (prompt, prompt_file, cache)) != 1:
+        raise typer.BadParameter("give one of --prompt, --prompt-file and --cache")
+    if template.raw and (template.system is not None or template.template_var):
+        raise typer.BadParameter("--raw uses no chat template: leave out --system and --template-var")
+    if question and template.system is not None:
+        raise typer.BadParameter("with -Q the document is the system message: leave out --system")
+    if cache is not None and not question:
+        raise typer.BadParameter("--cache holds a document: ask about it with -Q")
+    if cache is not None and (policy.dense or policy.changes):
+        raise typer.BadParameter(
+            "--cache has its policy already: leave out --dense and the options of the cache policy"
+        )
+    if any(not text.strip() for text in (prompt, *(question or ())) if text is not None):
+        raise typer.BadParameter("a prompt or question is blank: give it some text")
+    text = read_text(prompt_file) if prompt_file is not None else prompt
+    variables = template.variables()
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "sampling": draws.sampling(),
@@ -55,21 +120,30 @@ def generate(
         "stop": draws.stop or (),
     }
     params = model.load(dense=policy.dense)
-    razor = policy.policy(params)
+    has_template = params.assets is not None and params.assets.chat_template is not None
+    if (template.system is not None or variables) and not has_template:
+        raise ValueError(f"{model.model} has no chat template: leave out --system and --template-var")
     if question:
-        has_template = params.assets is not None and params.assets.chat_template is not None
-        asked = split(params.assets, text, question, has_template if chat is None else chat)
-        with terminal.working("reading the document"):
-            options["cache"] = razor_jax.prefill(params, asked.document, razor=razor)
+        asked = split(params.assets, text or "-", question, has_template and not template.raw, variables)
+        if cache is not None:
+            options["cache"] = razor_jax.load_cache(params, cache)
+        else:
+            with terminal.working("reading the document"):
+                options["cache"] = razor_jax.prefill(params, asked.document, razor=policy.policy(params), raw=True)
+            note(f"document: {KVReport.of(options['cache'], params.heads_or_all)}")
         prompts: list[tuple[str, Any]] = list(zip(question, asked.questions, strict=True))
     else:
-        options["razor"] = razor
-        prompts = [(text, [{"role": "user", "content": text}] if chat else text)]
+        options |= {"razor": policy.policy(params), "template_kwargs": variables}
+        messages = [{"role": "system", "content": template.system}, {"role": "user", "content": text}]
+        prompts = [(text or "", messages if template.system is not None else text)]
     results = []
     for name, ids in prompts:
         if question and not as_json:
-            note(f"— {name}")
-        results.append(terminal.answer(razor_jax.stream(params, ids, **options), show=not as_json))
+            typer.echo(f"— {name}")
+        raw = template.raw or bool(question)
+        results.append(terminal.answer(razor_jax.stream(params, ids, raw=raw, **options), show=not as_json))
+        if not results[-1].text.strip() and results[-1].finish_reason == "stop":
+            note("the model ended its answer at once: rephrase the prompt" + ("" if raw else ", or try --raw"))
     _report(results)
     if as_json:
         key = "question" if question else "prompt"

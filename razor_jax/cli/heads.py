@@ -20,34 +20,37 @@ from razor_jax.cli.terminal import note, print_json
 from razor_jax.config import check_split
 from razor_jax.evals.bench import machine
 from razor_jax.heads import (
+    Calibration,
     HeadScores,
     alibi,
-    causal,
     find_heads,
-    gates,
     interchange,
-    needle,
     plots,
     promise,
     report,
+    search,
     store,
     study,
 )
+from razor_jax.heads.find import Method
+from razor_jax.params import architecture_fingerprint, weights_fingerprint
 
 app = typer.Typer(
     cls=terminal.Commands, no_args_is_help=True, help="Which KV heads keep everything: find, import, or study them."
 )
 
+LEARNED = ("gradient", "gates", "search")
 _WINDOW = 256  # of learned and measured heads where neither the model nor the caller names one
 
 Budget = partial(typer.Option, rich_help_panel="Budget")
+Learn = partial(typer.Option, rich_help_panel="Questions")
 Save = partial(typer.Option, rich_help_panel="Output")
 Seeds = Annotated[int, typer.Option(min=1, help="Searches; scores are their mean.")]
-Method = Annotated[
-    Literal["probe", "needle", "causal", "gradient", "gates", "random"],
+MethodOption = Annotated[
+    Method,
     typer.Option(
         help="probe: random tokens, seconds. needle: a fact twice in prose. gradient: of answers by gates, a minute. "
-        "gates: learned, minutes. causal: every head alone, small models. random: chance."
+        "gates: learned, minutes. search: swaps at the budget. causal: every head alone, small models. random: chance."
     ),
 ]
 Preset = Annotated[Literal["paper", "vendor"], typer.Option(help="Which probe.")]
@@ -80,6 +83,12 @@ class BudgetOptions:
             self.size is not None and (classes or self.share is not None)
         ):
             raise typer.BadParameter("--bytes goes with --capacity, and without --share, --induction and --echo")
+
+    def check_layers(self, params: Params) -> None:
+        """Raise ValueError for a layer that the model does not have, before any search."""
+        for layer in self.keep_layer or ():
+            if layer >= params.config.num_layers:
+                raise ValueError(f"--keep-layer {layer}: this model has layers 0 to {params.config.num_layers - 1}")
 
     @property
     def given(self) -> bool:
@@ -121,47 +130,75 @@ class SaveOptions:
             note(f"saved {interchange.write_duo(self.save_duo, chosen, policy)}")
 
 
+@dataclasses.dataclass(frozen=True)
+class LearnOptions:
+    """Questions that heads are chosen by and judged by."""
+
+    target: Annotated[
+        float | None,
+        Learn(min=0, max=100, help="Instead of a budget: the fewest heads that lose at most these points."),
+    ] = None
+    measure: Annotated[
+        bool | None,
+        Learn("--measure/--no-measure", help="Ask held-out questions, dense and compressed; on for learned heads."),
+    ] = None
+    documents: Annotated[int, Learn(min=1, help="Documents of eight questions that heads are chosen by.")] = 8
+    held_out: Annotated[int, Learn(min=2, help="Documents of eight questions that --measure asks about.")] = 12
+    tokens: Annotated[int, Learn(min=128, help="Tokens of a document that heads are judged by; half to choose.")] = 2048
+    text: Annotated[Path | None, Learn(help="Folder of .txt files to ask about; the packaged text by default.")] = None
+    state: Annotated[Path | None, Learn(help="Resume gates or search from this file, and save progress there.")] = None
+
+    def calibration(self) -> Calibration:
+        """Return the documents that heads are chosen by."""
+        return Calibration(self.documents, max(128, self.tokens // 2), text=self.text)
+
+
 @app.command()
 @grouped
 def find(
     model: ModelName = "razor-mini",
-    method: Method = "probe",
+    method: MethodOption = "probe",
     preset: Preset = "paper",
     seeds: Seeds = 1,
-    measure: Annotated[
-        bool | None,
-        typer.Option("--measure/--no-measure", help="Ask held-out questions, dense and compressed; on for gates."),
-    ] = None,
     dtype: Dtype = None,
     *,
     budget: BudgetOptions,
+    learn: LearnOptions,
     output: SaveOptions,
 ) -> None:
     """Find a model's retrieval heads: the scores of every KV head, and which to keep."""
     budget.check()
     _check_method(method, preset)
-    learned = method in ("gates", "gradient")
-    measured = learned if measure is None else measure
+    _check_learning(method, budget, learn)
+    learned = method in LEARNED
+    measured = (learned or learn.target is not None) if learn.measure is None else learn.measure
     uses_policy = budget.size is not None or output.save_duo is not None or learned or measured
     if budget.window is not None and not uses_policy:
-        raise typer.BadParameter("--window goes with --bytes, --save-duo, --measure, or --method gates or gradient")
+        raise typer.BadParameter(f"--window goes with --bytes, --save-duo, --measure, or --method {', '.join(LEARNED)}")
     params = _load(model, dtype, uses_policy)
     if params.config.alibi:
         if budget.given or output.save_duo is not None or method != "probe":
             raise typer.BadParameter("an ALiBi model's scopes follow from its weights: only --save and --json apply")
         _scopes(params, model, output.save, output.as_json)
         return
+    budget.check_layers(params)
     policy = budget.policy(params)
     if (learned or measured) and policy.window is None:
         policy = dataclasses.replace(policy, window=_WINDOW)
         note(f"--window {_WINDOW}: documents of calibration are shorter than the paper's window")
     output.check(policy)
-    scores = _scores(params, model, method, preset, seeds, policy)
-    chosen = budget.select(scores, policy)
+    scores = _scores(params, model, method, preset, seeds, policy, budget, learn)
+    if learn.target is None:
+        chosen = budget.select(scores, policy)
+    else:
+        with terminal.working(f"the fewest heads that lose at most {learn.target:g} points"):
+            chosen = search.smallest_budget(params, scores, learn.target, razor=policy, calibration=learn.calibration())
     kept = None
     if measured:
-        with terminal.working("asking held-out questions"):
-            kept = promise.measure(params, chosen, policy)
+        with terminal.working("asking held-out questions") as progress:
+            sizes = {"documents": learn.held_out, "tokens": learn.tokens, "text": learn.text}
+            asked = partial(progress, "asked")
+            [kept] = promise.measure(params, chosen, policy, **sizes, progress=asked)
     _finish(model, scores, chosen, policy, output, kept)
     if method == "probe" and not measured:
         note(
@@ -195,13 +232,17 @@ def import_heads(
     params = _load(model, dtype, uses_policy)
     if params.config.alibi:
         raise typer.BadParameter("an ALiBi model's scopes follow from its weights: there is nothing to import")
+    budget.check_layers(params)
     policy = budget.policy(params)
     output.check(policy)
     if numbered is not None:
-        _finish(model, None, _vendor(params, source, numbered), policy, output)
+        _finish(model, None, _named(params, _vendor(params, source, numbered)), policy, output)
         return
-    scores = _duo(params, source)
-    _finish(model, scores, budget.select(scores, policy), policy, output)
+    scores, pattern = _duo(params, source)
+    finished = not dataclasses.replace(budget, window=None).given and np.isin(pattern.gates, (0, 1)).all()
+    # Gates of 0 and 1 are a choice, not a ranking: the default budget would cut it.
+    chosen = pattern.split() if finished else budget.select(scores, policy)
+    _finish(model, scores, _named(params, chosen), policy, output)
 
 
 @app.command("report")
@@ -209,7 +250,7 @@ def import_heads(
 def report_heads(
     folder: Annotated[Path, typer.Argument(help="Where the report, its figures and pictures go.")],
     model: ModelName = "razor-mini",
-    method: Method = "probe",
+    method: MethodOption = "probe",
     preset: Preset = "paper",
     seeds: Seeds = 4,
     dtype: Dtype = None,
@@ -219,15 +260,33 @@ def report_heads(
     """Study a model's heads: stability, causal importance and pictures; minutes."""
     budget.check()
     _check_method(method, preset)
+    if folder.is_file():
+        raise typer.BadParameter(f"{folder} is a file: give a folder for the report")
     plots.require()
     params = _load(model, dtype, uses_policy=True)
     if params.config.alibi:
         raise typer.BadParameter("an ALiBi model's scopes follow from its weights: there is nothing to study")
     policy = budget.policy(params)
-    chosen = budget.select(_scores(params, model, method, preset, seeds, policy), policy)
+    chosen = budget.select(_scores(params, model, method, preset, seeds, policy, budget, LearnOptions()), policy)
     found = study.study(params.replace(heads=chosen, razor=policy), seeds=max(seeds, 4), say=_say)
     for path in report.write(found, folder, model=model, machine=machine()):
         note(f"saved {path}")
+
+
+def _check_learning(method: str, budget: BudgetOptions, learn: LearnOptions) -> None:
+    """Raise BadParameter for options that this method or budget does not take."""
+    if learn.state is not None and method not in ("gates", "search"):
+        raise typer.BadParameter(f"--state resumes --method gates or search, not {method}")
+    if learn.target is not None and dataclasses.replace(budget, window=None).given:
+        raise typer.BadParameter(
+            "--target finds the budget: leave out --share, --induction, --echo, --bytes and layers"
+        )
+    if method == "search" and (learn.target is not None or dataclasses.replace(budget, window=None, share=None).given):
+        raise typer.BadParameter("--method search needs its budget as --share")
+    if method == "search" and budget.share is None:
+        raise typer.BadParameter(
+            "--method search finds the best heads of one budget: give --share, such as --share 0.2"
+        )
 
 
 def _check_method(method: str, preset: str) -> None:
@@ -263,6 +322,9 @@ def _finish(
         for name, values in (("induction", scores.induction), ("echo", scores.echo)):
             Console().print(_table(f"{name} score of each KV head, %", 100 * values, chosen))
     _print_split(chosen)
+    if scores is not None and scores.meta.floor:
+        signal, floor = scores.above_floor(chosen), scores.meta.floor
+        typer.echo(f"● {signal} of them score above the noise of this probe, {floor:.2%}; the others are a guess")
     if kept is not None:
         typer.echo(f"● {kept}")
 
@@ -272,21 +334,34 @@ def _print_split(chosen: HeadSplit) -> None:
     typer.echo(f"● {sum(chosen.counts)} of {total} KV heads keep every token: {chosen.note}")
 
 
-def _scores(params: Params, model: str, method: str, preset: str, seeds: int, policy: RazorConfig) -> HeadScores:
-    draws = tuple(range(seeds))
+def _scores(
+    params: Params,
+    model: str,
+    method: Method,
+    preset: str,
+    seeds: int,
+    policy: RazorConfig,
+    budget: BudgetOptions,
+    learn: LearnOptions,
+) -> HeadScores:
+    options: dict[str, Any] = {}
+    if method in LEARNED:
+        if seeds != 1:
+            raise typer.BadParameter(f"--seeds goes with methods that search, not --method {method}")
+        options = {"razor": policy, "calibration": learn.calibration()}
+        if method in ("gates", "search"):
+            options["state"] = learn.state
+        if method == "search":
+            options["heads"] = round((budget.share or 0) * params.config.num_layers * params.config.num_kv_heads)
+    else:
+        options["seeds"] = tuple(range(seeds))
+        if method == "probe":
+            options["preset"] = preset
     if method == "random":
-        return needle.random_heads(params, seeds=draws)
+        return find_heads(params, method=method, **options)
     with terminal.working(model) as progress:
-        probed = partial(progress, "probed")
-        if method == "needle":
-            return needle.needle_heads(params, seeds=draws, progress=probed)
-        if method == "causal":
-            return causal.causal_heads(params, seeds=draws)
-        if method == "gates":
-            return gates.gate_heads(params, razor=policy, progress=partial(progress, "learned"))
-        if method == "gradient":
-            return gates.gradient_heads(params, razor=policy, progress=partial(progress, "differentiated"))
-        return find_heads(params, seeds=draws, preset=preset, progress=probed)
+        unit = {"gates": "learned", "gradient": "differentiated", "search": "searched"}.get(method, "probed")
+        return find_heads(params, method=method, progress=partial(progress, unit), **options)
 
 
 def _scopes(params: Params, model: str, save: Path | None, as_json: bool) -> None:
@@ -302,11 +377,17 @@ def _scopes(params: Params, model: str, save: Path | None, as_json: bool) -> Non
     _print_split(chosen)
 
 
-def _duo(params: Params, folder: Path) -> HeadScores:
+def _named(params: Params, split: HeadSplit) -> HeadSplit:
+    """Return the split with the fingerprints of the model that it is for."""
+    names = {"architecture": architecture_fingerprint(params.config), "weights": weights_fingerprint(params)}
+    return dataclasses.replace(split, **names)
+
+
+def _duo(params: Params, folder: Path) -> tuple[HeadScores, interchange.DuoPattern]:
     pattern = interchange.read_duo(folder)
     check_split(pattern.split(), params.config.num_layers, params.config.num_kv_heads)
     found = pattern.scores(params.config.group_size)
-    return dataclasses.replace(found, meta=dataclasses.replace(found.meta, head_dim=params.config.head_dim))
+    return dataclasses.replace(found, meta=dataclasses.replace(found.meta, head_dim=params.config.head_dim)), pattern
 
 
 def _vendor(params: Params, file: Path, numbered: Literal["query", "kv"]) -> HeadSplit:

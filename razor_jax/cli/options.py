@@ -25,7 +25,12 @@ Policy = functools.partial(typer.Option, rich_help_panel="Cache policy")
 Draws = functools.partial(typer.Option, rich_help_panel="Sampling")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")]
 ModelName = Annotated[
-    str, Model("--model", "-m", help="razor-mini, razor-mini-qwen3, a checkpoint folder, or a Hugging Face id.")
+    str,
+    Model(
+        "--model",
+        "-m",
+        help="razor-mini, razor-mini-qwen3, smollm2, a folder, a .gguf file, or a Hub id owner/name[:file.gguf].",
+    ),
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,

@@ -19,6 +19,7 @@ from razor_jax.cli.options import ModelOptions, NewTokens, PolicyOptions, Sampli
 from razor_jax.cli.terminal import note
 from razor_jax.launch import worker
 from razor_jax.serve import agreement, batch, interactive
+from razor_jax.text.prompts import encode
 
 
 @grouped
@@ -51,7 +52,7 @@ def serve(
     }
     sampling = draws.sampling()
     try:
-        worker.tell(process=jax.process_index(), processes=jax.process_count())
+        worker.notify_launcher(process=jax.process_index(), processes=jax.process_count())
         files = agreement.describe(hub.find(model.model))
         # By content: hosts may keep it in different places.
         ours = policy.dense or model.heads == "auto"
@@ -75,7 +76,7 @@ def serve(
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        raise typer.Exit(worker.code_of(error)) from None
+        raise typer.Exit(worker.exit_code(error)) from None
 
 
 def _decisive(model: ModelOptions, policy: PolicyOptions, draws: SamplingOptions) -> dict[str, Any]:
@@ -105,9 +106,14 @@ def _answer_file(
 ) -> None:
     latest: list[Result] = []
 
-    def answer(texts: list[Any], limit: int, number: int) -> list[Result]:
-        latest[:] = razor_jax.generate(params, texts, max_new_tokens=limit, seed=(seed + number) % 2**32, **options)
-        return latest
+    def answer(texts: list[Any], limit: int, number: int) -> list[Result | str]:
+        refused = {index: why for index, text in enumerate(texts) if (why := _refusal(params, text))}
+        # A refused prompt keeps its row, so that the others are drawn as without it.
+        given = [[0] if index in refused else text for index, text in enumerate(texts)]
+        latest[:] = razor_jax.generate(
+            params, given, max_new_tokens=limit, seed=(seed + number) % 2**32, raw=True, **options
+        )
+        return [refused.get(index, result) for index, result in enumerate(latest)]
 
     def progress(done: int, total: int) -> None:
         if jax.process_index() == 0:
@@ -118,14 +124,21 @@ def _answer_file(
         note(str(latest[-1].kv))
 
 
+def _refusal(params: Params, prompt: Any) -> str | None:
+    """Return why the model cannot take a prompt, None if it can."""
+    try:
+        encode(params, [prompt], raw=True)
+    except (ValueError, TypeError) as error:
+        return str(error).removeprefix("prompt 0 ")
+    return None
+
+
 def _converse(params: Params, options: dict[str, Any]) -> None:
-    chat = params.assets is not None and params.assets.chat_template is not None
     first = jax.process_index() == 0
 
     def answer(line: str) -> None:
         try:
-            prompt = [{"role": "user", "content": line}] if chat else line
-            result = terminal.answer(razor_jax.stream(params, prompt, **options), show=first)
+            result = terminal.answer(razor_jax.stream(params, line, **options), show=first)
         except ValueError as error:
             if first:
                 terminal.fail(str(error))

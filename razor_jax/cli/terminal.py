@@ -6,6 +6,8 @@ import contextlib
 import difflib
 import json
 import logging
+import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,9 +20,19 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from ..text.result import Result
 from ..text.session import Piece
 
+EVERY = 5.0  # seconds between lines of progress in a log
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells write it
 
-_UNITS = {"read": "bytes", "probed": "layers", "learned": "steps", "differentiated": "documents"}
+_UNITS = {
+    "read": "bytes",
+    "probed": "layers",
+    "learned": "steps",
+    "differentiated": "documents",
+    "searched": "rounds",
+    "asked": "documents",
+}
+
+_quiet = False  # set once, by the options of the program
 
 console = Console(stderr=True, highlight=False)
 
@@ -36,6 +48,10 @@ MOVED = {
 }
 
 
+EVERYWHERE = ("-q", "--quiet", "--debug")
+TAKE_TEXT = (["-p"], ["--prompt"], ["-Q"], ["--question"], ["--system"], ["--stop"])  # what follows is no option
+
+
 class Commands(typer.core.TyperGroup):
     """Commands whose failures are one line on stderr and exit code 1; a traceback only with --debug."""
 
@@ -46,7 +62,17 @@ class Commands(typer.core.TyperGroup):
         near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
         if near and near[0] != name:
             ctx.fail(f"No such command '{name}'. Did you mean '{near[0]}'?")
+        if name and not near and not name.startswith("-"):
+            ctx.fail(f"No such command '{name}'. There are: {', '.join(self.list_commands(ctx))}.")
         return super().resolve_command(ctx, args)
+
+    def main(self, args: Any = None, **options: Any) -> Any:
+        """Run a command line. -q and --debug count wherever they are."""
+        given = list(sys.argv[1:] if args is None else args)
+        if not self.name and "harness" not in given:  # the program itself, and not another program's options
+            moved = [at for at, word in enumerate(given) if word in EVERYWHERE and given[at - 1 : at] not in TAKE_TEXT]
+            given = [given[at] for at in moved] + [word for at, word in enumerate(given) if at not in moved]
+        return super().main(given, **options)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -60,8 +86,15 @@ class Commands(typer.core.TyperGroup):
             # typer's exceptions (usage, exit) have an exit code.
             if hasattr(error, "exit_code") or ctx.params.get("debug"):
                 raise
-            fail(f"{error}" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}")
+            fail(_sentence(error))
             raise typer.Exit(1) from error
+
+
+def _sentence(error: Exception) -> str:
+    """Return what to print of an error: no errno, no type where the message says all."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return f"{error}" if isinstance(error, ValueError | OSError | MemoryError) else f"{type(error).__name__}: {error}"
 
 
 def fail(message: str) -> None:
@@ -70,7 +103,17 @@ def fail(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """Print a line on stderr."""
+    """Print a line on stderr, unless the program is quiet."""
+    if not _quiet:
+        _print(message)
+
+
+def warn(message: str) -> None:
+    """Print a warning on stderr, quiet or not."""
+    _print(f"warning: {message}")
+
+
+def _print(message: str) -> None:
     console.print(f"[dim]{escape(message)}[/]", soft_wrap=True)
 
 
@@ -81,11 +124,13 @@ def print_json(content: dict[str, Any]) -> None:
 
 class _Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        note(self.format(record))
+        _print(self.format(record))
 
 
 def listen(quiet: bool) -> None:
-    """Show the package's log lines as notes; only its warnings if `quiet`."""
+    """Show the package's log lines as notes; only its warnings, and no notes, if `quiet`."""
+    global _quiet
+    _quiet = quiet
     logger = logging.getLogger("razor_jax")
     logger.handlers[:] = [_Notes()]
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
@@ -93,17 +138,22 @@ def listen(quiet: bool) -> None:
 
 @contextlib.contextmanager
 def working(message: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a spinner; silent when stderr is not a terminal.
+    """Show a spinner, or a line every few seconds where stderr is not a terminal.
 
     Yields a function to call with (stage, done, total).
     """
+    said = time.monotonic()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(escape(message), total=None)
 
         def advance(stage: str, done: int, total: int) -> None:
-            words = escape(f"{message}: {stage} {done:,} of {total:,} {_UNITS[stage]}")
-            progress.update(task, completed=done, total=total, description=words)
+            nonlocal said
+            words = f"{message}: {stage} {done:,} of {total:,} {_UNITS[stage]}"
+            progress.update(task, completed=done, total=total, description=escape(words))
+            if not console.is_terminal and time.monotonic() - said > EVERY:
+                said = time.monotonic()
+                note(words)
 
         yield advance
 

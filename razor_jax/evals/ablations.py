@@ -27,7 +27,7 @@ from ..params import Params
 from .haystack import Haystack
 from .journal import Journal, key_of
 from .stats import paired_bootstrap
-from .variants import Judged, Reading, Variant
+from .variants import AnswerPredictions, Reading, Variant
 
 TASKS = ("needle", "copy", "text")
 RAZOR = "Razor"
@@ -120,7 +120,7 @@ def judge(
             key = key_of(task=task, reading=read.key, heads=split, policy=policy, counting=row.counting)
             record = journal.get(key)
             if record is None or not found:  # the first row's tokens are what the others are compared with
-                judged = read.judge(row)
+                judged = read.predict(row)
                 dense.setdefault(task, judged.best)
                 record = _scores(judged, dense[task])
                 journal.add(key, {"variant": row.name, "task": task, **record})
@@ -131,7 +131,7 @@ def judge(
     return found
 
 
-def _scores(judged: Judged, dense: np.ndarray) -> dict[str, list[float]]:
+def _scores(judged: AnswerPredictions, dense: np.ndarray) -> dict[str, list[float]]:
     arrays = {"losses": judged.losses, "right": judged.right(), "agreement": judged.agreement(dense)}
     return {name: [round(float(x), 7) for x in values] for name, values in arrays.items()}
 

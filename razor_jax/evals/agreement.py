@@ -1,12 +1,13 @@
-"""Perplexity, and agreement with dense attention on the next token, where the cache has dropped something.
+"""Perplexity, and agreement with dense attention on the next token, on caches that have dropped tokens.
 
-A token counts only if it was read from a cache that had dropped tokens before: the prompt itself, prefilled exactly,
-and every token up to sinks + window would agree by construction, and are refused. Tokens are read one a call, as
-decoding reads them.
+A token counts only if the cache had dropped tokens before it. The exactly prefilled prompt and all tokens up to
+sinks + window agree by construction, so they are left out. Tokens are read one by one, as in decoding.
 
-Two kinds of continuation: `text` (what really follows the prompt: perplexity, and agreement on it) and `greedy` (what
-the reference itself generates, end-of-text ignored: then agreement is the share of its tokens that the setting would
-have chosen, and the first disagreement is where free-running output would part).
+A passage continues in one of two ways:
+
+- with its own text (`text_passages`): perplexity, and agreement on the text;
+- with what the reference generates greedily, past end-of-text (`greedy_passages`): agreement is the share of tokens
+  that the setting would also have chosen, and free-running output would diverge at the first disagreement.
 """
 
 from __future__ import annotations
@@ -31,28 +32,28 @@ from ..text.result import KVReport
 from ..text.teacher_forcing import force_jit
 from .haystack import Haystack
 from .journal import Journal, key_of
-from .protocol import Progress, Setting, Stopwatch
+from .protocol import CachedModel, Progress, Stopwatch
 from .stats import Share, share_interval
 from .table import report_from
 
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """Ids that are prefilled, and ids that are read one by one after them."""
+    """Prompt ids to prefill, and following ids to read one by one."""
 
     prompt: tuple[int, ...]
     following: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
-    """A setting's predictions of one passage's tokens, from the second of `following` on.
+class PassageScores:
+    """A setting's predictions of one passage: one per token of `following` from the second on.
 
     Attributes:
-      logprobs: natural log, of the given token.
-      best: the likeliest one.
-      dropped: tokens that the cache had dropped when the prediction was made.
-      finite: whether all logits were.
+      logprobs: natural log-probability of each given token.
+      best: the likeliest token in each place.
+      dropped: tokens that the cache had dropped before each prediction.
+      finite: whether all logits were finite.
     """
 
     logprobs: tuple[float, ...]
@@ -66,7 +67,7 @@ class Judged:
         return {**dataclasses.asdict(self), "kv": self.kv.to_dict()}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Judged:
+    def from_dict(cls, data: dict[str, Any]) -> PassageScores:
         lists = {name: tuple(data[name]) for name in ("logprobs", "best", "dropped")}
         return cls(**lists, finite=data["finite"], kv=report_from(data["kv"]), seconds=data["seconds"])
 
@@ -74,7 +75,7 @@ class Judged:
 def text_passages(
     params: Params, haystack: Haystack, *, prompt: int, following: int, count: int, seed: int = 1
 ) -> list[Passage]:
-    """Cut running text into passages: `prompt` tokens to prefill, `following` tokens to predict."""
+    """Cut running text into `count` passages of `prompt` tokens to prefill and `following` tokens to predict."""
     assert params.assets is not None
     passages = []
     for index in range(count):
@@ -86,8 +87,8 @@ def text_passages(
     return passages
 
 
-def greedy_passages(setting: Setting, passages: Sequence[Passage], *, batch: int = 8) -> list[Passage]:
-    """Return the same prompts followed by what a setting generates greedily, as many tokens; no token ends it."""
+def greedy_passages(setting: CachedModel, passages: Sequence[Passage], *, batch: int = 8) -> list[Passage]:
+    """Replace what follows each prompt by as many tokens that `setting` generates greedily, past end-of-text."""
     params, found = setting.params.replace(assets=None), []
     for first in range(0, len(passages), batch):
         part = passages[first : first + batch]
@@ -100,10 +101,10 @@ def greedy_passages(setting: Setting, passages: Sequence[Passage], *, batch: int
     return found
 
 
-def judge(
-    setting: Setting, passages: Sequence[Passage], todo: Sequence[int], batch: int
-) -> Iterator[tuple[int, Judged]]:
-    """Prefill the prompts of `todo`, then read what follows token by token."""
+def score_passages(
+    setting: CachedModel, passages: Sequence[Passage], todo: Sequence[int], batch: int
+) -> Iterator[tuple[int, PassageScores]]:
+    """Prefill the prompts of `todo`, read what follows token by token, and yield (index, scores)."""
     params, T = setting.params, max(len(p.following) for p in passages) - 1
     longest = max(len(p.prompt) + len(p.following) for p in passages)
     capacity = spec_for(params, setting.razor, longest).capacity
@@ -119,13 +120,13 @@ def judge(
             found, report = jax.device_get(found), KVReport.of(cache, params.heads_or_all)
         if np.asarray(cache.overflow).any():
             raise RuntimeError(f"a passage of {longest} tokens overflowed a cache for {spec.capacity}")
-        # Predictions are made from what was dropped before their token was written.
+        # A prediction sees the cache before its token is written.
         dropped = kv.dropped(spec, before[:, None] + np.arange(T), window[:, None])
         for row, index in enumerate(part):
             n = int(lengths[row])
             yield (
                 index,
-                Judged(
+                PassageScores(
                     logprobs=tuple(round(float(x), 5) for x in found.logprobs[row, :n]),
                     best=tuple(found.best[row, :n].tolist()),
                     dropped=tuple(np.broadcast_to(dropped, tokens.shape)[row, :n].tolist()),
@@ -138,16 +139,16 @@ def judge(
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """A setting beside the reference, on the tokens that count.
+    """Comparison of a setting with the reference, on the tokens that count.
 
     Attributes:
-      counted, refused: tokens read from a cache with something dropped, and the others.
-      agreement: share of the counted whose likeliest token is the reference's; None if nothing was dropped.
-      sure, sure_agreement: the counted whose given token the reference holds for likelier than all others together, and
-        the same share of them: where it hardly prefers one token, which it prefers says little.
+      counted, refused: tokens read from a cache that had dropped tokens, and all others.
+      agreement: share of the counted tokens with the same likeliest token as the reference; None if none counts.
+      sure: counted tokens to which the reference gives a probability above 1/2. For the others, its choice says little.
+      sure_agreement: agreement on those.
       perplexity, reference_perplexity: of the given text, on the counted tokens.
       parted: per passage, counted tokens before the first disagreement; None without one.
-      finite: whether every logit was.
+      finite: whether every logit was finite.
     """
 
     name: str
@@ -170,34 +171,34 @@ class Agreement:
 
 
 def run(
-    settings: Sequence[Setting],
+    settings: Sequence[CachedModel],
     passages: Sequence[Passage],
     *,
     batch: int = 8,
     resume: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Agreement]:
-    """Return every setting after the first against the first, on the same passages.
+    """Compare every other setting with the first, on the same passages.
 
-    Raises ValueError for fewer than two settings, no passage, or a passage with fewer than two tokens to predict from.
+    Raises ValueError for fewer than two settings, no passages, an empty prompt, or fewer than 2 tokens after one.
     """
     if len(settings) < 2 or not passages:
-        raise ValueError(f"{len(settings)} settings and {len(passages)} passages: give a reference, another, and text")
+        raise ValueError(f"{len(settings)} settings and {len(passages)} passages: give at least 2 and 1")
     if min(len(p.following) for p in passages) < 2 or not all(p.prompt for p in passages):
-        raise ValueError("a passage needs a prompt, and at least 2 tokens after it")
+        raise ValueError("every passage needs a prompt and at least 2 tokens after it")
     journal = Journal(resume)
     judged = [_all(setting, passages, batch, journal, progress) for setting in settings]
     return [_compare(s.name, judged[0], found) for s, found in zip(settings[1:], judged[1:], strict=True)]
 
 
 def _all(
-    setting: Setting, passages: Sequence[Passage], batch: int, journal: Journal, progress: Progress | None
-) -> list[Judged]:
+    setting: CachedModel, passages: Sequence[Passage], batch: int, journal: Journal, progress: Progress | None
+) -> list[PassageScores]:
     identity = setting.identity()
     keys = [key_of(agreement=identity, batch=batch, passage=dataclasses.asdict(p)) for p in passages]
-    found = {i: Judged.from_dict(r) for i, key in enumerate(keys) if (r := journal.get(key)) is not None}
+    found = {i: PassageScores.from_dict(r) for i, key in enumerate(keys) if (r := journal.get(key)) is not None}
     todo = [i for i in range(len(passages)) if i not in found]
-    for index, one in judge(setting, passages, todo, batch):
+    for index, one in score_passages(setting, passages, todo, batch):
         found[index] = one
         journal.add(keys[index], {"setting": setting.name, **one.to_dict()})
         if progress is not None:
@@ -205,8 +206,8 @@ def _all(
     return [found[i] for i in range(len(passages))]
 
 
-def _compare(name: str, reference: Sequence[Judged], found: Sequence[Judged]) -> Agreement:
-    # The reference may be a cache that drops nothing: what counts is what the setting had dropped.
+def _compare(name: str, reference: Sequence[PassageScores], found: Sequence[PassageScores]) -> Agreement:
+    # The reference may drop nothing, so the setting's cache decides which tokens count.
     counts = [np.asarray(one.dropped) > 0 if one.kv.share < 1 else np.zeros(len(one.dropped), bool) for one in found]
     same = [np.asarray(a.best) == np.asarray(b.best) for a, b in zip(reference, found, strict=True)]
     kept = [s[c] for s, c in zip(same, counts, strict=True)]
@@ -218,7 +219,7 @@ def _compare(name: str, reference: Sequence[Judged], found: Sequence[Judged]) ->
         right = np.concatenate(kept).astype(float)[of]
         return share_interval(right, clusters[of]) if len(right) else None
 
-    def perplexity(judged: Sequence[Judged]) -> float | None:
+    def perplexity(judged: Sequence[PassageScores]) -> float | None:
         total = sum(float(np.asarray(j.logprobs)[c].sum()) for j, c in zip(judged, counts, strict=True))
         return math.exp(-total / counted) if counted else None
 
@@ -245,7 +246,7 @@ def render(rows: Sequence[Agreement], title: str = "") -> RichTable:
         f"{row.name}: {row.refused:,} tokens before anything was dropped" for row in rows if row.refused
     )
     table = RichTable(title=title, box=box.SIMPLE, title_justify="left", caption=caption or None)
-    # Names and intervals wrap: the table fits 80 columns. The rest is in the JSON.
+    # Names and intervals wrap so that the table fits 80 columns. The JSON has the rest.
     table.add_column("cache", min_width=9)
     table.add_column("agreement", justify="right", min_width=11)
     for name in ("if sure", "perplexity", "dense", "tokens", "ratio"):
@@ -260,6 +261,6 @@ def render(rows: Sequence[Agreement], title: str = "") -> RichTable:
             f"{row.perplexity:.2f}" if row.perplexity else "",
             f"{row.reference_perplexity:.2f}" if row.reference_perplexity else "",
             f"{row.counted:,}",
-            f"{row.kv.ratio:.2f}×",
+            f"{row.kv.dense_bytes / row.kv.allocated_bytes:.2f}×",
         )
     return table

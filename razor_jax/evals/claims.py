@@ -33,7 +33,7 @@ CLAIMS: dict[str, tuple[str, str, float]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Judgement:
+class ClaimResult:
     """A claim, what was measured, and what follows.
 
     Attributes:
@@ -67,16 +67,16 @@ def at_least(claim: str, measured: float, low: float | None = None, high: float 
         verdict = "confirmed"
     elif high < threshold or (high == threshold and strict):
         verdict = "refuted"
-    return Judgement(claim, says, measure, threshold, verdict, measured, low, high, why)
+    return ClaimResult(claim, says, measure, threshold, verdict, measured, low, high, why)
 
 
-def exactly(claim: str, measured: float, why: str = "") -> Judgement:
+def exactly(claim: str, measured: float, why: str = "") -> ClaimResult:
     """Confirm a claim if the measurement equals the threshold."""
     says, measure, threshold = CLAIMS[claim]
     verdict: Verdict = "confirmed" if measured == threshold else "refuted"
-    return Judgement(claim, says, measure, threshold, verdict, measured, measured, measured, why)
+    return ClaimResult(claim, says, measure, threshold, verdict, measured, measured, measured, why)
 
 
-def not_applicable(claim: str, why: str) -> Judgement:
+def not_applicable(claim: str, why: str) -> ClaimResult:
     """Mark a claim as not applicable, with the reason."""
-    return Judgement(claim, *CLAIMS[claim], "not applicable", why=why)
+    return ClaimResult(claim, *CLAIMS[claim], "not applicable", why=why)

@@ -14,9 +14,9 @@ class Question:
     """A question about a document.
 
     Attributes:
-      answers: the references that `metric`, a name in `metrics.METRICS`, scores by.
-      prefix: the answer's first words, put into the model's mouth.
-      meta: whatever a table is cut by (depth, length, task); JSON values.
+      answers: references for `metric`, a name in `metrics.METRICS`.
+      prefix: first words of the answer, given to the model.
+      meta: JSON values by which a table can be filtered (depth, length, task).
     """
 
     text: str
@@ -36,15 +36,16 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """How the questions are put, the same for every setting.
+class QuestionFormat:
+    """How questions are put to every setting.
 
     Attributes:
-      question_inside_prefill: the second column: one prefill of document and question together.
-      form: "chat": by the chat template, the document as system message where it knows one; "user": document and
-        question are one user message, joined as they are; "plain": "Question: … Answer:" after the document; "raw": as
-        they are, no template. None: chat where the model has a template, otherwise plain.
-      batch: rows of a call.
+      question_inside_prefill: whether document and question go into one prefill (the second column).
+      form: "chat": chat template, with the document as system message if the template allows one. "user": chat
+        template, with document and question concatenated into one user message. "plain": "Question: … Answer:" after
+        the document. "raw": document and question concatenated. None: "chat" if the model has a template, otherwise
+        "plain".
+      batch: rows per call.
       stop: strings that end an answer.
     """
 

@@ -1,12 +1,11 @@
 """EleutherAI's lm-evaluation-harness on a compressed cache.
 
-The harness (0.4.13) looks `--model` up in a table that no installed package can add to. So this module
-puts `razor_jax` there, and the harness's command line, with all its options, runs as
+The harness (0.4.13) looks `--model` up in a table that installed packages cannot extend. Importing this module adds
+`razor_jax` to it, so this command runs the harness's command line with all its options:
 
     razor-jax eval harness --model_args pretrained=FOLDER,window=4096 --tasks …
 
-or is handed to it: `lm_eval.simple_evaluate(model=RazorLM(params, razor=…), tasks=[…])`.
-Needs lm-eval, the extra `evals`.
+From Python: `lm_eval.simple_evaluate(model=RazorLM(params, razor=…), tasks=[…])`. Needs lm-eval, the extra `evals`.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ from ..text.policy import Policy, choose_policy
 from ..text.prompts import capacity_bucket
 from ..text.result import KVReport, Result
 from ..text.scoring import score
-from .harness_requests import Options, Row, Tokens, check_batch_size
+from .harness_requests import RequestOptions, RequestTokens, Tokens, check_batch_size
 
 logger = logging.getLogger(__name__)
 
-# What `--model_args` may say beside pretrained=…: for `load`, for the policy (or dense=true), for `RazorLM`.
+# Names in `--model_args` beside `pretrained` and `dense`: arguments of `load`, of the policy, and of `RazorLM`.
 LOAD = ("dtype", "heads", "implementation")
 POLICY = ("window", "sinks", "compensation", "kv_dtype", "prefill_chunk")
 OWN = ("batch_size", "max_length", "max_gen_toks", "question_tokens", "exact", "add_bos_token", "think_end_token")
@@ -48,24 +47,25 @@ OWN += ("enable_thinking", "seed")
 
 @register_model("razor_jax")
 class RazorLM(TemplateLM):
-    """`Params` under a cache policy as the harness's model. Tokens and truncation are those of its `hf` model.
+    """The harness's model over `Params` and a cache policy. Tokenizes and truncates like its `hf` model.
 
-    What is scored or generated is read from the compressed cache. Exact prefill itself is dense attention, and the
-    first answer token would come from it (all of a one-letter answer): so the last `question_tokens` of a context
-    are held back and read from the cache as well.
+    All scored and generated tokens are read from the compressed cache. Exact prefill attends densely and would give the
+    first answer token (all of a one-letter answer). So the last `question_tokens` of a context are read after the
+    cache is compressed.
 
     Args:
       params: with a tokenizer.
       razor: as in `generate`.
-      batch_size: requests at a time; those of a batch are of similar length.
-      max_length: longest context and continuation in tokens; by default the checkpoint's positions.
-      max_gen_toks: where a task does not say.
-      question_tokens: at a context's end, read after compression; 0 leaves the first answer token to the prefill.
-      exact: score continuations token by token (`score`).
-      add_bos_token: whether texts get a BOS; by default what tokenizer.json does.
-      enable_thinking: for the chat template.
-      think_end_token: text up to it is no part of an answer.
-      seed: of sampled answers.
+      batch_size: requests per batch; requests of similar length share one.
+      max_length: most tokens of context and continuation together; default: the checkpoint's positions.
+      max_gen_toks: most tokens of an answer if the task sets no limit.
+      question_tokens: tokens at the end of a context that are read after compression; with 0, prefill gives the first
+        answer token.
+      exact: whether to score continuations token by token, as in `score`.
+      add_bos_token: whether texts get a BOS; default: as in tokenizer.json.
+      enable_thinking: variable for the chat template.
+      think_end_token: text up to and including it is removed from an answer.
+      seed: seed of sampled answers.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class RazorLM(TemplateLM):
     ):
         super().__init__()
         if params.assets is None or params.assets.tokenizer_json is None:
-            raise ValueError("the harness works on text: it needs params with a tokenizer.json")
+            raise ValueError("the harness works on text: give params with a tokenizer.json")
         self.params, self.assets = params, params.assets
         self.razor = choose_policy(params, razor)
         self.batch_size = check_batch_size(batch_size)
@@ -96,13 +96,13 @@ class RazorLM(TemplateLM):
         self.exact, self.add_bos_token = exact, add_bos_token
         self.enable_thinking, self.think_end_token = enable_thinking, think_end_token
         self._seeds = itertools.count(check_int("seed", seed, 0))
-        self._caches: list[KVReport] = []  # one a request
+        self._caches: list[KVReport] = []  # one per request
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> RazorLM:
-        """Make the model from `--model_args`, the names in LOAD, POLICY and OWN. Raise ValueError for others."""
+        """Make the model from `--model_args`. Raise ValueError for names that are not in LOAD, POLICY or OWN."""
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        # The harness always names a CUDA device. JAX has chosen by itself.
+        # The harness always names a CUDA device, but JAX has already chosen one.
         unused = {name: given.pop(name) for name in ("device", "max_batch_size") if name in given}
         if unused:
             logger.info("razor_jax runs on %s; %s is not used", jax.devices()[0].device_kind, unused)
@@ -110,12 +110,12 @@ class RazorLM(TemplateLM):
         pretrained, dense = args.pop("pretrained", None), args.pop("dense", False)
         unknown = sorted(set(args) - {*LOAD, *POLICY, *OWN})
         if unknown or pretrained is None:
-            problem = f"{', '.join(unknown)} is not known" if unknown else "pretrained=FOLDER is missing"
+            problem = f"{', '.join(unknown)} is unknown" if unknown else "pretrained=FOLDER is missing"
             known = ", ".join(("pretrained", "dense", *LOAD, *POLICY, *OWN))
-            raise ValueError(f"model_args: {problem}; there are {known}")
+            raise ValueError(f"model_args: {problem}; allowed are {known}")
         loading, changes, own = ({name: args[name] for name in names if name in args} for names in (LOAD, POLICY, OWN))
         if dense and (changes or "heads" in loading):
-            raise ValueError(f"model_args: dense=true compresses nothing: leave out {', '.join([*changes, 'heads'])}")
+            raise ValueError(f"model_args: dense=true has no cache policy: leave out {', '.join([*changes, 'heads'])}")
         check_batch_size(own.get("batch_size", 1))  # Before gigabytes are read.
         params = load(pretrained, **({"heads": None} if dense else {}), **loading)
         policy = None if dense else dataclasses.replace(params.razor or RazorConfig(), **changes)
@@ -123,7 +123,7 @@ class RazorLM(TemplateLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> RazorLM:
-        """Return the same from `a=1,b=2`."""
+        """Make the model from a string like `a=1,b=2`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
@@ -132,14 +132,14 @@ class RazorLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without context: BOS, or the end-of-text token, as in transformers."""
+        """Id of the token before a text without context: BOS, or the end-of-text token, as in transformers."""
         names, bos = dict(self.assets.special_tokens), self.assets.bos_id
         if "bos_token" in names or ("eos_token" not in names and bos is not None):
             return self._special("bos_token", (bos,) if bos is not None else ())
         return self.eot_token_id
 
     def _special(self, name: str, otherwise: Sequence[int]) -> int:
-        """Return the tokenizer's token of that name, or that of the generation config, as in transformers."""
+        """Return the id of a special token from the tokenizer, or from `otherwise`, as in transformers."""
         content = dict(self.assets.special_tokens).get(name)
         ids = otherwise if content is None else self.assets.encode(content, add_special=False)
         if len(ids) != 1:
@@ -147,7 +147,7 @@ class RazorLM(TemplateLM):
         return ids[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Tokens:
-        """Return ids of a text; a BOS that it already begins with is not doubled."""
+        """Return the ids of a text, without a second BOS if the text begins with one."""
         add = add_special_tokens if add_special_tokens is not None else self.add_bos_token
         prefix = self.assets.decode([self.prefix_token_id], skip_special=False)
         if add_special_tokens is None and prefix and string.startswith(prefix):
@@ -159,13 +159,13 @@ class RazorLM(TemplateLM):
         return f"{self.assets.source.strip('/').replace('/', '__')}__{self.assets.digest[:12]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the checkpoint's template, for the results file."""
+        """Return the checkpoint's chat template, for the results file."""
         if isinstance(chat_template, str):
-            raise ValueError(f"chat template {chat_template!r}: only the checkpoint's default template is read")
+            raise ValueError(f"chat template {chat_template!r}: only the checkpoint's default template is supported")
         return self.assets.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return prompt text of a conversation; without a generation prompt the last message is left open."""
+        """Return the prompt of a conversation; without a generation prompt, the last message stays open."""
         variables = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         try:
             text = self.assets.apply_chat(chat_history, add_generation_prompt, variables)
@@ -173,18 +173,18 @@ class RazorLM(TemplateLM):
             spoken = [message for message in chat_history if message["role"] != "system"]
             if len(spoken) == len(chat_history):
                 raise
-            logger.warning("the system message is left out, for the chat template refuses it: %s", error)
+            logger.warning("the system message is left out, because the chat template refuses it: %s", error)
             return self.apply_chat_template(spoken, add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].lstrip()
         at = text.rfind(last.rstrip())
         if at < 0:
-            raise ValueError(f"{self.assets.source}: the chat template changes the last message, which is to go on")
+            raise ValueError(f"{self.assets.source}: the chat template alters the last message: it cannot be continued")
         return text[: at + len(last if text.startswith(last, at) else last.rstrip())]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-probability of whole texts, in windows of `max_length` with as much context as fits."""
+        """Return the log-probability of each text, in windows of `max_length` with as much context as fits."""
         owners, windows = [], []
         for index, request in enumerate(requests):
             for pair in get_rolling_token_windows(
@@ -203,11 +203,9 @@ class RazorLM(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return the log-probability, and whether greedy decoding says it, of each (cache key, context ids,
-        continuation ids).
-        """
+        """Return (log-probability, is greedy) for each request (cache key, context ids, continuation ids)."""
         rows = [self._scored(context, continuation) for _, context, continuation in requests]
-        self._say_cut([len(context) for _, context, _ in requests], [len(row.context) for row in rows])
+        self._warn_truncated([len(context) for _, context, _ in requests], [len(row.context) for row in rows])
         answers: list[Any] = [None] * len(requests)
         caches = []
         lengths = [len(row.context) + len(row.scored) for row in rows]
@@ -222,19 +220,19 @@ class RazorLM(TemplateLM):
                 caches.append(found.kv)
                 if (key := requests[index][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", key, answers[index])
-        self._note(caches)
+        self._record_caches(caches)
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return answers, each up to the first of its stop strings."""
+        """Return the answers, each up to its first stop string."""
         arguments: list[Any] = [request.args for request in requests]
-        alike: dict[str, list[int]] = {}  # only requests with the same options share a batch
+        alike: dict[str, list[int]] = {}  # indices by options: only requests with the same options share a batch
         for index, (_, given) in enumerate(arguments):
             alike.setdefault(json.dumps(given, sort_keys=True), []).append(index)
         answers, caches = [""] * len(requests), []
         for group in alike.values():
             given = arguments[group[0]][1]
-            options = Options.of(
+            options = RequestOptions.of(
                 given,
                 self.params,
                 self.eot_token_id,
@@ -243,19 +241,19 @@ class RazorLM(TemplateLM):
                 whole=self.question_tokens == 0,
             )
             contexts = [self.tok_encode(arguments[index][0]) for index in group]
-            rows = [Row.of(context[-options.room :], self.question_tokens) for context in contexts]
-            self._say_cut([len(context) for context in contexts], [len(row.context) for row in rows])
+            rows = [RequestTokens.of(context[-options.room :], self.question_tokens) for context in contexts]
+            self._warn_truncated([len(context) for context in contexts], [len(row.context) for row in rows])
             for batch, padded in self._batches([len(row.context) for row in rows], "answering", disable_tqdm):
                 for at, result in zip(batch, self._generate([rows[i] for i in padded], options), strict=False):
                     text = self.assets.decode(result.tokens)
                     answers[group[at]] = postprocess_generated_text(text, options.until, self.think_end_token)
                     caches.append(result.kv)
                     self.cache_hook.add_partial("generate_until", arguments[group[at]], answers[group[at]])
-        self._note(caches)
+        self._record_caches(caches)
         return answers
 
-    def _generate(self, rows: list[Row], options: Options) -> list[Result]:
-        """Return answers of a batch. Where a context has no token to hold back, all are read whole."""
+    def _generate(self, rows: list[RequestTokens], options: RequestOptions) -> list[Result]:
+        """Return the answers of a batch. If one context is too short to hold tokens back, none does."""
         call: dict[str, Any] = {
             "max_new_tokens": options.new_tokens,
             "sampling": options.sampling,
@@ -268,16 +266,18 @@ class RazorLM(TemplateLM):
         cache = prefill(options.params, [row.read for row in rows], razor=self.razor, capacity=capacity)
         return generate(options.params, [row.held for row in rows], cache=cache, **call)
 
-    def _scored(self, context: Tokens, continuation: Tokens) -> Row:
-        """Score as `hf` does: the context is cut from the left; the last token is scored and never read."""
+    def _scored(self, context: Tokens, continuation: Tokens) -> RequestTokens:
+        """Return the tokens of a scoring request, its context cut from the left as in `hf`."""
         if not 1 <= len(continuation) <= self.max_length:
             raise ValueError(
-                f"a continuation has {len(continuation):,} tokens: between 1 and max_length={self.max_length:,} fit"
+                f"a continuation has {len(continuation):,} tokens: must be from 1 to max_length={self.max_length:,}"
             )
-        return Row.of(context[-(self.max_length + 1 - len(continuation)) :], self.question_tokens, continuation)
+        return RequestTokens.of(
+            context[-(self.max_length + 1 - len(continuation)) :], self.question_tokens, continuation
+        )
 
     def _batches(self, lengths: list[int], what: str, quiet: bool) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield indices of batches by falling length: a batch, and the same filled up to the size of the others."""
+        """Yield index batches, longest requests first: the batch, and the same repeated to full size."""
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         size = max(1, min(self.batch_size, len(order)))
         with tqdm(total=len(order), desc=f"razor_jax, {what}", disable=quiet) as bar:
@@ -286,7 +286,8 @@ class RazorLM(TemplateLM):
                 yield batch, (batch + batch[-1:] * size)[:size]
                 bar.update(len(batch))
 
-    def _say_cut(self, before: list[int], after: list[int]) -> None:
+    def _warn_truncated(self, before: list[int], after: list[int]) -> None:
+        """Warn if contexts were truncated from `before` to `after` tokens."""
         cut = sum(a < b for a, b in zip(after, before, strict=True))
         if cut:
             warnings.warn(
@@ -295,19 +296,19 @@ class RazorLM(TemplateLM):
                 stacklevel=3,
             )
 
-    def _note(self, caches: list[KVReport]) -> None:
-        """Keep account; an answer that no compressed cache has given says nothing about compression."""
+    def _record_caches(self, caches: list[KVReport]) -> None:
+        """Record the caches, and warn of requests without compression: they say nothing about it."""
         self._caches += caches
         idle = sum(not kv.engaged for kv in caches)
         if idle and self.razor is not None:
             warnings.warn(
-                f"nothing was compressed in {idle:,} of {len(caches):,} requests, which got dense attention: they are "
-                f"too short for this setting ({caches[0].setting}), or every KV head keeps everything",
+                f"nothing was compressed in {idle:,} of {len(caches):,} requests, so they had dense attention: they "
+                f"are too short for this setting ({caches[0].setting}), or every KV head keeps everything",
                 stacklevel=3,
             )
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return the policy, how often it mattered and the bytes, for the harness's results file."""
+        """Return policy, number of compressed requests and bytes, for the harness's results file."""
         total = sum(kv.dense_bytes for kv in self._caches), sum(kv.allocated_bytes for kv in self._caches)
         return {
             "model_num_parameters": sum(x.size for x in jax.tree.leaves(self.params.weights)),

@@ -1,4 +1,4 @@
-"""Requests of lm-evaluation-harness as `harness` passes them on: token rows, and the options of an answer."""
+"""Requests of lm-evaluation-harness as `harness` handles them: tokens, and options of an answer."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _NO_EFFECT = ("length_penalty", "early_stopping", "pad_token_id")  # For beams, 
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """Token ids of a request: `read` in prefill, `held` back, and the continuation to score."""
+class RequestTokens:
+    """Token ids of a request: `read` in prefill, `held` back for after it, and the `scored` continuation."""
 
     read: Tokens
     held: Tokens
@@ -44,22 +44,22 @@ class Row:
         return self.held + self.scored
 
     @classmethod
-    def of(cls, context: Tokens, held: int, scored: Tokens | None = None) -> Row:
-        """Return a row that holds back the last `held` tokens of a context, but never its first."""
+    def of(cls, context: Tokens, held: int, scored: Tokens | None = None) -> RequestTokens:
+        """Split a context: hold its last `held` tokens back, but always prefill the first."""
         at = max(1, len(context) - held)
         return cls(context[:at], context[at:], scored or [])
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Options of the answer to a request.
+class RequestOptions:
+    """Options of a request's answer.
 
     Attributes:
-      params: the model; stop strings that are special tokens are among its stop ids.
+      params: the model's, with stop strings that are special tokens added to the stop ids.
       until: all stop strings.
-      strings: stop strings that are text.
-      new_tokens: longest answer in tokens.
-      room: longest context in tokens.
+      strings: the stop strings that are ordinary text.
+      new_tokens: most tokens of the answer.
+      room: most tokens of the context.
     """
 
     params: Params
@@ -72,10 +72,10 @@ class Options:
     @classmethod
     def of(
         cls, given: dict[str, Any], params: Params, eos: int, max_length: int, max_gen_toks: int, whole: bool = False
-    ) -> Options:
+    ) -> RequestOptions:
         """Return the options in a task's generation_kwargs. `whole`: contexts are read in one piece.
 
-        Raises ValueError for an argument that is unknown or not supported, and for too long an answer.
+        Raises ValueError for names that are unknown or not supported, or an answer that leaves no room for a context.
         """
         assets = params.assets
         assert assets is not None
@@ -89,14 +89,14 @@ class Options:
         unknown = sorted(set(options) - set(SAMPLING))
         if unknown:
             raise ValueError(
-                f"generation_kwargs: {', '.join(unknown)} is not known; there are until, max_gen_toks, do_sample, "
+                f"generation_kwargs: {', '.join(unknown)} is unknown; allowed are until, max_gen_toks, do_sample, "
                 + ", ".join((*SAMPLING, "repetition_penalty"))
             )
         if options.get("top_k") == 0:  # How the `hf` model spells no filter.
             del options["top_k"]
-        if not draws:  # the harness passes a temperature even then
+        if not draws:  # the harness passes a temperature even for greedy answers
             options = {"temperature": 0.0}
-        # A special token is no part of the text, so as a stop string it ends the answer by its id.
+        # Special tokens do not appear in the text, so one that is a stop string ends the answer by its id.
         single = {stop: assets.encode(stop, add_special=False) for stop in until if stop}
         special = {stop: ids[0] for stop, ids in single.items() if len(ids) == 1 and not assets.decode(ids)}
         ends = dict.fromkeys((*assets.eos_ids, *special.values()))

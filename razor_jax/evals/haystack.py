@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..needles import facts as tasks
-from ..needles.text import load_documents
+from ..needles import facts
+from ..needles.text import load_documents, load_folder
 from ..params import Params
-from .protocol import Example, Form, cut
+from .protocol import Example, Form, encode_example
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WORD = re.compile(r"\b[a-z]{4,12}\b")
@@ -33,17 +33,8 @@ class Haystack:
         """
         if folder is None:
             return cls("packaged held-out text", tuple(d.paragraphs for d in load_documents("held_out")))
-        files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
-        if not files:
-            raise ValueError(f"{folder} holds no .txt file: give a folder of UTF-8 text, or leave the option out")
-        try:
-            texts = [file.read_text(encoding="utf-8") for file in files]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"a file of {folder} is not UTF-8 text ({error}): convert it first") from error
-        documents = tuple(tuple(p for p in text.splitlines() if p.strip()) for text in texts)
-        if not any(documents):
-            raise ValueError(f"the .txt files of {folder} are empty")
-        return cls(f"{len(files)} files of {folder.name}", tuple(document for document in documents if document))
+        documents = load_folder(folder)
+        return cls(f"{len(documents)} files of {folder.name}", tuple(document.paragraphs for document in documents))
 
     def paragraphs(self, rng: np.random.Generator) -> Iterator[str]:
         """Yield paragraphs without end, in reading order from a random paragraph of a random document."""
@@ -58,7 +49,7 @@ class Haystack:
         written.
         """
         for paragraph in self.paragraphs(rng):
-            yield from tasks.sentences(paragraph)
+            yield from facts.sentences(paragraph)
 
     def sentences(self, rng: np.random.Generator) -> Iterator[str]:
         """Yield sentences without end."""
@@ -117,5 +108,5 @@ def counter(params: Params) -> Callable[[str], int]:
 
 def overhead(params: Params, example: Example, form: Form | None) -> int:
     """Return the tokens that template and longest question of an example take beside its document."""
-    document, questions = cut(params, dataclasses.replace(example, document="x"), form)
+    document, questions = encode_example(params, dataclasses.replace(example, document="x"), form)
     return len(document) + max(map(len, questions))

@@ -1,7 +1,7 @@
-"""Answers on disk as they come, so that a run that was killed goes on where it stood.
+"""Results on disk as they are computed, so that a killed run resumes where it stopped.
 
-One JSON object a line: `key`, a hash of all that decides an answer (weights, heads, policy, text, options), and what
-was found. A line is only ever appended; one that a kill cut short is cut off.
+Each line is a JSON object with the result and its `key`, a hash of everything that decides it (weights, heads, policy,
+text, options). Lines are only appended. A last line that a kill left incomplete is removed when the file is opened.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_START = b'{"key": "'  # of every line
+_START = b'{"key": "'  # how every line starts
 
 
 def key_of(**parts: Any) -> str:
-    """Return the SHA-256 of JSON values by name: other values, another key."""
+    """Return a SHA-256 of named JSON values, the same for equal values only."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 class Journal:
-    """The records of one file, by key; None keeps nothing."""
+    """Records of one file, by key; without a file they are in memory only."""
 
     def __init__(self, path: str | os.PathLike[str] | None):
         self.path = None if path is None else Path(path)
@@ -31,11 +31,11 @@ class Journal:
             self._read(self.path)
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """Return the record under a key, None without one."""
+        """Return the record of a key, None if it is missing."""
         return self._records.get(key)
 
     def add(self, key: str, record: Mapping[str, Any]) -> None:
-        """Record it, on disk before this returns."""
+        """Add a record; it is on disk when this returns."""
         self._records[key] = dict(record)
         if self.path is None:
             return
@@ -55,10 +55,10 @@ class Journal:
                 self._records[record.pop("key")] = record
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(
-                    f"{path}, line {number} is no record of a run ({error}): name another file, or remove this"
+                    f"{path}, line {number} is not a record of a run ({error}): name another file, or delete this one"
                 ) from error
         tail = data[whole:]
         if tail and tail[: len(_START)] != _START[: len(tail)]:
-            raise ValueError(f"{path} is no record of a run: name another file")
+            raise ValueError(f"{path} is not a record of a run: name another file")
         if tail:
             os.truncate(path, whole)

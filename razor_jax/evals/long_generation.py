@@ -1,10 +1,11 @@
 """Long generation: does the model still know its document, and its own words, after thousands of new tokens?
 
-A small model that generates thousands of tokens by itself soon repeats itself, and there is nothing left to be right or
-wrong about. So the answer is given: a document with facts is prefilled, then a long reply, prose with facts of its own,
-is decoded token by token, every token evicting one from each windowed head's ring, as generation does. At intervals a
-copy of the cache is asked for the document's facts and for those that the reply has mentioned so far. Free-running
-output is the other half: `agreement.greedy_passages` with as many tokens, judged token by token.
+A small model that generates freely soon repeats itself, and then nothing is left to score. So the reply is given: a
+document with facts is prefilled, then a long reply with further facts is decoded token by token. Each token evicts one
+from the ring of every windowed head, as in generation. At intervals, a copy of the cache is asked for the facts of the
+document and for those of the reply so far.
+
+For free-running output, `agreement.greedy_passages` generates as many tokens, which are scored token by token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 from ..cache import KVCache
-from ..needles import facts as tasks
+from ..needles.facts import Fact, make_facts
 from ..params import Params
 from ..text import prompts
 from ..text.generate import prefill
@@ -25,10 +26,20 @@ from ..text.policy import choose_policy
 from ..text.result import KVReport
 from ..text.session import Session
 from ..text.teacher_forcing import force_jit
-from .conversation import turn
+from .conversation import render_turn_separators
 from .haystack import Haystack, counter
 from .needle import plant
-from .protocol import Cut, Example, Options, Question, Setting, Stopwatch, batches, cut, rows_of
+from .protocol import (
+    CachedModel,
+    EncodedExample,
+    Example,
+    Question,
+    QuestionFormat,
+    Stopwatch,
+    batches,
+    encode_example,
+    rows_of,
+)
 from .table import Answered
 
 _REQUEST = "Continue."
@@ -45,19 +56,20 @@ def examples(
     seed: int = 1,
     haystack: Haystack | None = None,
 ) -> list[Example]:
-    """Return documents of about `document` tokens with `facts` facts, replies of `reply` with as many, asked each
-    `every`.
+    """Make `count` documents of `document` tokens and replies of `reply` tokens, each with `facts` facts.
 
-    A question's meta: `written`, tokens of the reply when it is asked; `where`, in the document or in the reply;
-    `distance`, tokens from the fact to the question. Raises ValueError for a reply shorter than `every`.
+    Every `every` tokens of the reply, all facts so far are asked for. The meta of a question has `written`, the tokens
+    of the reply when it is asked; `where`, "document" or "reply"; and `distance`, the tokens from fact to question.
+
+    Raises ValueError for a reply shorter than `every`, no fact, or facts that do not fit.
     """
     if not 1 <= every <= reply or facts < 1:
-        raise ValueError(f"reply={reply}, every={every}, facts={facts}: ask at least once, about at least one fact")
+        raise ValueError(f"reply={reply}, every={every}, facts={facts}: use 1 <= every <= reply, and at least one fact")
     haystack, size = haystack or Haystack.load(), counter(params)
     made = []
     for index in range(count):
         rng = np.random.default_rng([seed, document, reply, index])
-        known = tasks.make_facts(rng, 2 * facts, "held_out")
+        known = make_facts(rng, 2 * facts, "held_out")
         depths = (np.arange(facts) + rng.random(facts)) / facts
         texts = []
         for tokens, part in ((document, known[:facts]), (reply, known[facts:])):
@@ -78,32 +90,32 @@ def examples(
     return made
 
 
-def _question(fact: tasks.Fact, written: int, where: str, distance: int) -> Question:
+def _question(fact: Fact, written: int, where: str, distance: int) -> Question:
     meta = {"written": written, "where": where, "distance": distance}
     return Question(fact.question, (fact.value,), meta=meta)
 
 
 @dataclasses.dataclass(frozen=True)
 class LongReply:
-    """A setting that has to hold a given reply, decoded token by token, before it is asked."""
+    """A cached model that decodes a given reply token by token before it is asked."""
 
-    setting: Setting
+    setting: CachedModel
 
     @property
     def name(self) -> str:
         return self.setting.name
 
     def identity(self) -> dict[str, Any]:
-        """Return the setting's, marked."""
+        """Return the identity of the cached model, marked as a long reply."""
         return {**self.setting.identity(), "long_reply": True}
 
     def answer(
-        self, examples: Sequence[Example], todo: Sequence[int], options: Options
+        self, examples: Sequence[Example], todo: Sequence[int], options: QuestionFormat
     ) -> Iterator[tuple[int, Answered]]:
-        """Answer as `System.answer`; `kv` is the cache after the whole reply."""
+        """Answer as `System.answer`; `kv` reports on the cache after the whole reply."""
         params = self.setting.params
         choose_policy(params, self.setting.razor)
-        texts = [self._cut(example, options) for example in examples]
+        texts = [self._encode(example, options) for example in examples]
         longest = [len(d) + len(r) + max(map(len, asked)) + options.max_new_tokens for (d, asked), r in texts]
         for capacity, part in batches([len(d) for (d, _), _ in texts], longest, todo, options.batch):
             with Stopwatch() as watch:
@@ -112,23 +124,28 @@ class LongReply:
                 document = len(texts[index][0][0])
                 yield index, Answered(answers[row], report.row(row), document, watch.seconds / len(part))
 
-    def _cut(self, example: Example, options: Options) -> tuple[Cut, list[int]]:
-        """Return ids of the document with the request, of each question after the reply, and of the reply."""
+    def _encode(self, example: Example, options: QuestionFormat) -> tuple[EncodedExample, list[int]]:
+        """Return the ids of document and request with those of each question, and the ids of the reply."""
         assets = self.setting.params.assets
         request = Example(example.document, (Question(_REQUEST, ("",)),))
-        document, (asked,) = cut(self.setting.params, request, options.form)
+        document, (asked,) = encode_example(self.setting.params, request, options.form)
         assert assets is not None
         reply = assets.encode(example.meta["reply"], add_special=False)
         if options.form in ("chat", "user") or (options.form is None and assets.chat_template is not None):
-            between, follows = turn(assets, example.document)
+            between, follows = render_turn_separators(assets, example.document)
         else:
             between, follows = "\n\nQuestion: ", "\nAnswer:"
         questions = [assets.encode(f"{between}{q.text}{follows}", add_special=False) for q in example.questions]
         return ((*document, *asked), tuple(map(tuple, questions))), reply
 
     def _write(
-        self, part: Sequence[Example], texts: Sequence[tuple[Cut, list[int]]], capacity: int, options: Options
+        self,
+        part: Sequence[Example],
+        texts: Sequence[tuple[EncodedExample, list[int]]],
+        capacity: int,
+        options: QuestionFormat,
     ) -> tuple[list[tuple[str, ...]], KVReport]:
+        """Decode the replies of a batch, asking on the way, and return the answers of each document."""
         params = self.setting.params
         filled = [texts[i % len(texts)] for i in range(options.batch)]
         cache = prefill(params, [document for (document, _), _ in filled], razor=self.setting.razor, capacity=capacity)
@@ -149,8 +166,8 @@ class LongReply:
         report = KVReport.of(cache, params.heads_or_all)
         return [tuple(found[number] for number in sorted(found)) for found in answers], report
 
-    def _ask(self, cache: KVCache, pairs: Sequence[tuple[int, int]], texts: Any, options: Options) -> list[str]:
-        """Put (row, question) pairs to copies of the cache's rows."""
+    def _ask(self, cache: KVCache, pairs: Sequence[tuple[int, int]], texts: Any, options: QuestionFormat) -> list[str]:
+        """Put each (row, question) pair to a copy of its row of the cache, and return the answers."""
         filled = [pairs[i % len(pairs)] for i in range(options.batch)]
         session = Session(
             self.setting.params,
@@ -166,10 +183,10 @@ class LongReply:
 
 
 def _decode(params: Params, cache: KVCache, replies: Sequence[Sequence[int]], size: int) -> KVCache:
-    """Write each row's tokens, one a step. Raises FloatingPointError where a logit is not finite."""
+    """Write each row's tokens, one per step. Raises FloatingPointError if a logit is not finite."""
     tokens, lengths = prompts.pad(replies, size)
     found, cache = force_jit(params, cache, tokens, tokens, lengths)
     live = np.arange(size) < lengths[:, None]
     if not np.asarray(jax.device_get(found.finite))[live].all():
-        raise FloatingPointError("a logit of the reply is not finite: the cache's state is broken")
+        raise FloatingPointError("a logit of the reply is NaN or infinite: the state of the cache is broken")
     return cache

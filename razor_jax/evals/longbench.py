@@ -1,8 +1,9 @@
-"""LongBench v1, LongBench-E and v2, read from their published files: prompts, truncation, scores.
+"""LongBench v1, LongBench-E and v2 from their published files: prompts, truncation, scores.
 
-Data is the user's: https://huggingface.co/datasets/THUDM/LongBench (data.zip) and …/LongBench-v2 (data.json). A prompt
-is cut behind the context, which is compressed before the instructions and the question are known; the second column
-of `protocol` is the published single prompt. Answers are greedy, v2's too (its script draws at temperature 0.1).
+Download the data yourself: https://huggingface.co/datasets/THUDM/LongBench (data.zip) and …/LongBench-v2 (data.json).
+A prompt is split after the context, so that the context is compressed before instructions and question are known. The
+second column of `protocol` uses the published single prompt. Answers are greedy, also in v2, whose script samples at
+temperature 0.1.
 
     for name, records in read([folder]).items():
         table = run(settings, examples(params, name, records), **options(params, name))
@@ -32,17 +33,17 @@ _V1_FIELDS = {"input": str, "context": str, "answers": list, "length": int, "dat
 _CHOICES = tuple(f"choice_{letter}" for letter in "ABCD")
 _V2_TEXTS = ("question", *_CHOICES, "answer", "context", "domain", "difficulty", "length")
 _V2_FIELDS = dict.fromkeys(_V2_TEXTS, str)
-_TEMPLATE_ROOM = 100  # tokens kept free for what a chat template writes around a prompt
+_TEMPLATE_ROOM = 100  # tokens reserved for the chat template around a prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One dataset's published settings.
+    """Published settings of one dataset.
 
     Attributes:
-      before, after: the prompt's template on both sides of the context.
-      metric: in `metrics.METRICS`.
-      chat: whether a chat model gets the prompt as a user's message; few-shot and code tasks go in as they are.
+      before, after: prompt template on both sides of the context.
+      metric: a name in `metrics.METRICS`.
+      chat: whether a chat model gets the prompt as a user message; false for few-shot and code tasks.
     """
 
     before: str
@@ -54,7 +55,7 @@ class Task:
 
 @functools.cache
 def tasks() -> dict[str, Task]:
-    """Return every dataset of v1 by its name, and v2."""
+    """Return the settings of every dataset by name."""
     asset = importlib.resources.files("razor_jax") / "assets/longbench.json"
     published = json.loads(asset.read_text(encoding="utf-8"))
     found = {}
@@ -65,15 +66,15 @@ def tasks() -> dict[str, Task]:
 
 
 def read(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Return the records of JSONL files (or JSON arrays, as v2 is published) by dataset; of folders all such files.
+    """Return the records of JSONL files or JSON arrays by dataset; a folder stands for all such files in it.
 
-    Raises ValueError that names file, record and field, FileNotFoundError where there is nothing.
+    Raises ValueError with file, record and field for an invalid record, FileNotFoundError for a folder without files.
     """
     files: list[Path] = []
     for path in map(Path, paths):
         found = sorted(file for file in path.glob("*.json*") if file.is_file()) if path.is_dir() else [path]
         if not found:
-            raise FileNotFoundError(f"{path} holds no .jsonl or .json file")
+            raise FileNotFoundError(f"{path} has no .jsonl or .json file")
         files += found
     records: dict[str, list[dict[str, Any]]] = {}
     for file in files:
@@ -85,11 +86,12 @@ def read(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
 def examples(
     params: Params, dataset: str, records: Sequence[Mapping[str, Any]], max_length: int | None = None
 ) -> list[Example]:
-    """Make the prompts of one dataset, cut behind the context, truncated in the middle to `max_length` tokens as
-    published.
+    """Make the prompts of one dataset, split after the context.
 
-    By default what the checkpoint's positions leave beside answer and chat template. Raises ValueError where the
-    question alone takes more than half of it.
+    max_length: longer prompts are truncated in the middle to this many tokens, as published. Default: the checkpoint's
+    positions minus answer and chat template.
+
+    Raises ValueError if instructions and question take more than half of `max_length`.
     """
     assets, task = params.assets, tasks()[dataset]
     if assets is None or assets.tokenizer_json is None:
@@ -102,9 +104,7 @@ def examples(
 
 
 def options(params: Params, dataset: str, chat: bool | None = None) -> dict[str, Any]:
-    """Return the options of `protocol.run`: the published answer length, and a chat model's prompts as a user's
-    turn.
-    """
+    """Return options for `protocol.run`: the published answer length, and user messages for a chat model."""
     task = tasks()[dataset]
     if chat is None:
         chat = params.assets is not None and params.assets.chat_template is not None
@@ -112,8 +112,9 @@ def options(params: Params, dataset: str, chat: bool | None = None) -> dict[str,
 
 
 def scores(table: Table, setting: str) -> dict[str, float]:
-    """Return points of 100: "all", and v1's by words of context as LongBench-E cuts it, v2's by difficulty and
-    length.
+    """Return mean scores, 0 to 100: "all", and per part of the dataset.
+
+    Parts of v1 are LongBench-E's ranges of context words, parts of v2 are difficulties and lengths.
     """
     row, values = table[setting], {}
     cuts = [{"all"} | set(question.meta["cuts"]) for _, question in table.questions]
@@ -129,28 +130,28 @@ def _parse(file: Path) -> list[Any]:
             return json.loads(text)
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is no JSONL: {error}") from error
+        raise ValueError(f"{file} is not JSONL: {error}") from error
 
 
 def _dataset(record: Any, where: str) -> str:
-    """Return its dataset, once the fields are checked."""
+    """Return the name of a record's dataset; check its fields."""
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: {record!r:.60} is no object with LongBench's fields")
+        raise ValueError(f"{where}: {record!r:.60} is not an object with LongBench's fields")
     fields = _V2_FIELDS if "choice_A" in record else _V1_FIELDS
     for field, kind in fields.items():
         if field not in record or not isinstance(record[field], kind):
-            raise ValueError(f"{where}: field {field!r} is {record.get(field)!r:.60}, LongBench has {kind} there")
+            raise ValueError(f"{where}: field {field!r} is {record.get(field)!r:.60}, expected {kind}")
     if fields is _V2_FIELDS:
         if record["answer"] not in "ABCD":
-            raise ValueError(f"{where}: answer {record['answer']!r} is none of A, B, C, D")
+            raise ValueError(f"{where}: answer {record['answer']!r} is not one of A, B, C, D")
         return V2
     name = record["dataset"].removesuffix("_e")
     if name not in tasks():
-        raise ValueError(f"{where}: dataset {record['dataset']!r} is none of {', '.join(tasks())}")
+        raise ValueError(f"{where}: dataset {record['dataset']!r} is not one of {', '.join(tasks())}")
     if not record["answers"]:
-        raise ValueError(f"{where}: it has no answer to score by")
+        raise ValueError(f"{where}: field 'answers' is empty")
     if tasks()[name].metric == "longbench_classification" and not record["all_classes"]:
-        raise ValueError(f"{where}: {name} is scored by all_classes, which is empty")
+        raise ValueError(f"{where}: field 'all_classes' is empty, but {name} is scored by it")
     return name
 
 
@@ -169,15 +170,15 @@ def _example(assets: Assets, dataset: str, task: Task, record: Mapping[str, Any]
     prompt = truncate(assets, task.before + context + after, max_length, one_text=dataset == V2)
     if not prompt.endswith(after) or len(prompt) == len(after):
         raise ValueError(
-            f"{dataset}: instructions and question are longer than half of max_length={max_length:,} tokens, or the "
-            "tokenizer does not give them back as they were: raise max_length"
+            f"{dataset}: instructions and question take more than half of max_length={max_length:,} tokens, or the "
+            "tokenizer does not reproduce them: raise max_length"
         )
     question = Question(after, answers, task.metric, meta={"cuts": cuts})
     return Example(prompt[: -len(after)], (question,), meta={"dataset": dataset})
 
 
 def truncate(assets: Assets, text: str, max_length: int, one_text: bool = False) -> str:
-    """Keep the first and last half of `max_length` tokens, as published: decoded apart in v1, as one text in v2."""
+    """Keep the first and last half of `max_length` tokens, decoded apart as in v1, or as one text as in v2."""
     ids = assets.encode(text)
     if len(ids) <= max_length:
         return text

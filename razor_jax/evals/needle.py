@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..needles import facts as tasks
+from ..needles import facts
 from ..params import Params
 from .haystack import Haystack, counter, overhead, take
 from .protocol import Example, Form, Question
@@ -99,21 +99,21 @@ def _example(
     form: Form | None,
     rng: np.random.Generator,
 ) -> Example:
-    facts, asked = _facts(variant, grid, rng)
+    planted, asked = _facts(variant, grid, rng)
     # Evenly spread, each at a random place of its stretch; in random order, so that depth gives nothing away.
-    spread = (np.arange(len(facts)) + rng.random(len(facts))) / len(facts)
+    spread = (np.arange(len(planted)) + rng.random(len(planted))) / len(planted)
     depths = np.full(1, depth) if depth is not None else spread
     count = counter(params)
     stub = Example("x", tuple(Question(q.question, q.values) for q in asked))
     room = length - overhead(params, stub, form) - answer_tokens(variant)
-    room -= sum(count("\n" + fact.sentence) for fact in facts)
+    room -= sum(count("\n" + fact.sentence) for fact in planted)
     if room < 1:
-        raise ValueError(f"{len(facts)} facts and a question do not fit in {length} tokens: use a longer length")
-    document = plant(haystack.lines(rng), [fact.sentence for fact in facts], depths, count, room)
-    at = {fact.question: depths[i] for i, fact in enumerate(facts)}
+        raise ValueError(f"{len(planted)} facts and a question do not fit in {length} tokens: use a longer length")
+    document = plant(haystack.lines(rng), [fact.sentence for fact in planted], depths, count, room)
+    at = {fact.question: depths[i] for i, fact in enumerate(planted)}
     metric = "contains_all" if len(asked[0].values) == 1 else "string_match_all"
 
-    def question(each: tasks.Question) -> Question:
+    def question(each: facts.Question) -> Question:
         meta: dict[str, float] = {}
         if each.question in at:
             meta["depth"] = min(grid.depths, key=lambda d: abs(d - at[each.question]))
@@ -122,26 +122,26 @@ def _example(
     return Example(document, tuple(map(question, asked)), {"variant": variant, "length": length})
 
 
-def _facts(variant: Variant, grid: Grid, rng: np.random.Generator) -> tuple[list[tasks.Fact], list[tasks.Question]]:
+def _facts(variant: Variant, grid: Grid, rng: np.random.Generator) -> tuple[list[facts.Fact], list[facts.Question]]:
     """Return facts in the order in which they are planted, and the questions about them."""
     if variant == "single":
-        facts = tasks.make_facts(rng, 1, _SPLIT)
+        planted = facts.make_facts(rng, 1, _SPLIT)
     elif variant == "multi-key":
-        facts = tasks.make_alike(rng, grid.facts, _SPLIT)
+        planted = facts.make_alike(rng, grid.facts, _SPLIT)
     elif variant == "multi-value":
-        groups: list[list[tasks.Fact]] = []
+        groups: list[list[facts.Fact]] = []
         for _ in range(-(-grid.facts // _VALUES)):
-            groups.append(tasks.make_repeated(rng, _VALUES, _SPLIT, [group[0] for group in groups]))
-        facts = [fact for group in groups for fact in group]
-        facts = [facts[i] for i in rng.permutation(len(facts))]
-        return facts, [tasks.multi_value([f for f in facts if f in group]) for group in groups]
+            groups.append(facts.make_repeated(rng, _VALUES, _SPLIT, [group[0] for group in groups]))
+        planted = [fact for group in groups for fact in group]
+        planted = [planted[i] for i in rng.permutation(len(planted))]
+        return planted, [facts.multi_value([f for f in planted if f in group]) for group in groups]
     else:
-        facts = tasks.make_facts(rng, grid.facts, _SPLIT)
+        planted = facts.make_facts(rng, grid.facts, _SPLIT)
     if variant == "multi-query":
-        order = [facts[i] for i in rng.permutation(len(facts))]
+        order = [planted[i] for i in rng.permutation(len(planted))]
         groups = [order[i : i + _TOGETHER] for i in range(0, len(order), _TOGETHER)]
-        return facts, [tasks.multi_query(group) if len(group) > 1 else group[0].asked for group in groups]
-    return facts, [fact.asked for fact in facts]
+        return planted, [facts.multi_query(group) if len(group) > 1 else group[0].asked for group in groups]
+    return planted, [fact.asked for fact in planted]
 
 
 def plant(

@@ -1,11 +1,11 @@
-"""How every accuracy here is measured: documents compressed first, questions put afterwards, settings paired.
+"""How accuracy is measured: compress each document first, ask its questions afterwards, pair the settings.
 
-    settings = [dense(params), Setting("Razor", params, params.razor)]
+    settings = [dense(params), CachedModel("Razor", params, params.razor)]
     table = run(settings, examples, max_new_tokens=32, resume=Path("needle.jsonl"))
 
-In the headline column a document is prefilled and compressed by itself, and each question is put to a copy of that
-cache in a call of its own. `question_inside_prefill` is the other column: document and question in one prefill, as
-most published tables have it. Greedy, so the answers follow from weights, policy and text alone.
+In the headline column a document is prefilled and compressed alone, and each question goes to its own copy of that
+cache. With `question_inside_prefill` (the second column, as in most published tables) document and question share one
+prefill. Decoding is greedy, so weights, policy and text alone decide the answers.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from ..text.result import KVReport, Result
 from ..text.session import Session
 from ..tokenizer.questions import split
 from . import metrics
-from .examples import Example, Form, Options, Question
+from .examples import Example, Form, Question, QuestionFormat
 from .journal import Journal, key_of
-from .table import Answered, Row, Table
+from .table import Answered, SettingScores, Table
 
 Progress = Callable[[str, int, int], None]
 _QUESTION = "razor-jax-question"  # Placeholder for the question while the template is rendered.
-_ROUND = 64  # tokens that a cache's capacity is rounded up to
+_ROUND = 64  # the capacity of a cache is a multiple of this many tokens
 
 
 @typing.runtime_checkable
 class System(typing.Protocol):
-    """Anything that answers: `Setting` for our caches; write another one for a library to compare with."""
+    """Anything that answers examples: `CachedModel`, or an adapter of another library to compare with."""
 
     @property
     def name(self) -> str:
-        """The row's."""
+        """Name of its row in the table."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """Return the JSON values that decide the answers, without the name: the key of a record."""
+        """Return the JSON values that decide the answers, without the name; they are part of a record's key."""
         ...
 
     def answer(
-        self, examples: Sequence[Example], todo: Sequence[int], options: Options
+        self, examples: Sequence[Example], todo: Sequence[int], options: QuestionFormat
     ) -> Iterator[tuple[int, Answered]]:
-        """Answer `examples[i]` for each i of `todo`, in any order, as they are done.
+        """Yield (i, answers to `examples[i]`) for each i of `todo`, in any order.
 
-        Shapes (capacity, padding) follow from all examples, so that a resumed run repeats an unbroken one.
+        Shapes (capacity, padding) must follow from all examples, so that a resumed run gives the same answers.
         """
         ...
 
@@ -78,38 +78,37 @@ def run(
     """Put the same questions to every setting, one setting after the other.
 
     Args:
-      resume: a file of records; records of the same setting, text and options are not computed again.
-      progress: called with (setting, questions answered, questions).
+      resume: file of records; answers recorded for the same setting, text and options are reused.
+      progress: called with (setting, questions answered, all questions).
 
-    Returns a `Table` of every question's score under every setting. Raises ValueError on bad input, before anything is
-    computed.
+    Returns a `Table` of every question's score under every setting. Raises ValueError for bad input before computing.
     """
-    options = Options(question_inside_prefill, form, batch, max_new_tokens, tuple(stop))
+    options = QuestionFormat(question_inside_prefill, form, batch, max_new_tokens, tuple(stop))
     _check(settings, examples)
     journal = Journal(resume)
-    rows = tuple(_row(setting, examples, options, journal, progress) for setting in settings)
+    rows = tuple(_score_setting(setting, examples, options, journal, progress) for setting in settings)
     return Table(tuple(examples), rows, options)
 
 
-def _row(
-    setting: System, examples: Sequence[Example], options: Options, journal: Journal, progress: Progress | None
-) -> Row:
+def _score_setting(
+    setting: System, examples: Sequence[Example], options: QuestionFormat, journal: Journal, progress: Progress | None
+) -> SettingScores:
     identity, asked = setting.identity(), dataclasses.asdict(options)
     keys = [key_of(system=identity, options=asked, example=dataclasses.asdict(example)) for example in examples]
     found = {i: Answered.from_dict(record) for i, key in enumerate(keys) if (record := journal.get(key)) is not None}
     todo = [i for i in range(len(examples)) if i not in found]
     total = sum(len(e.questions) for e in examples)
 
-    def told() -> None:
+    def report() -> None:
         if progress is not None:
             progress(setting.name, sum(len(found[i].answers) for i in found), total)
 
-    told()
+    report()
     for index, answered in setting.answer(examples, todo, options):
         found[index] = answered
         journal.add(keys[index], {"setting": setting.name, **answered.to_dict()})
-        told()
-    return Row.of(setting.name, examples, [found[i] for i in range(len(examples))])
+        report()
+    return SettingScores.of(setting.name, examples, [found[i] for i in range(len(examples))])
 
 
 def _check(settings: Sequence[System], examples: Sequence[Example]) -> None:
@@ -122,37 +121,37 @@ def _check(settings: Sequence[System], examples: Sequence[Example]) -> None:
         if not example.document.strip() or not example.questions:
             raise ValueError(f"example {number} has an empty document or no question")
         for question in example.questions:
-            metrics.score(question.metric, "", question.answers)  # refuses what cannot be scored
+            metrics.score(question.metric, "", question.answers)  # raises for an unknown metric or missing references
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """A row of a table: params with their head split, and a cache policy (None: dense attention)."""
+class CachedModel:
+    """A model with its head split under a cache policy (None: dense attention); one row of a table."""
 
     name: str
     params: Params
     razor: RazorConfig | None
 
     def identity(self) -> dict[str, Any]:
-        """Return weights, heads, policy, types."""
+        """Return weights, heads, policy, types and backend."""
         params, split_ = self.params, self.params.heads_or_all
         return {
             "weights": weights_fingerprint(params),
             "heads": [split_.retrieval, split_.scopes] if self.razor is not None else None,
             "razor": None if self.razor is None else dataclasses.asdict(self.razor),
             "dtype": str(params.dtype),
-            "int8": params.int8,  # the fingerprint is that of the weights they came from
+            "int8": params.int8,  # int8 weights have the fingerprint of the weights they were rounded from
             "implementation": params.implementation,
             "backend": jax.default_backend(),
             "tokenizer": params.assets.digest if params.assets else None,
         }
 
     def answer(
-        self, examples: Sequence[Example], todo: Sequence[int], options: Options
+        self, examples: Sequence[Example], todo: Sequence[int], options: QuestionFormat
     ) -> Iterator[tuple[int, Answered]]:
-        """Yield documents in batches of one shape, each batch prefilled once; then their questions, by the batch."""
+        """Prefill the documents in batches of one shape, then put their questions in batches, and yield the answers."""
         choose_policy(self.params, self.razor)
-        texts = [cut(self.params, example, options.form) for example in examples]
+        texts = [encode_example(self.params, example, options.form) for example in examples]
         totals = [len(document) + max(map(len, asked)) + options.max_new_tokens for document, asked in texts]
         ask = self._ask_in_one if options.question_inside_prefill else self._ask_after
         for capacity, part in batches([len(document) for document, _ in texts], totals, todo, options.batch):
@@ -162,9 +161,9 @@ class Setting:
                 yield index, Answered(answers, kv, len(texts[index][0]), watch.seconds / len(part))
 
     def _ask_after(
-        self, texts: Sequence[Cut], capacity: int, options: Options
+        self, texts: Sequence[EncodedExample], capacity: int, options: QuestionFormat
     ) -> list[tuple[tuple[str, ...], KVReport]]:
-        """Return the headline: compress the documents, then put each question to a copy of its document's rows."""
+        """Compress the documents, then put each question to a copy of its document's row (headline column)."""
         rows = [texts[i % len(texts)][0] for i in range(options.batch)]
         cache = prefill(self.params, rows, razor=self.razor, capacity=capacity)
         report = KVReport.of(cache, self.params.heads_or_all)
@@ -181,7 +180,7 @@ class Setting:
                 cache=copies,
                 owns_cache=True,
             )
-            del copies  # given away
+            del copies  # the session owns and donates them
             for _ in session.run():
                 pass
             for (row, _), result in zip(part, session.results(), strict=False):
@@ -189,9 +188,9 @@ class Setting:
         return [(tuple(texts_), report.row(row)) for row, texts_ in enumerate(answers)]
 
     def _ask_in_one(
-        self, texts: Sequence[Cut], capacity: int, options: Options
+        self, texts: Sequence[EncodedExample], capacity: int, options: QuestionFormat
     ) -> list[tuple[tuple[str, ...], KVReport]]:
-        """Return the second column: a prefill of document and question for each question."""
+        """Prefill document and question together, for each question (second column)."""
         pairs = [(row, document + question) for row, (document, asked) in enumerate(texts) for question in asked]
         found: list[list[Result]] = [[] for _ in texts]
         for part in _pieces(pairs, options.batch):
@@ -209,21 +208,21 @@ class Setting:
         return [(tuple(r.text for r in results), results[0].kv) for results in found]
 
 
-def dense(params: Params, name: str = "dense") -> Setting:
-    """Make the reference setting: dense attention from a bfloat16 cache, whatever the type of the weights."""
+def dense(params: Params, name: str = "dense") -> CachedModel:
+    """Make the reference setting: dense attention from a bfloat16 cache, for weights of any type."""
     if params.dtype == np.dtype("bfloat16"):
-        return Setting(name, params, None)
+        return CachedModel(name, params, None)
     every = HeadSplit.all(params.config.num_layers, params.config.num_kv_heads)
-    return Setting(name, with_heads(params, every), RazorConfig(kv_dtype="bfloat16"))
+    return CachedModel(name, with_heads(params, every), RazorConfig(kv_dtype="bfloat16"))
 
 
-Cut = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
+EncodedExample = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 
 
-def cut(params: Params, example: Example, form: Form | None = None) -> Cut:
-    """Return ids of the document and of each question: put together they are what one prefill of both reads.
+def encode_example(params: Params, example: Example, form: Form | None = None) -> EncodedExample:
+    """Return the ids of the document and of each question; concatenated, they are the ids of one joint prefill.
 
-    Raises ValueError where there is no tokenizer, or no chat template for "chat".
+    Raises ValueError without a tokenizer, and for form "chat" without a chat template.
     """
     assets = params.assets
     if assets is None or assets.tokenizer_json is None:
@@ -246,7 +245,7 @@ def cut(params: Params, example: Example, form: Form | None = None) -> Cut:
 
 
 class Stopwatch:
-    """Wall seconds of a block, without compilation."""
+    """Wall-clock seconds of a block, compilation excluded."""
 
     seconds = 0.0
 
@@ -262,9 +261,9 @@ class Stopwatch:
 def batches(
     documents: Sequence[int], totals: Sequence[int], todo: Sequence[int], size: int
 ) -> Iterator[tuple[int, Sequence[int]]]:
-    """Yield batches of `todo` with the capacity of their cache: one capacity a padded document length.
+    """Yield (cache capacity, indices) of batches of `todo`; documents of one padded length share a capacity.
 
-    `documents` and `totals` are tokens of all examples, of the document and of all that its row will hold.
+    `documents` are the document lengths of all examples, `totals` the tokens that their rows will need.
     """
     groups: dict[int, list[int]] = {}
     for index, tokens in enumerate(documents):
@@ -278,7 +277,7 @@ def batches(
 
 @jax.jit
 def rows_of(cache: KVCache, index: jax.Array) -> KVCache:
-    """Copy rows int32 [B] of a cache; they may repeat."""
+    """Copy the rows `index` int32 [B] of a cache; an index may repeat."""
     return jax.tree.map(lambda leaf: leaf[index], cache)
 
 
@@ -287,17 +286,17 @@ def _pieces(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 __all__ = [
+    "CachedModel",
     "Example",
     "Form",
-    "Options",
     "Progress",
     "Question",
-    "Setting",
+    "QuestionFormat",
     "Stopwatch",
     "System",
     "batches",
-    "cut",
     "dense",
+    "encode_example",
     "rows_of",
     "run",
 ]

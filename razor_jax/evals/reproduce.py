@@ -1,8 +1,8 @@
-"""Does the paper hold on a given checkpoint? Fixed documents and seeds, thresholds from `claims.py`, one verdict each.
+"""Test the paper's claims on a checkpoint: fixed documents and seeds, thresholds from `claims.py`, a verdict per claim.
 
-A document is read once and compressed under each variant before its questions are known (`variants.py`). The first
-words of the answer are given; it is right if greedy decoding would write every digit of the planted value. Stages are
-recorded as they end, so that a run that was killed goes on where it stood.
+Each document is read once and compressed under every variant before its questions are known (`variants.py`). The first
+words of the answer are given. An answer is right if greedy decoding would write every digit of the planted value.
+Finished stages are recorded, so a killed run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from ..config import HeadSplit, RazorConfig
 from ..functional import decode, init_cache
 from ..heads import find_heads, random_heads
 from ..heads.causal import Task
+from ..heads.select import GROUPED_SHARES
 from ..needles.facts import needle_document
 from ..params import Params, with_heads
 from ..text.generate import prefill
 from ..text.policy import spec_for
-from .claims import CLAIMS, Judgement, at_least, exactly, not_applicable
+from .claims import CLAIMS, ClaimResult, at_least, exactly, not_applicable
 from .journal import Journal, key_of
-from .protocol import Example, Question, cut
+from .protocol import Example, Question, encode_example
 from .stats import paired_bootstrap
 from .variants import Reading, Variant
 
 SEED = 2407
-PAPER_TOKENS = 131_072  # of the paper's throughput
-LEAST_DENSE = 0.8  # accuracy of dense attention below which a needle says nothing
-_STEPS = 24  # decode steps that are timed
+PAPER_TOKENS = 131_072  # context of the paper's throughput claim
+LEAST_DENSE = 0.8  # least accuracy of dense attention for a verdict on needles
+_STEPS = 24  # timed decode steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """How much is measured."""
+    """Sizes of the measurements."""
 
     tokens: int
     documents: int
@@ -60,10 +61,14 @@ Say = Callable[[str], None]
 
 
 def reproduce(params: Params, weights: Path, preset: Preset, journal: Journal, say: Say = lambda _: None) -> dict:
-    """Return all stages: `claims`, a list of `Judgement`, `stages`, their figures, and `failed`, stage → error."""
+    """Run all stages and return the results as JSON values.
+
+    They have `preset`, `weight_files` (SHA-256 by name), `claims` (one `ClaimResult.to_dict` each), `stages` (their
+    figures) and `failed` (errors by stage).
+    """
     stages: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    judged: list[Judgement] = []
+    results: list[ClaimResult] = []
     base = {"preset": dataclasses.asdict(preset), "weights": file_hashes(weights), "dtype": str(params.dtype)}
     steps: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         "needle": (needle, ("needle", "echo", "induction", "compensation", "chosen", "windowed")),
@@ -71,30 +76,30 @@ def reproduce(params: Params, weights: Path, preset: Preset, journal: Journal, s
         "memory": (memory, ("saved", "bytes")),
         "throughput": (throughput, ("throughput",)),
     }
-    say(f"about {estimate(params, preset) / 60:.1f} minutes, compilation and speed apart")
+    say(f"about {estimate(params, preset) / 60:.1f} minutes, without compilation and throughput")
     for name, (step, claims) in steps.items():
         started = time.perf_counter()
         say(f"{name} …")
         try:
             stages[name], verdicts = step(params, preset, Recorded(journal, base), say)
-        except Exception as error:  # one stage must not cost the others
+        except Exception as error:  # a failed stage must not stop the others
             failed[name] = f"{type(error).__name__}: {error}"
             verdicts = [not_applicable(claim, f"the stage failed: {failed[name]}") for claim in claims]
             stages[name] = {}
         stages[name] = {**stages[name], "seconds": round(time.perf_counter() - started, 1)}
-        judged += verdicts
-    assert [j.claim for j in judged] == list(CLAIMS)
+        results += verdicts
+    assert [result.claim for result in results] == list(CLAIMS)
     return {
         "preset": base["preset"],
         "weight_files": base["weights"],
-        "claims": [j.to_dict() for j in judged],
+        "claims": [result.to_dict() for result in results],
         "stages": stages,
         "failed": failed,
     }
 
 
 class Recorded:
-    """Return what the journal has under a name; otherwise compute and record it."""
+    """Results of stages, from the journal if it has them, otherwise computed and recorded."""
 
     def __init__(self, journal: Journal, base: dict[str, Any]):
         self._journal, self._base = journal, base
@@ -109,7 +114,7 @@ class Recorded:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every weight file."""
+    """Return the SHA-256 of every safetensors file of a folder, by name."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -118,8 +123,9 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def estimate(params: Params, preset: Preset) -> float:
-    """Return the seconds that reading will take at the speed of one short document; attention over longer ones comes on
-    top.
+    """Return the estimated seconds of reading, from the time of one short document.
+
+    Attention over longer documents takes more.
     """
     tokens = min(512, preset.tokens)
     document = np.random.default_rng(SEED).integers(0, params.config.vocab_size, tokens)
@@ -127,22 +133,20 @@ def estimate(params: Params, preset: Preset) -> float:
         started = time.perf_counter()
         prefill(params, document, razor=None)
         spent = time.perf_counter() - started
-    # The probe reads 4 × 2,500 ids; questions are short, but there are some of them for each variant.
+    # The probe reads 4 × 2,500 ids. Questions are short, but every variant (8) reads each of them.
     asked = 32 * preset.questions * 8
     return spent / tokens * (preset.documents * (preset.tokens + asked) + 10_000)
 
 
 def policy_for(tokens: int) -> RazorConfig:
-    """Return the paper's; below the 4,000 tokens that it never compresses its rule without the floor, a window of
-    N/5.
-    """
+    """Return the paper's policy, or for short documents its rule without the floor of 4,000 tokens: a window of N/5."""
     paper = RazorConfig(kv_dtype="bfloat16")
     longer = tokens > paper.min_window + paper.sinks + tokens // paper.window_divisor
     return paper if longer else dataclasses.replace(paper, min_window=1)
 
 
 def variants(params: Params, policy: RazorConfig, recorded: Recorded) -> list[Variant]:
-    """Return rows of the needle stage, the paper's shares whatever the model's group size."""
+    """Return the variants of the needle stage, with the paper's shares for any group size."""
     L, K = params.config.num_layers, params.config.num_kv_heads
 
     def search() -> dict[str, Any]:
@@ -150,7 +154,7 @@ def variants(params: Params, policy: RazorConfig, recorded: Recorded) -> list[Va
         shares = {"Razor": (0.14, 0.01), "no echo heads": (0.14, 0.0), "5 % induction": (0.05, 0.01)}
         found = {name: scores.select(*share).retrieval for name, share in shares.items()}
         if params.config.group_size > 1:
-            found["grouped (28 % + 2 %)"] = scores.select().retrieval
+            found["grouped (28 % + 2 %)"] = scores.select(*GROUPED_SHARES).retrieval
         return {"heads": found, "probe": scores.describe()}
 
     heads = {name: HeadSplit(tuple(map(tuple, rows)), K) for name, rows in recorded("heads", search)["heads"].items()}
@@ -167,12 +171,13 @@ def variants(params: Params, policy: RazorConfig, recorded: Recorded) -> list[Va
 
 
 def documents(params: Params, tokens: int, questions: int, index: int) -> Task:
-    """Return one held-out document with planted facts: questions with the answer's first words, and the digits that
-    follow.
+    """Make one held-out document with planted facts.
+
+    Its questions end with the first words of the answer; their answers are the digits that follow.
     """
     assets = params.assets
     if assets is None or assets.tokenizer_json is None:
-        raise ValueError("the needle is text: it needs a model with a tokenizer.json")
+        raise ValueError("needles are text: give a model with a tokenizer.json")
     rng = np.random.default_rng([SEED, tokens, index])
     document = needle_document(rng, Tokenizer.from_str(assets.tokenizer_json), tokens, questions)
     asked, answers = [], []
@@ -181,29 +186,29 @@ def documents(params: Params, tokens: int, questions: int, index: int) -> Task:
         before = assets.encode(prefix, add_special=False)
         whole = assets.encode(f"{prefix} {fact.value}", add_special=False)
         if whole[: len(before)] != before:
-            raise ValueError(f"the tokenizer joins {prefix!r} and its value into one token: the answer cannot be cut")
+            raise ValueError(f"the tokenizer joins {prefix!r} and its value into one token: the answer cannot be split")
         asked.append(Question(fact.question, (fact.value,), prefix=prefix))
         answers.append(tuple(whole[len(before) :]))
-    ids, turns = cut(params, Example(document.text, tuple(asked)))
+    ids, turns = encode_example(params, Example(document.text, tuple(asked)))
     return Task(ids, tuple(zip(turns, answers, strict=True)))
 
 
 def needle(params: Params, preset: Preset, recorded: Recorded, say: Say):
-    """Return the accuracy of every variant, document by document, and the six claims about it."""
+    """Measure the accuracy of every variant, document by document, for six claims."""
     policy = policy_for(preset.tokens)
     rows = variants(params, policy, recorded)
     right: dict[str, list[list[float]]] = {row.name: [] for row in rows}
     for index in range(preset.documents):
 
-        def judge(index: int = index) -> dict[str, Any]:
+        def score(index: int = index) -> dict[str, Any]:
             started, compiled = time.perf_counter(), compilation.totals()[1]
             task = documents(params, preset.tokens, preset.questions, index)
             reading = Reading(params, [task], batch=1, width=64)
-            scores = {row.name: (reading.judge(row).right() == 1).astype(float).tolist() for row in rows}
+            scores = {row.name: (reading.predict(row).right() == 1).astype(float).tolist() for row in rows}
             spent = time.perf_counter() - started - (compilation.totals()[1] - compiled)
             return {"right": scores, "ratio": {row.name: reading.ratio(row) for row in rows}, "seconds": spent}
 
-        found = recorded("needle", judge, document=index)
+        found = recorded("needle", score, document=index)
         for name, scores in found["right"].items():
             right[name].append(scores)
         say(f"needle: document {index + 1} of {preset.documents}, {found['seconds']:.1f} s each")
@@ -220,7 +225,7 @@ def needle(params: Params, preset: Preset, recorded: Recorded, say: Say):
     return stage, _needle_claims({row.name: row for row in rows}, flat, clusters)
 
 
-def _needle_claims(rows: dict[str, Variant], right: dict[str, np.ndarray], clusters: np.ndarray) -> list[Judgement]:
+def _needle_claims(rows: dict[str, Variant], right: dict[str, np.ndarray], clusters: np.ndarray) -> list[ClaimResult]:
     dense = float(right["dense"].mean())
     pairs = {
         "needle": ("dense", "Razor"),
@@ -244,7 +249,7 @@ def _needle_claims(rows: dict[str, Variant], right: dict[str, np.ndarray], clust
 
 
 def short(params: Params, preset: Preset, recorded: Recorded, say: Say):
-    """Return a document below 4,000 tokens under the paper's policy: answers' losses against dense attention's."""
+    """Compare the losses of answers with dense attention's, on a document below 4,000 tokens."""
     tokens = min(preset.tokens, 2048)
 
     def compute() -> dict[str, Any]:
@@ -252,17 +257,17 @@ def short(params: Params, preset: Preset, recorded: Recorded, say: Say):
         every = HeadSplit.all(params.config.num_layers, params.config.num_kv_heads)
         split = random_heads(params, seeds=(SEED,)).select(share=0.15)
         policy = RazorConfig(kv_dtype="bfloat16")
-        a, b = (reading.judge(Variant("", heads, policy)) for heads in (every, split))
+        a, b = (reading.predict(Variant("", heads, policy)) for heads in (every, split))
         return {"tokens": tokens, "difference": float(np.abs(a.losses - b.losses).max())}
 
     stage = recorded("short", compute)
-    # Sums in another order: half of a layer's heads are in another array.
+    # The sums differ in order: part of the heads are in another array.
     measured = 0.0 if stage["difference"] < 1e-3 else stage["difference"]
-    return stage, [exactly("short", measured, f"{stage['difference']:.1e}, of which less than 1e-3 is rounding")]
+    return stage, [exactly("short", measured, f"{stage['difference']:.1e}, less than 1e-3 counts as rounding")]
 
 
 def memory(params: Params, preset: Preset, recorded: Recorded, say: Say):
-    """Return the bytes in the paper's setting at its lengths, and of one cache that is really there."""
+    """Compute the bytes saved in the paper's setting at its lengths, and compare them with an allocated cache."""
     chosen = with_heads(params, HeadSplit(_chosen(params, recorded), params.config.num_kv_heads))
     policy = RazorConfig(kv_dtype="bfloat16")
     saved = {}
@@ -284,7 +289,7 @@ def memory(params: Params, preset: Preset, recorded: Recorded, say: Say):
 
 
 def throughput(params: Params, preset: Preset, recorded: Recorded, say: Say):
-    """Decode steps on full caches of the largest batch that the memory holds, dense beside Razor."""
+    """Time decode steps on full caches, dense and Razor, each with the largest batch that fits."""
     policy = RazorConfig(kv_dtype="bfloat16")
     razor = with_heads(params, HeadSplit(_chosen(params, recorded), params.config.num_kv_heads))
     every = HeadSplit.all(params.config.num_layers, params.config.num_kv_heads)
@@ -301,7 +306,7 @@ def throughput(params: Params, preset: Preset, recorded: Recorded, say: Say):
     stage = recorded("throughput", compute, device=jax.devices()[0].device_kind)
     gain = 100 * (stage["rates"]["razor"]["tokens_per_second"] / stage["rates"]["dense"]["tokens_per_second"] - 1)
     if jax.default_backend() == "cpu":
-        why = f"no accelerator here; on this CPU at {tokens:,} tokens {gain:+.0f} %"
+        why = f"no accelerator; on this CPU at {tokens:,} tokens {gain:+.0f} %"
         return stage, [not_applicable("throughput", why)]
     if tokens < PAPER_TOKENS:
         why = f"the claim is about {PAPER_TOKENS:,} tokens; at {tokens:,} tokens {gain:+.0f} %"
@@ -314,9 +319,7 @@ def _chosen(params: Params, recorded: Recorded) -> tuple[tuple[int, ...], ...]:
 
 
 def _largest_batch(params: Params, policy: RazorConfig, tokens: int) -> int:
-    """Return rows that fit beside the weights in nine tenths of the device's memory; 1 where it does not say how
-    much.
-    """
+    """Return how many rows fit beside the weights in 90 % of the device's memory; 1 if its size is unknown."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         return 1
@@ -325,15 +328,13 @@ def _largest_batch(params: Params, policy: RazorConfig, tokens: int) -> int:
     rows = int((0.9 * limit - weights) // spec.kv_bytes(1))
     if rows < 1:
         raise ValueError(
-            f"a cache of {tokens:,} tokens takes {spec.kv_bytes(1):,} bytes and does not fit: lower tokens"
+            f"a cache of {tokens:,} tokens takes {spec.kv_bytes(1):,} bytes and does not fit: use fewer tokens"
         )
     return rows
 
 
 def decode_rate(params: Params, policy: RazorConfig, tokens: int, batch: int) -> float:
-    """Return the tokens a second of decode steps on caches that are nearly full; the fastest of three, compilation
-    apart.
-    """
+    """Return the tokens per second of decode steps on nearly full caches: the best of three runs, without compiling."""
     cache = init_cache(params, batch=batch, capacity=tokens, razor=policy, prompt_lengths=np.full(batch, tokens))
     token, best = jnp.zeros((batch,), jnp.int32), float("inf")
     for attempt in range(4):

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..config import HeadSplit, RazorConfig
 from ..params import Params, with_heads
-from .protocol import Setting, dense
+from .protocol import CachedModel, dense
 
 
 def settings(
@@ -19,7 +19,7 @@ def settings(
     random_heads: int = 0,
     all_windowed: bool = False,
     seed: int = 1,
-) -> list[Setting]:
+) -> list[CachedModel]:
     """Return dense first, then the split of the params under `policy`, then the requested settings.
 
     `random_heads` is how many splits of as many heads, chosen at random, are tried. Raises ValueError for a model whose
@@ -30,14 +30,14 @@ def settings(
         raise ValueError(
             "these params have no head split: load with heads='auto', or find it with `razor-jax heads find`"
         )
-    rows = [dense(params), Setting("Razor", params, policy)]
+    rows = [dense(params), CachedModel("Razor", params, policy)]
     if no_compensation:
-        rows.append(Setting("no compensation token", params, dataclasses.replace(policy, compensation=False)))
+        rows.append(CachedModel("no compensation token", params, dataclasses.replace(policy, compensation=False)))
     kept = sum(params.heads_or_all.counts)
     for draw in range(random_heads):
         chosen = np.random.default_rng([seed, draw]).permutation(L * K)[:kept]
         split = HeadSplit.of(L, K, [divmod(int(i), K) for i in chosen])
-        rows.append(Setting(f"{kept} random heads, {draw + 1}", with_heads(params, split), policy))
+        rows.append(CachedModel(f"{kept} random heads, {draw + 1}", with_heads(params, split), policy))
     if all_windowed:
-        rows.append(Setting("all heads windowed", with_heads(params, HeadSplit.none(L, K)), policy))
+        rows.append(CachedModel("all heads windowed", with_heads(params, HeadSplit.none(L, K)), policy))
     return rows

@@ -1,4 +1,4 @@
-"""Scores of several settings on the same questions, with their caches: for people, and as JSON."""
+"""Scores of several settings on the same questions, with their caches, for the terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from rich.table import Table as RichTable
 
 from ..text.result import KVReport
 from . import metrics
-from .examples import Example, Options, Question
+from .examples import Example, Question, QuestionFormat
 from .stats import Difference, Share, paired_bootstrap, share_interval
 
 
 def report_from(data: dict[str, Any]) -> KVReport:
-    """Make a report from `KVReport.to_dict`."""
+    """Make a `KVReport` from its `to_dict`."""
     fields = {field.name: data[field.name] for field in dataclasses.fields(KVReport)}
     return KVReport(**{**fields, "dropped_tokens": tuple(data["dropped_tokens"])})
 
 
 def _figures(meta: dict[str, Any]) -> dict[str, Any]:
-    """Drop texts, such as a reply of thousands of tokens, which every question would repeat."""
+    """Return the meta without long texts, such as a reply, which every question would repeat."""
     return {name: value for name, value in meta.items() if not (isinstance(value, str) and len(value) > 200)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """One document's answers.
+    """Answers to the questions about one document.
 
     Attributes:
-      answers: one a question.
-      kv: the cache that they were read from: of the compressed document, before any question, in the headline column.
-        Bytes are those of its whole batch.
-      tokens: of the document.
-      seconds: spent on it, compilation apart.
+      answers: one per question.
+      kv: report on the cache that they were read from; in the headline column on the compressed document, before any
+        question. Bytes are those of the whole batch.
+      tokens: length of the document.
+      seconds: time spent, compilation excluded.
     """
 
     answers: tuple[str, ...]
@@ -53,13 +53,13 @@ class Answered:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One setting. Arrays run over the questions of all documents, in order.
+class SettingScores:
+    """Scores of one setting. Arrays cover the questions of all documents, in order.
 
     Attributes:
       scores: float64 [questions], 0 to 1.
-      documents: int [questions], each one's document.
-      answered: one a document.
+      documents: int [questions], the index of each question's document.
+      answered: one per document.
     """
 
     name: str
@@ -68,8 +68,8 @@ class Row:
     answered: tuple[Answered, ...]
 
     @classmethod
-    def of(cls, name: str, examples: Sequence[Example], answered: Sequence[Answered]) -> Row:
-        """Score the answers."""
+    def of(cls, name: str, examples: Sequence[Example], answered: Sequence[Answered]) -> SettingScores:
+        """Score the answers of a setting."""
         scores, documents = [], []
         for number, (example, found) in enumerate(zip(examples, answered, strict=True)):
             for question, answer in zip(example.questions, found.answers, strict=True):
@@ -79,24 +79,24 @@ class Row:
 
     @property
     def kv(self) -> KVReport:
-        """The largest of its caches; `dropped_tokens` of every document."""
+        """Report on the largest cache, with the `dropped_tokens` of every document."""
         largest = max((found.kv for found in self.answered), key=lambda kv: kv.capacity)
         return dataclasses.replace(largest, dropped_tokens=tuple(max(f.kv.dropped_tokens) for f in self.answered))
 
     @property
     def bytes(self) -> float:
-        """Cache bytes a document, on average."""
+        """Mean cache bytes per document."""
         return float(np.mean([found.kv.allocated_bytes / found.kv.batch for found in self.answered]))
 
     @property
     def ratio(self) -> float:
-        """Bytes of bfloat16 dense caches over bytes of these, all documents together."""
+        """Bytes of dense bfloat16 caches divided by the bytes of these caches, over all documents."""
         dense = sum(found.kv.dense_bytes / found.kv.batch for found in self.answered)
         return dense / sum(found.kv.allocated_bytes / found.kv.batch for found in self.answered)
 
     @property
     def share_kept(self) -> float:
-        """r, the share of KV heads that keep everything."""
+        """Share of KV heads that keep the whole cache."""
         return self.answered[0].kv.share
 
     @property
@@ -114,42 +114,42 @@ class Row:
 
     @property
     def score(self) -> Share:
-        """Mean and interval."""
+        """Mean score with its interval."""
         return share_interval(self.scores, self.documents)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Settings × questions; the first setting is what the others are compared with."""
+    """Settings × questions; the other settings are compared with the first."""
 
     examples: tuple[Example, ...]
-    rows: tuple[Row, ...]
-    options: Options
+    rows: tuple[SettingScores, ...]
+    options: QuestionFormat
 
-    def __getitem__(self, name: str) -> Row:
+    def __getitem__(self, name: str) -> SettingScores:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise KeyError(f"no setting {name!r}: there are {', '.join(row.name for row in self.rows)}")
+        raise KeyError(f"no setting {name!r}: use one of {', '.join(row.name for row in self.rows)}")
 
     @property
     def questions(self) -> list[tuple[Example, Question]]:
-        """In the order of the scores."""
+        """All (document, question) pairs, in the order of the scores."""
         return [(example, question) for example in self.examples for question in example.questions]
 
     def difference(self, name: str, reference: str | None = None, seed: int = 0) -> Difference:
-        """Compare a setting with the first one, or another: the difference of scores with a paired 95 % interval."""
+        """Return a setting's scores minus those of `reference` (default: the first), with a paired 95 % interval."""
         a, b = self[reference] if reference is not None else self.rows[0], self[name]
         return paired_bootstrap(a.scores, b.scores, a.documents, seed)
 
     def where(self, keep: Callable[[Example, Question], bool]) -> Table:
-        """Return the same table of some of the questions; documents without any are left out.
+        """Return the table of the questions that `keep` selects, without documents that lose all of theirs.
 
-        Raises ValueError if none is left.
+        Raises ValueError if no question is selected.
         """
         mask = np.asarray([keep(example, question) for example, question in self.questions])
         if not mask.any():
-            raise ValueError("no question of the table was kept")
+            raise ValueError("no question of the table is selected: select at least one")
         documents = self.rows[0].documents
         left = sorted(set(documents[mask].tolist()))
         number = {old: new for new, old in enumerate(left)}
@@ -164,13 +164,13 @@ class Table:
                 pairs = zip(row.answered[old].answers, mask[documents == old], strict=True)
                 found.append(dataclasses.replace(row.answered[old], answers=tuple(a for a, k in pairs if k)))
             at = np.asarray([number[d] for d in documents[mask].tolist()])
-            rows.append(Row(row.name, row.scores[mask], at, tuple(found)))
+            rows.append(SettingScores(row.name, row.scores[mask], at, tuple(found)))
         return Table(tuple(examples), tuple(rows), self.options)
 
     def render(self, title: str = "") -> RichTable:
-        """Return the table for the terminal: score, difference to the first row in points, cache."""
+        """Return the table for the terminal: score, difference to the first row in points, and cache."""
         table = RichTable(title=title, box=box.SIMPLE, title_justify="left", caption=self.caption())
-        # Names and intervals wrap: the table fits 80 columns. The rest is in the JSON.
+        # Names and intervals wrap so that the table fits 80 columns. The JSON has the rest.
         table.add_column("cache", min_width=9)
         table.add_column("right", justify="right", no_wrap=True)
         table.add_column("difference", justify="right", min_width=10)
@@ -181,16 +181,16 @@ class Table:
         return table
 
     def caption(self) -> str:
-        """What the numbers are of."""
+        """Return what was asked, and the units of the columns."""
         asked, documents = len(self.rows[0].scores), len(self.examples)
         how = "inside the prefill" if self.options.question_inside_prefill else "after the document was compressed"
         return (
-            f"{asked:,} questions on {documents:,} documents, put {how}; difference to {self.rows[0].name} in points, "
-            "paired bootstrap over documents; bytes a document; ratio to a dense bfloat16 cache"
+            f"{asked:,} questions on {documents:,} documents, asked {how}; difference to {self.rows[0].name} in "
+            "points, paired bootstrap over documents; bytes per document; ratio to a dense bfloat16 cache"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every setting with every question's score, and each question's meta, for JSON."""
+        """Return all settings with the score of every question, and the questions' meta, for JSON."""
         documents = self.rows[0].documents.tolist()
         return {
             "options": dataclasses.asdict(self.options),
@@ -202,7 +202,7 @@ class Table:
             "settings": [self._setting(row) for row in self.rows],
         }
 
-    def _setting(self, row: Row) -> dict[str, Any]:
+    def _setting(self, row: SettingScores) -> dict[str, Any]:
         lost, won = self._changes(row)
         change, low, high = self.difference(row.name)
         return {
@@ -222,12 +222,12 @@ class Table:
             "scores": [round(score, 6) for score in row.scores.tolist()],
         }
 
-    def _changes(self, row: Row) -> tuple[int, int]:
-        """Return questions on which a setting does worse, and better, than the first one."""
+    def _changes(self, row: SettingScores) -> tuple[int, int]:
+        """Return on how many questions a setting is worse than the first one, and on how many better."""
         change = row.scores - self.rows[0].scores
         return int((change < 0).sum()), int((change > 0).sum())
 
-    def _cells(self, row: Row) -> tuple[str, ...]:
+    def _cells(self, row: SettingScores) -> tuple[str, ...]:
         change, below, above = self.difference(row.name)
         lost, won = self._changes(row)
         first = row is self.rows[0]

@@ -1,8 +1,8 @@
-"""One reading of a document, and its cache under any split and policy, some of which the library does not offer.
+"""Caches of one document under many splits and policies, including some that the library does not offer.
 
-Exact prefill attends densely whatever the split, so keys and values are those of one dense reading: the cache of any
-split is written from them, and dozens of variants cost one prefill. What a variant then makes of given tokens is
-measured by teacher forcing, CHUNK tokens a call, window and compensation token rolling as in decoding.
+Exact prefill attends densely under every split, so one dense prefill gives the keys and values for all of them. The
+cache of each variant is written from these, and dozens of variants cost one prefill. Teacher forcing then scores given
+tokens, CHUNK per call, while window and compensation token roll as in decoding.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from ..text.generate import prefill
 from ..text.policy import spec_for
 from .journal import key_of
 
-CHUNK = 16  # tokens of a question and its answer that are read in one call
+CHUNK = 16  # tokens of question and answer per call
 
-# What the compensation token counts: the dropped tokens; one token whatever was dropped (no ln n); or those that were
-# dropped when the document had been read, with the means of then: what is dropped later is lost.
+# What the compensation token counts as: "dropped", all dropped tokens; "one", a single token (no ln n); "frozen", the
+# tokens dropped from the document, with their means, so that tokens dropped later are lost.
 Counting = Literal["dropped", "one", "frozen"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A row of an ablation: which heads keep everything, the policy of the others (None: dense), and a way to count."""
+    """A row of an ablation: the split, the policy of windowed heads (None: dense), and the compensation count."""
 
     name: str
     split: HeadSplit
@@ -47,13 +47,13 @@ class Variant:
     counting: Counting = "dropped"
 
 
-class Judged(NamedTuple):
-    """Predictions of the answers, one row an answer, task by task.
+class AnswerPredictions(NamedTuple):
+    """Predictions of the answers, one row per answer, task by task.
 
     Attributes:
-      losses: float64 [answers], mean negative log-likelihood of the answer's tokens, natural log.
-      best: int32 [answers, T], the likeliest token in the place of each of the answer's, -1 elsewhere.
-      wanted: int32 [answers, T], the answer's own tokens, -1 elsewhere.
+      losses: float64 [answers], mean negative log-likelihood (natural log) of the answer's tokens.
+      best: int32 [answers, T], the likeliest token at each token of the answer, -1 elsewhere.
+      wanted: int32 [answers, T], the tokens of the answer, -1 elsewhere.
     """
 
     losses: np.ndarray
@@ -61,29 +61,27 @@ class Judged(NamedTuple):
     wanted: np.ndarray
 
     def right(self) -> np.ndarray:
-        """Return float64 [answers], share of each answer's tokens that were the likeliest."""
+        """Return float64 [answers], the share of each answer's tokens that are the likeliest."""
         return self.agreement(self.wanted)
 
     def agreement(self, other: np.ndarray) -> np.ndarray:
-        """Return float64 [answers], share of each answer's tokens on which `best` is `other`."""
+        """Return float64 [answers], the share of each answer's tokens at which `best` equals `other`."""
         counted = self.wanted >= 0
         return ((self.best == other) & counted).sum(1) / counted.sum(1)
 
 
 class Reading:
-    """Documents read once, densely; then their questions, put to the cache of any variant.
+    """Documents read once with dense attention, whose questions can be put to the cache of any variant.
 
     Attributes:
-      documents: int [answers], which document each answer belongs to.
-      capacity: tokens of every cache.
-      key: of model and text, for records.
+      documents: int [answers], the index of each answer's document.
+      capacity: capacity of every cache in tokens.
+      key: hash of model and text, for records.
     """
 
     def __init__(self, params: Params, tasks: Sequence[Task], batch: int = 8, *, width: int = 0, turns: int = 0):
-        """Read the documents. Readings with equal `width` (tokens per turn) and `turns` (per document) share
-        programs.
-        """
-        # In the checkpoint's order, from which each split takes its own.
+        """Read the documents. Equal `width` (tokens per turn) and `turns` (per document) share programs."""
+        # Heads in the checkpoint's order, which each split then reorders.
         shape = (params.config.num_layers, params.config.num_kv_heads)
         self.params = with_heads(params, HeadSplit.none(*shape))
         longest = max(width, *(len(q) + len(a) for task in tasks for q, a in task.turns))
@@ -96,26 +94,26 @@ class Reading:
         self._batches = [_Batch.of(part, batch, turns, longest) for part in parts]
         self._read = [prefill(self.params, b.documents, razor=None, capacity=self.capacity) for b in self._batches]
 
-    def judge(self, variant: Variant) -> Judged:
-        """Return every question put to a copy of its document's cache under the variant, and its answer after it."""
+    def predict(self, variant: Variant) -> AnswerPredictions:
+        """Put every question to a copy of its document's cache under the variant, and predict its answer."""
         params = with_heads(self.params, variant.split)
         parts = [
-            _judge(
+            _predict(
                 params, self._cache(params, variant, batch, read), batch.tokens, batch.ends, counting=variant.counting
             )
             for batch, read in zip(self._batches, self._read, strict=True)
         ]
         found = [batch.collect(*map(np.asarray, part)) for batch, part in zip(self._batches, parts, strict=True)]
-        return Judged(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+        return AnswerPredictions(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
 
     def ratio(self, variant: Variant) -> float:
-        """Return the bytes of a dense bfloat16 cache of this capacity over the bytes of the variant."""
+        """Return the bytes of a dense bfloat16 cache of this capacity divided by those of the variant's."""
         spec = spec_for(with_heads(self.params, variant.split), variant.razor, self.capacity, self.capacity)
         return spec.dense_bytes(1) / spec.kv_bytes(1)
 
     def _cache(self, params: Params, variant: Variant, batch: _Batch, read: KVCache) -> KVCache:
         if variant.razor is not None and variant.razor.prefill_chunk is not None:
-            # Streaming prefill: what the heads see while they read depends on the split.
+            # In streaming prefill, keys and values depend on the split.
             return prefill(params, batch.documents, razor=variant.razor, capacity=self.capacity)
         spec = spec_for(params, variant.razor, self.capacity, self.capacity)
         return compressed(read, spec, variant.split)
@@ -123,8 +121,9 @@ class Reading:
 
 @functools.partial(jax.jit, static_argnames=("spec", "split"))
 def compressed(read: KVCache, spec: CacheSpec, split: HeadSplit) -> KVCache:
-    """Return the cache that an exact prefill under `spec` and `split` leaves, from a dense one of the same documents
-    that holds its heads in the checkpoint's order.
+    """Return the cache that an exact prefill under `spec` and `split` would make.
+
+    read: dense cache of the same documents, heads in the checkpoint's order.
     """
     T = read.layers[0][0].k.shape[2]
     call, cache = kv.begin(kv.init(spec, read.batch, read.length), read.length, T, fresh=True)
@@ -137,11 +136,11 @@ def compressed(read: KVCache, spec: CacheSpec, split: HeadSplit) -> KVCache:
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """Documents of one call, repeated to fill it, and their turns; one that a document lacks has length 0."""
+    """Documents of one batch, repeated to fill it, and their turns; missing turns have length 0."""
 
     documents: list[tuple[int, ...]]
     tokens: np.ndarray  # int32 [Q, B, T], a question and its answer
-    starts: np.ndarray  # int32 [Q, B], of the answers
+    starts: np.ndarray  # int32 [Q, B], where answers start and end
     ends: np.ndarray
     counts: list[int]  # turns of each document; 0 for a repetition
 
@@ -157,8 +156,8 @@ class _Batch:
         documents = [part[i % len(part)].document for i in range(size)]
         return cls(documents, tokens, starts, ends, counts)
 
-    def collect(self, logprobs: np.ndarray, best: np.ndarray) -> Judged:
-        """Turn predictions [Q, B, T] of each token's next one into one row per answer."""
+    def collect(self, logprobs: np.ndarray, best: np.ndarray) -> AnswerPredictions:
+        """Return one row per answer from next-token predictions [Q, B, T]."""
         losses, likeliest, wanted = [], [], []
         for row, count in enumerate(self.counts):
             for number in range(count):
@@ -168,11 +167,11 @@ class _Batch:
                     line = np.full(source.shape, -1, np.int32)
                     line[first - 1 : end - 1] = source[first - 1 : end - 1]
                     rows.append(line)
-        return Judged(np.asarray(losses), np.stack(likeliest), np.stack(wanted))
+        return AnswerPredictions(np.asarray(losses), np.stack(likeliest), np.stack(wanted))
 
 
 class _One(AttentionMetadata):
-    """A call to which the dropped tokens count as one, so that ln n is 0."""
+    """Call whose dropped tokens count as one, so that ln n is 0."""
 
     @property
     def dropped(self) -> jax.Array:
@@ -180,7 +179,7 @@ class _One(AttentionMetadata):
 
 
 class _Frozen(AttentionMetadata):
-    """A call to which only what a document dropped counts."""
+    """Call in which only the tokens dropped from the document count."""
 
     before: jax.Array | None = None  # int32 [B]
 
@@ -191,7 +190,7 @@ class _Frozen(AttentionMetadata):
 
 
 def _counted(call: AttentionMetadata, cache: KVCache, counting: Counting) -> AttentionMetadata:
-    """Return the call with another way to count; `cache` is that of the document."""
+    """Return the call with dropped tokens counted as `counting` says; `cache` is the document's."""
     fields = {field.name: getattr(call, field.name) for field in dataclasses.fields(AttentionMetadata)}
     if counting == "one":
         return _One(**fields)
@@ -199,9 +198,10 @@ def _counted(call: AttentionMetadata, cache: KVCache, counting: Counting) -> Att
 
 
 @functools.partial(jax.jit, static_argnames=("counting",))
-def _judge(params: Params, cache: KVCache, tokens, ends, *, counting: Counting):
-    """Return the log-probability of each token's next one and the likeliest one, [Q, B, T], each turn on a copy of the
-    cache.
+def _predict(params: Params, cache: KVCache, tokens, ends, *, counting: Counting):
+    """Return the log-probability of each next token and the likeliest next token, both [Q, B, T].
+
+    Every turn starts from the same cache.
     """
     config, B = params.config, cache.batch
 

@@ -78,8 +78,8 @@ def needle_tasks(
         cut = ask(assets, document.text, [f.question for f in document.facts], chat)
         texts = (f.answer if chat else f" {f.answer}" for f in document.facts)
         answers = [tuple(assets.encode(text, add_special=False)) for text in texts]
-        (text,) = prompts.encode(params, cut.document).rows
-        questions = prompts.encode(params, list(cut.questions), continues=True).rows
+        (text,) = prompts.encode(params, cut.document, raw=True).rows
+        questions = prompts.encode(params, list(cut.questions), part="question", raw=True).rows
         found.append(Task(text, tuple(zip(questions, answers, strict=True))))
     return found
 
@@ -103,7 +103,10 @@ class Ablation:
                 "use longer documents or razor=RazorConfig.compact(window=…)"
             )
         capacity = max(map(len, documents)) + longest
-        self.caches = [self._read(documents, capacity, policy) for policy in (None, razor)]
+        # A retrieval head of a quantised cache is quantised too: a window of everything, which drops nothing.
+        quantised = razor.kv_dtype is not None
+        full = dataclasses.replace(razor, window=capacity, windowed_kv_dtype=None) if quantised else None
+        self.caches = [self._read(documents, capacity, policy) for policy in (full, razor)]
         rows = [[question + answer for question, answer in task.turns] for task in tasks]
         tokens = np.asarray([prompts.pad(part, longest)[0] for part in rows])
         starts = np.asarray([[len(question) for question, _ in task.turns] for task in tasks], np.int32)

@@ -10,9 +10,10 @@ The windowed branch has the sinks, window and compensation token of the policy, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -27,10 +28,12 @@ from ..config import RazorConfig
 from ..kernels.cache_write import dequantize
 from ..models.rope import tables
 from ..models.transformer import Block, Transformer
-from ..needles.tasks import make_tasks
-from ..params import Params
+from ..needles.tasks import Task, make_tasks
+from ..params import Params, architecture_fingerprint, weights_fingerprint
 from .causal import Ablation
+from .mass import Progress
 from .scores import HeadScores, ProbeMeta
+from .state import State
 
 GRID = (0.25, 0.5, 0.75)  # gates at which the integrated gradient is taken
 STEPS = 72
@@ -40,15 +43,41 @@ RISE = 0.7  # share of the steps in which the penalty rises to its final weight
 _ANSWER = 8  # most tokens of an answer that count: the values of `needles.tasks` are shorter
 
 
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Documents that heads are chosen by, eight questions each.
+
+    Attributes:
+      documents, tokens: how many, and how long.
+      seed: of documents and questions.
+      text: folder of .txt files to plant questions in; None for the packaged text.
+    """
+
+    documents: int = 8
+    tokens: int = 1024
+    seed: int = 0
+    text: Path | None = None
+
+    def tasks(self, params: Params) -> list[Task]:
+        """Make the documents and questions."""
+        return make_tasks(params, "train", documents=self.documents, tokens=self.tokens, seed=self.seed, text=self.text)
+
+    def __str__(self) -> str:
+        where = "" if self.text is None else f" of {self.text.name}"
+        return f"{self.documents} documents of {self.tokens:,} tokens{where}"
+
+
+CALIBRATION = Calibration()
+
+
 def gate_heads(
     params: Params,
     *,
     razor: RazorConfig | None = None,
-    documents: int = 8,
-    tokens: int = 1024,
+    calibration: Calibration = CALIBRATION,
     steps: int = STEPS,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    state: Path | None = None,
+    progress: Progress | None = None,
 ) -> HeadScores:
     """Learn one gate per KV head and score heads by it, for `select(share=)` or `select(bytes=)`.
 
@@ -57,67 +86,91 @@ def gate_heads(
 
     Args:
       razor: policy of the windowed heads; None for the checkpoint's recommendation, or the paper's.
-      documents, tokens: calibration documents of eight questions each.
-      steps: one document each.
+      calibration: one document per step, in turn.
+      state: file to resume from and to save each step to.
 
-    Memory: one document's K/V twice for each document.
+    Memory: K/V of all documents, dense and windowed.
     """
     policy = razor or params.razor or RazorConfig()
-    readings = _readings(params, policy, documents, tokens, seed)
-    dense = [_dense(reading) for reading in readings]
+    tasks = calibration.tasks(params)
+    parts = readings(Ablation(params, tasks, policy))
+    dense = [_dense(reading) for reading in parts]
     shape = (params.config.num_layers, params.config.num_kv_heads)
-    gates = jnp.ones(shape, jnp.float32)
+    saved = State(state, run_of(params, "gates", policy, calibration) | {"steps": steps})
     optimizer = optax.adam(RATE, b1=0.9, b2=0.95)
-    state, path = optimizer.init(gates), []
-    for step in range(steps):
-        reading, target = readings[step % documents], dense[step % documents]
+    gates = jnp.asarray(saved.arrays.get("gates", np.ones(shape, np.float32)))
+    leaves, tree = jax.tree.flatten(optimizer.init(gates))
+    optimum = jax.tree.unflatten(tree, [jnp.asarray(saved.arrays.get(f"adam{i}", x)) for i, x in enumerate(leaves)])
+    path = list(saved.arrays.get("path", np.empty((0, *shape), np.float32)))
+    for step in range(len(path), steps):
+        reading, target = parts[step % len(parts)], dense[step % len(parts)]
         penalty = PENALTY * min(1.0, step / (RISE * steps))
         gradient = _distill(gates, *reading, target) + penalty
-        updates, state = optimizer.update(gradient, state)
+        updates, optimum = optimizer.update(gradient, optimum)
         gates = jnp.clip(jnp.asarray(optax.apply_updates(gates, updates)), 0.0, 1.0)
         path.append(np.asarray(gates))
+        adam = {f"adam{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(optimum))}
+        saved.save(gates=path[-1], path=np.asarray(path), **adam)
         if progress is not None:
             progress(step + 1, steps)
     later = np.mean(path[steps // 2 :], axis=0)
     scores = path[-1] + 0.5 * later + 0.1 * np.mean(path, axis=0)
-    note = f"{documents} documents of {tokens:,} tokens, {steps} steps, {policy.describe()}"
-    return _scores(params, "gates", scores, seed, note)
+    note = f"{calibration}, {steps} steps, {policy.describe()}"
+    return _scores(params, "gates", scores, calibration.seed, note)
 
 
 def gradient_heads(
     params: Params,
     *,
     razor: RazorConfig | None = None,
-    documents: int = 4,
-    tokens: int = 1024,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    calibration: Calibration = CALIBRATION,
+    progress: Progress | None = None,
 ) -> HeadScores:
-    """Score heads by the integrated gradient of the answers' loss over the gates; arguments as in `gate_heads`."""
+    """Score heads by the integrated gradient of the answers' loss over the gates; arguments as in `gate_heads`.
+
+    Only answers that dense attention gives count: the loss of others says nothing about compression.
+    """
     policy = razor or params.razor or RazorConfig()
     shape, found = (params.config.num_layers, params.config.num_kv_heads), []
-    for number, reading in enumerate(_readings(params, policy, documents, tokens, seed)):
+    tasks = calibration.tasks(params)
+    ablation = Ablation(params, tasks, policy)
+    for number, reading in enumerate(readings(ablation, answered(ablation))):
         for at in GRID:
-            found.append(-np.asarray(_loss_gradient(jnp.full(shape, at, jnp.float32), *reading)))
+            found.append(-np.asarray(loss_gradient(jnp.full(shape, at, jnp.float32), *reading)))
         if progress is not None:
-            progress(number + 1, documents)
-    note = f"{documents} documents of {tokens:,} tokens, gates at {GRID}, {policy.describe()}"
-    return _scores(params, "gradient", np.mean(found, axis=0), seed, note)
+            progress(number + 1, len(tasks))
+    note = f"{calibration}, gates at {GRID}, {policy.describe()}"
+    return _scores(params, "gradient", np.mean(found, axis=0), calibration.seed, note)
 
 
 Reading = tuple[Params, KVCache, KVCache, tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def _readings(params: Params, policy: RazorConfig, documents: int, tokens: int, seed: int) -> list[Reading]:
-    """Read each calibration document into a dense and an all-windowed cache, all of one shape."""
-    tasks = make_tasks(params, "train", documents=documents, tokens=tokens, seed=seed)
-    ablation = Ablation(params, tasks, policy)
-    readings = []
-    for row in range(documents):
+def readings(ablation: Ablation, answered: np.ndarray | None = None) -> list[Reading]:
+    """Return each document by itself, all of one shape: params, dense and windowed cache, turns.
+
+    With `answered`, bool [questions, documents], only these answers count in a loss.
+    """
+    found = []
+    tokens, starts, ends = ablation.turns
+    turns_of_all = (tokens, starts, ends if answered is None else jnp.where(answered, ends, starts))
+    for row in range(ablation.caches[0].batch):
         full, windowed = jax.tree.map(lambda x, at=row: x[at : at + 1], ablation.caches)
-        turns = jax.tree.map(lambda x, at=row: x[:, at : at + 1], ablation.turns)
-        readings.append((ablation.params, full, windowed, turns))
-    return readings
+        turns = jax.tree.map(lambda x, at=row: x[:, at : at + 1], turns_of_all)
+        found.append((ablation.params, full, windowed, turns))
+    return found
+
+
+def answered(ablation: Ablation) -> np.ndarray:
+    """Return which questions dense attention answers, bool [questions, documents]; all, if it answers none."""
+    right = ablation(np.ones(ablation.shape, bool)).right.reshape(ablation.turns[1].shape)
+    return right if right.any() else np.ones_like(right)
+
+
+def run_of(params: Params, method: str, policy: RazorConfig, calibration: Calibration) -> dict[str, object]:
+    """Return what makes two searches the same, for `State`."""
+    fingerprints = {"architecture": architecture_fingerprint(params.config), "weights": weights_fingerprint(params)}
+    return {"method": method, **fingerprints, "policy": policy.describe(), **dataclasses.asdict(calibration)}
 
 
 def _scores(params: Params, method: str, scores: np.ndarray, seed: int, note: str) -> HeadScores:
@@ -139,13 +192,13 @@ def _distill(gates: jax.Array, params: Params, full: KVCache, windowed: KVCache,
 
 
 @jax.jit
-def _loss_gradient(gates: jax.Array, params: Params, full: KVCache, windowed: KVCache, turns) -> jax.Array:
+def loss_gradient(gates: jax.Array, params: Params, full: KVCache, windowed: KVCache, turns) -> jax.Array:
     """Return the gradient [L, K] of the answers' negative log-likelihood."""
 
     def loss(gates, turn, _):
         logprobs, counted, answer = _answer(params, full, windowed, gates, turn)
         nll = -jnp.take_along_axis(logprobs, answer[..., None], axis=-1)[..., 0]
-        return jnp.sum(jnp.where(counted, nll, 0.0)) / jnp.sum(counted)
+        return jnp.sum(jnp.where(counted, nll, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
 
     return _mean_gradient(loss, gates, turns, turns[1])
 

@@ -1,7 +1,7 @@
 """Attention mass of every head on given earlier tokens, in one forward pass.
 
-`targets` gives those tokens. The *echo* score of a token is the mass on its targets. The *induction* score is the mass
-on the tokens right after its targets. Probes differ only in tokens and targets. Axis letters as in
+`targets` gives those tokens. The *echo* score of a token is the mass on its targets (shift 0). The *induction* score is
+the mass on the tokens right after its targets (shift 1). Probes differ only in tokens and targets. Axis letters as in
 `models/transformer.py`; C is the number of tokens that pass through a layer at once.
 
 Memory is linear in T. Each query needs its log-sum-exp, which blockwise attention returns, and the logits of its few
@@ -36,11 +36,12 @@ def attention_mass(
     tokens: np.ndarray,
     targets: np.ndarray,
     *,
+    shifts: tuple[int, ...] = (0, 1),
     chunk: int = 512,
     devices: Devices | None = None,
     progress: Callable[[int], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return echo and induction mass, float64 [B, L, N] in checkpoint order.
+) -> np.ndarray:
+    """Return the mass on the targets at each shift, float64 [shifts, B, L, N] in checkpoint order.
 
     Masses are sums over the tokens and targets of a row. They are softmax probabilities of the forward pass in the
     dtype of the weights, accumulated in float32; nothing is renormalized.
@@ -48,6 +49,7 @@ def attention_mass(
     Args:
       tokens: int32 [B, T], without padding.
       targets: int32 [B, T, copies], earlier positions whose mass counts, -1 for none.
+      shifts: tokens after a target whose mass counts: 0 for echo, 1 for induction.
       chunk: C. It limits memory and does not change results.
       devices: devices that share the rows, with B a multiple of their number; None for the default device.
       progress: called with the number of finished layers after each layer.
@@ -72,19 +74,17 @@ def attention_mass(
     rope = tables(config.rope, config.head_dim, positions, lengths)
     x = params.weights["embedding"]["embedding"][padded]
     x, rope, lengths, aims = _with_sharding((x, rope, lengths, aims), mesh, PartitionSpec(_ROWS))
-    shape = (B, config.num_layers, config.num_kv_heads, config.group_size)
-    echo, induction = np.empty(shape), np.empty(shape)
+    mass = np.empty((len(shifts), B, config.num_layers, config.num_kv_heads, config.group_size))
     for layer in range(config.num_layers):
         weights = _with_sharding(params.weights[f"blocks_{layer}"], mesh, PartitionSpec())
-        x, *found = score_layer(config, chunk, weights, x, rope, lengths, aims, mesh=mesh)
-        stored_order = list(params.order(layer))
-        echo[:, layer, stored_order], induction[:, layer, stored_order] = (np.asarray(mass) for mass in found)
+        x, found = score_layer(config, chunk, weights, x, rope, lengths, aims, shifts=shifts, mesh=mesh)
+        mass[:, :, layer, list(params.order(layer))] = np.moveaxis(np.asarray(found), 1, 0)
         if progress is not None:
             progress(layer + 1)
-    return echo.reshape(*shape[:2], -1), induction.reshape(*shape[:2], -1)
+    return mass.reshape(*mass.shape[:3], -1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk", "mesh"), donate_argnames=("x",))
+@functools.partial(jax.jit, static_argnames=("config", "chunk", "shifts", "mesh"), donate_argnames=("x",))
 def score_layer(
     config: ModelConfig,
     chunk: int,
@@ -94,13 +94,14 @@ def score_layer(
     lengths: jax.Array,
     targets: jax.Array,
     *,
+    shifts: tuple[int, ...] = (0, 1),
     mesh: Mesh | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     """Run one layer on hidden states x [B, T, D]; T must be a multiple of `chunk`.
 
-    Return the hidden states for the next layer, and echo and induction float32 [B, K, G] in the stored order of heads.
+    Return the hidden states for the next layer, and the mass float32 [B, shifts, K, G] in the stored order of heads.
     """
-    run = functools.partial(_layer, config, chunk)
+    run = functools.partial(_layer, config, chunk, shifts)
     if mesh is not None:
         rows = PartitionSpec(_ROWS)
         in_specs = (PartitionSpec(), rows, rows, rows, rows)
@@ -108,7 +109,7 @@ def score_layer(
     return run(weights, x, rope, lengths, targets)
 
 
-def _layer(config: ModelConfig, chunk: int, weights: Any, x, rope: Tables, lengths, targets):
+def _layer(config: ModelConfig, chunk: int, shifts: tuple[int, ...], weights: Any, x, rope: Tables, lengths, targets):
     block, scale, C = Block(config), config.head_dim**-0.5, chunk
     K, G, H = config.num_kv_heads, config.group_size, config.head_dim
     B, T, _ = x.shape
@@ -118,7 +119,7 @@ def _layer(config: ModelConfig, chunk: int, weights: Any, x, rope: Tables, lengt
 
     k, v = part("keys_values", x, rope)
 
-    def rows(start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def rows(start: jax.Array) -> tuple[jax.Array, jax.Array]:
         here, cos, sin, aims = (jax.lax.dynamic_slice_in_dim(a, start, C, axis=1) for a in (x, *rope, targets))
         q = part("queries", here, (cos, sin))
         state = attend_causal(q, k, v, lengths, start=start, group_size=G, scale=scale, return_state=True)
@@ -126,11 +127,11 @@ def _layer(config: ModelConfig, chunk: int, weights: Any, x, rope: Tables, lengt
         _, m, l = state
         q = q.reshape(B, K, C, G, H).astype(jnp.float32) * scale
         log_total = (m + jnp.log(l)).reshape(B, K, C, G)
-        echo, induction = (_mass(q, log_total, k, aims, shift) for shift in (0, 1))
-        return part("output_and_mlp", here, finish(state, here.dtype)), echo, induction
+        mass = jnp.stack([_mass(q, log_total, k, aims, shift) for shift in shifts], axis=1)
+        return part("output_and_mlp", here, finish(state, here.dtype)), mass
 
-    new, echo, induction = jax.lax.map(rows, jnp.arange(0, T, C, dtype=jnp.int32))
-    return jnp.moveaxis(new, 0, 1).reshape(x.shape), echo.sum(axis=0), induction.sum(axis=0)
+    new, mass = jax.lax.map(rows, jnp.arange(0, T, C, dtype=jnp.int32))
+    return jnp.moveaxis(new, 0, 1).reshape(x.shape), mass.sum(axis=0)
 
 
 def _mass(q: jax.Array, log_total: jax.Array, k: jax.Array, targets: jax.Array, shift: int) -> jax.Array:
@@ -141,7 +142,7 @@ def _mass(q: jax.Array, log_total: jax.Array, k: jax.Array, targets: jax.Array, 
       log_total: log of the softmax denominator [B, K, C, G].
       k: keys [B, K, T, H].
       targets: int32 [B, C, copies].
-      shift: 0 for the targets themselves, 1 for the tokens right after them.
+      shift: tokens after a target.
     """
     total = jnp.zeros(log_total.shape, jnp.float32)
     for copy in range(targets.shape[-1]):

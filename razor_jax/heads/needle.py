@@ -37,7 +37,7 @@ def needle_heads(
     Args:
       documents: documents per seed; each has its own prose, fact and depths.
       tokens: document length; None for 2,048, or max_position_embeddings if that is smaller.
-      chunk, devices, progress: as in `find_heads`. `devices` share the documents of a seed.
+      chunk, devices, progress: as in `probe_heads`. `devices` share the documents of a seed.
 
     Raises:
       ValueError: the model has no tokenizer, or the document is too short for two facts.
@@ -62,7 +62,7 @@ def needle_heads(
         ids, targets = (np.stack(part) for part in zip(*rows[call * at_once :][:at_once], strict=True))
         step = None if progress is None else lambda done, call=call: progress(call * L + done, calls * L)
         mass = attention_mass(params, ids, targets, chunk=chunk, devices=devices, progress=step)
-        runs.append(np.stack(mass) / (targets >= 0).sum(axis=(1, 2))[:, None, None])
+        runs.append(mass / (targets >= 0).sum(axis=(1, 2))[:, None, None])
     echo, induction = np.concatenate(runs, axis=1).mean(axis=1)
     note = f"{documents} documents of {tokens:,} tokens per seed"
     return HeadScores(

@@ -44,6 +44,11 @@ class Layout:
         """Number of tokens that have an earlier copy."""
         return (self.repeats - 1) * self.block
 
+    @property
+    def control(self) -> int:
+        """Tokens after a copy whose mass is no signal: half a block away from every copy."""
+        return self.block // 2
+
     def targets(self) -> np.ndarray:
         """Return the positions of the earlier copies of each token, int32 [P, repeats - 1], -1 for none.
 
@@ -53,7 +58,7 @@ class Layout:
         return np.where(copies >= 1, copies, -1).astype(np.int32)
 
 
-def find_heads(
+def probe_heads(
     params: Params,
     *,
     seeds: Sequence[int] = (0,),
@@ -68,6 +73,9 @@ def find_heads(
     The probe is one prefix token, followed by four copies of a block of K_p random ids. A score is the sum over the
     earlier copies, averaged over the tokens that have one, and then over seeds. Nothing is renormalized, and the prefix
     stays in the softmax. The forward pass runs in the dtype of the weights; masses are float32.
+
+    `meta.floor` is the largest score of any head on tokens half a block after the copies, which are no signal: a head
+    that does not reach it is not known to retrieve.
 
     Args:
       seeds: one probe per seed; scores are the mean.
@@ -101,11 +109,14 @@ def find_heads(
         tokens = np.stack([probe_tokens(prefix, pool, layout, seed, replace=preset == "vendor") for seed in part])
         targets = np.broadcast_to(layout.targets(), (*tokens.shape, layout.repeats - 1))
         step = None if progress is None else lambda done, call=call: progress(call * L + done, calls * L)
-        mass = attention_mass(params, tokens, targets, chunk=chunk, devices=devices, progress=step)
-        runs.append(np.stack(mass) / layout.scored)
+        mass = attention_mass(
+            params, tokens, targets, shifts=(0, 1, layout.control), chunk=chunk, devices=devices, progress=step
+        )
+        runs.append(mass / layout.scored)
     # Average over seeds first: the maximum over query heads is taken of the mean.
-    echo, induction = np.concatenate(runs, axis=1).mean(axis=1)
-    meta = ProbeMeta.of(params, preset, seeds=seeds, block=layout.block, repeats=REPEATS, note=note)
+    echo, induction, control = np.concatenate(runs, axis=1).mean(axis=1)
+    floor = float(control.max()) if layout.control > 1 else 0.0
+    meta = ProbeMeta.of(params, preset, seeds=seeds, block=layout.block, repeats=REPEATS, floor=floor, note=note)
     return HeadScores(echo, induction, params.config.num_kv_heads, meta)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..config import HeadSplit, RazorConfig, check_int
 from ..files import write_text
+from ..notebook import table
 from ..params import Params, architecture_fingerprint, weights_fingerprint
 from . import select
 from .select import Head
@@ -33,6 +34,7 @@ class ProbeMeta:
       architecture, weights: fingerprints of the model.
       head_dim: H of the model, 0 if unknown.
       dtype: dtype of the weights, and of the cache unless a policy sets another; "" if unknown.
+      floor: noise of the scores; a head at or below it is not known to retrieve. 0 if unknown.
       note: free text, such as the reason for a block shorter than that of the paper.
     """
 
@@ -44,6 +46,7 @@ class ProbeMeta:
     weights: str = ""
     head_dim: int = 0
     dtype: str = ""
+    floor: float = 0.0
     note: str = ""
 
     @classmethod
@@ -55,6 +58,7 @@ class ProbeMeta:
         seeds: Sequence[int] = (),
         block: int = 0,
         repeats: int = 0,
+        floor: float = 0.0,
         note: str = "",
     ) -> ProbeMeta:
         """Return the provenance of scores of these params."""
@@ -67,6 +71,7 @@ class ProbeMeta:
             weights=weights_fingerprint(params),
             head_dim=params.config.head_dim,
             dtype=str(params.dtype),
+            floor=floor,
             note=note,
         )
 
@@ -106,6 +111,10 @@ class HeadScores:
             shapes = self.query_echo.shape, self.query_induction.shape
             raise ValueError(f"query_echo {shapes[0]} and query_induction {shapes[1]} must be of one shape")
 
+    def _repr_html_(self) -> str:
+        rows = [(layer, *(f"{score:.2f}" for score in scores)) for layer, scores in enumerate(self.best)]
+        return table(rows, ("layer", *range(self.num_kv_heads)))
+
     @property
     def group_size(self) -> int:
         """G, query heads per KV head."""
@@ -120,6 +129,16 @@ class HeadScores:
     def induction(self) -> np.ndarray:
         """Induction score of each KV head, float64 [L, K]: the largest of its query heads."""
         return self._group_max(self.query_induction)
+
+    @property
+    def best(self) -> np.ndarray:
+        """The larger of echo and induction score of each KV head, float64 [L, K]."""
+        return np.maximum(self.echo, self.induction)
+
+    def above_floor(self, split: HeadSplit) -> int:
+        """Return how many retrieval heads of a split have an echo or induction score above the noise floor."""
+        signal = self.best > self.meta.floor
+        return sum(int(signal[layer, head]) for layer, heads in enumerate(split.retrieval) for head in heads)
 
     def select(
         self,
@@ -137,11 +156,11 @@ class HeadScores:
     ) -> HeadSplit:
         """Return the retrieval heads for one of three budgets.
 
-        `select(induction=, echo=)`: the top round(induction · L · K) KV heads by induction score, plus the top
-        round(echo · L · K) by echo score. Defaults are 0.14 and 0.01 for G = 1 (the paper) and 0.28 and 0.02 for
-        G > 1.
-        `select(share=)`: exactly round(share · L · K) heads, about one in fifteen by echo score (the proportion of
-        the paper) and the others by induction score.
+        `select(share=)`: the round(share · L · K) KV heads with the largest score, induction or echo.
+        `select(induction=, echo=)`: the top round(induction · L · K) by induction score, plus the top
+        round(echo · L · K) by echo score (the paper). One alone leaves the other at 0.14 or 0.01 for G = 1, at 0.28 or
+        0.02 (vendors' tools) for G > 1.
+        `select()`: the paper's 0.14 and 0.01 for G = 1, share 0.3 for G > 1.
         `select(bytes=, capacity=)`: the largest number of heads, chosen as for `share`, whose cache of `batch` rows
         of `capacity` tokens takes at most `bytes` under the policy `razor` (None: that of the paper).
 
@@ -162,6 +181,8 @@ class HeadScores:
             raise ValueError("give one budget, not both: induction= and echo=, or share=, or bytes= and capacity=")
         if bytes is None and (capacity is not None or razor is not None):
             raise ValueError("capacity= and razor= apply to bytes= only: give bytes= as well, or leave them out")
+        if share is bytes is induction is echo is None and self.group_size > 1:
+            share = select.GROUPED_SHARE
         forced = select.whole_layers(always_layers, self.echo.shape)
         finish = functools.partial(self._split, whole=sorted(set(always_layers)), balanced_over=balanced_over)
         if share is not None:
@@ -171,7 +192,7 @@ class HeadScores:
             chosen, how = self._by_bytes(bytes, memory, forced, finish)
         else:
             return finish(*self._by_class(induction, echo, forced))
-        tied = select.ties("induction", self.induction, chosen - forced)
+        tied = select.ties("score", self.best, chosen - forced)
         return finish(chosen, f"{how}, {tied}" if tied else how)
 
     def _by_class(self, induction: float | None, echo: float | None, forced: set[Head]) -> tuple[set[Head], str]:
@@ -192,7 +213,7 @@ class HeadScores:
                 f"share={share} keeps {wanted} heads, but always_layers have {len(forced)}: "
                 f"use a share of at least {len(forced) / self.echo.size:.3f}, or fewer always_layers"
             )
-        return select.by_count(self.induction, self.echo, wanted, forced)
+        return select.by_count(self.best, wanted, forced)
 
     def _by_bytes(
         self, limit: int, memory: select.Memory, forced: set[Head], finish: Callable[[set[Head], str], HeadSplit]
@@ -200,7 +221,7 @@ class HeadScores:
         limit = check_int("bytes", limit, 1)
 
         def heads(count: int) -> set[Head]:
-            return select.by_count(self.induction, self.echo, count, forced)
+            return select.by_count(self.best, count, forced)
 
         def size(count: int) -> int:
             return memory.bytes(finish(heads(count), ""))
@@ -215,7 +236,7 @@ class HeadScores:
         return heads(count), f"bytes {size(count):,} of {limit:,} ({memory.describe()})"
 
     def _split(self, heads: set[Head], how: str, *, whole: Sequence[int], balanced_over: int) -> HeadSplit:
-        kept = select.balanced(heads, self.induction, balanced_over)
+        kept = select.balanced(heads, self.best, balanced_over)
         if whole:
             how += f", layers {list(whole)} whole"
         if len(kept) > len(heads):
@@ -253,7 +274,7 @@ class HeadScores:
         memory = self.memory(capacity, razor, batch=batch, head_dim=head_dim)
         (L, K), points = self.echo.shape, []
         for count in range(L * K + 1):
-            spec = memory.spec(HeadSplit.of(L, K, select.by_count(self.induction, self.echo, count)))
+            spec = memory.spec(HeadSplit.of(L, K, select.by_count(self.best, count)))
             size = spec.kv_bytes(batch)
             points.append(select.CurvePoint(count, count / (L * K), size, spec.dense_bytes(batch) / size))
         return tuple(points)

@@ -13,9 +13,9 @@ import numpy as np
 from .. import cache as kv
 from ..config import HeadSplit, RazorConfig, check_int
 
-# Default (induction, echo) shares: from the paper for one query head per KV head, from vendor tools for grouped heads.
-PAPER_SHARES = (0.14, 0.01)
-GROUPED_SHARES = (0.28, 0.02)
+PAPER_SHARES = (0.14, 0.01)  # by induction and by echo, for one query head per KV head
+GROUPED_SHARES = (0.28, 0.02)  # of vendors' tools, for grouped query heads
+GROUPED_SHARE = 0.3  # the default for grouped query heads, by the larger of the two scores
 
 Head = tuple[int, int]  # (layer, KV head)
 
@@ -69,16 +69,10 @@ class CurvePoint:
     ratio: float
 
 
-def by_count(induction: np.ndarray, echo: np.ndarray, wanted: int, forced: Iterable[Head] = ()) -> set[Head]:
-    """Return `wanted` heads: the `forced` heads first, then the best others.
-
-    About one in fifteen is chosen by echo score (the proportion of the paper), the rest by induction score.
-    """
+def by_count(scores: np.ndarray, wanted: int, forced: Iterable[Head] = ()) -> set[Head]:
+    """Return `wanted` heads: the `forced` heads first, then those with the best scores [L, K]."""
     heads = set(forced)
-    paper_echo = PAPER_SHARES[1] / sum(PAPER_SHARES)
-    # A single head is chosen by induction: copying fails without an induction head.
-    num_echo = min(head_count(paper_echo, wanted), max(wanted - 1, 0))
-    for head in itertools.chain(ranked(echo)[:num_echo], ranked(induction)):
+    for head in ranked(scores):
         if len(heads) >= wanted:
             break
         heads.add(head)

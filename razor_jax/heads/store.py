@@ -12,10 +12,11 @@ from typing import Any, TypeGuard
 from ..compilation import user_cache
 from ..config import HeadSplit, RazorConfig
 from ..files import write_text
-from ..params import Params, architecture_fingerprint, weights_fingerprint
+from ..params import Params, architecture_fingerprint, norms_fingerprint, weights_fingerprint
 from .promise import Promise
 
 NAME = "razor.json"
+SPLITS = Path(__file__).parents[1] / "assets" / "splits"  # measured splits of public models
 FORMAT, VERSION = "razor_jax.heads", 1
 
 
@@ -97,6 +98,12 @@ def parse(data: Any) -> HeadFile:
         raise ValueError(f"retrieval_heads: {error}") from error
     promise = data.get("promise")
     return HeadFile(split, _policy(data.get("recommended")), None if promise is None else Promise.of(promise))
+
+
+def packaged_path(params: Params) -> Path:
+    """Return where a split of this model would be in the package, one per architecture and norms."""
+    name = f"{architecture_fingerprint(params.config)[:16]}-{norms_fingerprint(params)[:16]}.json"
+    return SPLITS / name
 
 
 def cache_path(params: Params) -> Path:

@@ -15,7 +15,7 @@ from . import causal, compare
 from .causal import Ablation
 from .mass import Progress
 from .needle import needle_heads, random_heads
-from .probe import find_heads
+from .probe import probe_heads
 from .scores import HeadScores
 from .select import CurvePoint, by_count
 
@@ -135,7 +135,7 @@ def study(
     """
     started = time.perf_counter()
     policy = params.razor or RazorConfig()
-    runs = [find_heads(params, seeds=(seed,), progress=say(f"probe, seed {seed}")) for seed in range(seeds)]
+    runs = [probe_heads(params, seeds=(seed,), progress=say(f"probe, seed {seed}")) for seed in range(seeds)]
     echo, induction = np.mean([(run.query_echo, run.query_induction) for run in runs], axis=0)
     meta = dataclasses.replace(runs[0].meta, seeds=tuple(range(seeds)))
     scores = HeadScores(echo, induction, params.config.num_kv_heads, meta)
@@ -201,11 +201,11 @@ def against_causal(
 
     alone = HeadScores(rise, rise, rise.shape[1], scorers["probe"].meta)
     for done, (name, found) in enumerate({**scorers, "each alone": alone}.items()):
-        judged[name] = tuple(result(by_count(found.induction, found.echo, n)) for n in sizes)
+        judged[name] = tuple(result(by_count(found.best, n)) for n in sizes)
         step(done + 1, len(scorers) + 3)
     judged["greedy"] = tuple(result(heads) for heads, _ in path)
     chance = [random_heads(params, seeds=(seed,)).induction for seed in range(_CHANCE)]
-    judged["chance"] = tuple(_mean([result(by_count(c, c, n)) for c in chance]) for n in sizes)
+    judged["chance"] = tuple(_mean([result(by_count(c, n)) for c in chance]) for n in sizes)
     step(len(scorers) + 3, len(scorers) + 3)
     answers = 2 * documents * 4
     return Causal(
@@ -223,7 +223,7 @@ def _searches(params: Params, say: Say) -> tuple[dict[str, HeadScores], list[str
     """Return the other searches that this model allows, and a note on each that it does not."""
     found, notes = {}, []
     for name, search in (
-        ("vendor", lambda step: find_heads(params, preset="vendor", progress=step)),
+        ("vendor", lambda step: probe_heads(params, preset="vendor", progress=step)),
         ("needle", lambda step: needle_heads(params, progress=step)),
     ):
         try:
@@ -238,7 +238,7 @@ def _lengths(params: Params, full: HeadScores, say: Say) -> list[Agreement]:
     for divisor in _SHORTER:
         block = full.meta.block // divisor
         if block >= 2:
-            shorter = find_heads(params, seeds=full.meta.seeds, block=block, progress=say(f"probe of {block} ids"))
+            shorter = probe_heads(params, seeds=full.meta.seeds, block=block, progress=say(f"probe of {block} ids"))
             rows.append(agreement(f"{block} ids", full, shorter))
     return rows
 

@@ -1,1 +1,1 @@
-"""`python -m razor_jax.launch`: one process of a run over many hosts."""
+"""`python -m razor_jax.launch`: start one process of a multi-host run and watch it."""

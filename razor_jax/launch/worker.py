@@ -1,7 +1,7 @@
 """The child process that `razor_jax.launch` watches: it joins the run, runs the script and leaves.
 
-One socket ties the two together. Notes for the launcher go out by it; when it closes, the launcher is dead, and the
-worker does not outlive it.
+A socket connects it to the launcher and carries its notes. When the socket closes, the launcher has died and the worker
+exits.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from typing import Any
 import jax
 
 LOST = 75  # EX_TEMPFAIL: a process was lost, start again
-TOLD_SECONDS = 3  # for the others to hear from a process that ends by itself why it does
+LEAVE_SECONDS = 3  # to sign off from the coordinator, so that the others learn that this process ended by itself
 
-# JAX's word for what another start would meet again: too little memory, a program that is wrong.
-_VERDICTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")
+# Status codes of JAX errors that a restart would meet again: too little memory, a wrong program.
+_PERMANENT_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")
 
 _launcher: socket.socket | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a process stands in its run; None is for JAX to detect.
+class ProcessInfo:
+    """How a process joins its run; JAX detects what is None.
 
     Attributes:
       coordinator: host:port of process 0.
-      processes, process: how many there are, and which this is.
-      connect_timeout: seconds until all must have come.
-      heartbeat: seconds after which a silent process counts as dead.
+      processes, process: the number of processes, and the id of this one.
+      connect_timeout: seconds within which all processes must connect.
+      heartbeat: seconds of silence after which a process counts as dead.
     """
 
     coordinator: str | None
@@ -51,48 +51,53 @@ class Place:
             raise ValueError(f"process {self.process} of {self.processes}: ids go from 0 to {self.processes - 1}")
 
 
-def tell(**notes: Any) -> None:
-    """Notes for the line that the launcher prints if this process ends abnormally: `finished` a prompt's id, `error`
-    what went wrong. Nothing happens without a launcher."""
+def notify_launcher(**notes: Any) -> None:
+    """Send notes for the line that the launcher prints if this process ends abnormally.
+
+    `finished` is the id of the last finished prompt, `error` says what went wrong. Does nothing without a launcher.
+    """
     if _launcher is not None:
         _launcher.sendall(json.dumps(notes).encode() + b"\n")
 
 
-def code_of(error: Exception) -> int:
-    """Return the exit code for a JaxRuntimeError; the launcher is told its first line.
+def exit_code(error: Exception) -> int:
+    """Send the first line of a JaxRuntimeError to the launcher and return the exit code.
 
-    Mostly it is of a collective whose other end is gone, hence LOST; 1 for what another start would meet again.
+    The code is 1 for an error that a restart would meet again, otherwise LOST: most are collectives whose peer died.
     """
     first = str(error).partition("\n")[0]
-    tell(error=first)
-    return 1 if first.startswith(_VERDICTS) else LOST
+    notify_launcher(error=first)
+    return 1 if first.startswith(_PERMANENT_ERRORS) else LOST
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; `arguments` are the socket's number, the place as JSON, and the command."""
+    """Run the command and return its exit code.
+
+    `arguments` are the socket's file descriptor, a ProcessInfo as JSON, and the command.
+    """
     global _launcher
     _launcher = socket.socket(fileno=int(arguments[0]))
     _launcher.set_inheritable(False)
-    threading.Thread(target=_end_with, args=(_launcher,), daemon=True).start()
-    code = _run(Place(**json.loads(arguments[1])), arguments[2:])
+    threading.Thread(target=_exit_with_launcher, args=(_launcher,), daemon=True).start()
+    code = _run(ProcessInfo(**json.loads(arguments[1])), arguments[2:])
     sys.stdout.flush()
     sys.stderr.flush()
     if code != LOST:
         leave = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         leave.start()
-        leave.join(timeout=None if code == 0 else TOLD_SECONDS)
+        leave.join(timeout=None if code == 0 else LEAVE_SECONDS)
         if not leave.is_alive():
             return code
-    # Python's own way out waits for processes that are gone.
+    # A normal exit would wait for processes that are gone.
     os._exit(code)
 
 
-def _run(place: Place, command: Sequence[str]) -> int:
-    """Return the exit code: the script's own, or LOST where it came to no end of its own."""
+def _run(info: ProcessInfo, command: Sequence[str]) -> int:
+    """Run the script and return its exit code, or LOST if an exception ended it."""
     try:
-        if place.processes != 1:
+        if info.processes != 1:
             _keep_stdout()
-            _connect(place)
+            _connect(info)
         if command[0] == "-m":
             sys.argv = list(command[1:])
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
@@ -105,37 +110,37 @@ def _run(place: Place, command: Sequence[str]) -> int:
             print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except jax.errors.JaxRuntimeError as error:
-        return code_of(error)
+        return exit_code(error)
     except BaseException as error:
         traceback.print_exc()
-        tell(error=f"{type(error).__name__}: {error}".partition("\n")[0])
+        notify_launcher(error=f"{type(error).__name__}: {error}".partition("\n")[0])
         return LOST
     return 0
 
 
 def _keep_stdout() -> None:
-    """Keep stdout for Python: what libraries below it write there (gloo: who is connected) goes to stderr."""
+    """Keep stdout for Python; send what native libraries print there (gloo's connection log) to stderr."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     os.dup2(2, 1)
 
 
-def _connect(place: Place) -> None:
-    explicit = None not in (place.coordinator, place.processes, place.process)
-    # Where nobody answers JAX aborts, and an address that it detected stands in its log only.
+def _connect(info: ProcessInfo) -> None:
+    explicit = None not in (info.coordinator, info.processes, info.process)
+    # If nobody answers, JAX aborts, and only its log has the address that it detected.
     logger, note = logging.getLogger("jax._src.distributed"), _Address()
     level, logger.propagate = logger.level, False
     logger.addHandler(note)
     logger.setLevel(logging.INFO)
     try:
-        tell(connecting=place.coordinator or "the address that JAX detects")
+        notify_launcher(connecting=info.coordinator or "the address that JAX detects")
         jax.distributed.initialize(
-            place.coordinator,
-            place.processes,
-            place.process,
+            info.coordinator,
+            info.processes,
+            info.process,
             cluster_detection_method="deactivate" if explicit else None,
-            initialization_timeout=place.connect_timeout,
-            heartbeat_timeout_seconds=place.heartbeat,
+            initialization_timeout=info.connect_timeout,
+            heartbeat_timeout_seconds=info.heartbeat,
         )
     except (ValueError, TypeError) as error:
         raise SystemExit(
@@ -146,24 +151,24 @@ def _connect(place: Place) -> None:
         logger.removeHandler(note)
         logger.setLevel(level)
         logger.propagate = True
-    tell(connecting=None)
+    notify_launcher(connecting=None)
 
 
 class _Address(logging.Handler):
-    """Tells the launcher which address JAX connects to."""
+    """Log handler that sends the launcher the address that JAX connects to."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.msg.startswith("Connecting") and isinstance(record.args, tuple):
-            tell(connecting=str(record.args[0]))
+            notify_launcher(connecting=str(record.args[0]))
 
 
-def _end_with(launcher: socket.socket) -> None:
+def _exit_with_launcher(launcher: socket.socket) -> None:
     launcher.recv(1)
     os._exit(LOST)
 
 
 if __name__ == "__main__":
-    # As the module that scripts import, not a second copy of it.
+    # Run the module that scripts import, not a second copy named __main__.
     from razor_jax.launch import worker
 
     raise SystemExit(worker.main(sys.argv[1:]))

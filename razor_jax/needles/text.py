@@ -51,6 +51,28 @@ def load_documents(split: str) -> list[Document]:
     return [d for d in _all_documents() if d.split == split]
 
 
+def load_folder(folder: pathlib.Path, split: str | None = None) -> list[Document]:
+    """Return the .txt files of a folder, a line a paragraph; with `split`, the paragraphs of that split only.
+
+    Raises ValueError if there is none, or a file is not UTF-8.
+    """
+    files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
+    if not files:
+        raise ValueError(f"{folder} holds no .txt file: give a folder of UTF-8 text, or leave the option out")
+    try:
+        texts = [file.read_text(encoding="utf-8") for file in files]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a file of {folder} is not UTF-8 text ({error}): convert it first") from error
+    found = []
+    for file, text in zip(files, texts, strict=True):
+        lines = [line for line in text.splitlines() if line.strip() and split in (None, split_of(line))]
+        if lines:
+            found.append(Document(file.name, split or "", tuple(lines)))
+    if not found:
+        raise ValueError(f"the .txt files of {folder} are empty" + (f", or have no {split} line" if split else ""))
+    return found
+
+
 def split_of(name: str) -> str:
     """Return the split a document belongs to: a fixed hash of its name, one in five held out."""
     digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

@@ -1,4 +1,4 @@
-"""Does it fit? A model's memory on TPUs and GPUs that are not here, by arithmetic and by the TPU compiler."""
+"""Does a model fit on TPUs or GPUs that this machine lacks? Answers by arithmetic and by the TPU compiler."""
 
 from .compiler import STEPS, Compiled, Step, compile_step
 from .hardware import GIB, Hardware, find_hardware

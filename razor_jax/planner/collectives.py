@@ -1,4 +1,4 @@
-"""What the devices of a compiled program tell each other, read from its text."""
+"""Collectives of a compiled program, parsed from its HLO text."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _HEAD = re.compile(r"^(?:ENTRY\s+)?%?([\w.\-]+)\s+\(.*\{\s*$")
 _LOOP = re.compile(r"\swhile\(.*\bbody=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-# What the TPU compiler overlaps with other work it writes into every fusion of a chain, and it is one exchange.
+# The TPU compiler repeats an overlapped collective in every fusion of its chain: count each chain once.
 _CHAIN = re.compile(r'\bchain_id="(\d+)"')
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
 class Collective(NamedTuple):
-    """Exchanges of one kind.
+    """Equal collectives of a program.
 
     Attributes:
-      op: as XLA names it.
-      bytes: of the result on one device, of a single one.
-      count: how many a run makes, or a turn of the loop if `in_loop`.
-      in_loop: in a loop whose trip count is known at run time only.
+      op: XLA's name.
+      bytes: result bytes on one device, per collective.
+      count: collectives per run, or per iteration if `in_loop`.
+      in_loop: whether they are in a loop whose trip count is only known at run time.
     """
 
     op: str
@@ -36,7 +36,7 @@ class Collective(NamedTuple):
 
 
 def read(text: str) -> list[Collective]:
-    """Return the collectives of a program, `compiled.as_text()`, in the order of their bytes, most first.
+    """Return the collectives of a program, given `compiled.as_text()`, sorted by total bytes, largest first.
 
     Raises ValueError for text that is not HLO.
     """
@@ -67,17 +67,17 @@ def read(text: str) -> list[Collective]:
 
 
 def table(collectives: list[Collective]) -> str:
-    """Return a table for people: one line per kind, then the sums."""
+    """Return a printable table: one line per kind, then the sums."""
     lines = []
     for c in collectives:
-        where = "  a turn of a loop" if c.in_loop else ""
+        where = "  per loop iteration" if c.in_loop else ""
         lines.append(f"{c.op:<20}{c.count:>6} × {c.bytes:>12,} bytes = {c.count * c.bytes:>14,}{where}")
     count, size = sum(c.count for c in collectives), sum(c.count * c.bytes for c in collectives)
-    return "\n".join([*lines, f"{'together':<20}{count:>6}   {'':>20} {size:>14,}"])
+    return "\n".join([*lines, f"{'total':<20}{count:>6}   {'':>20} {size:>14,}"])
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Return the lines of each computation of a program, and the name of the one that runs first."""
+    """Return the lines of each computation of a program, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     name = entry = ""
     for line in text.splitlines():
@@ -94,10 +94,10 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _bytes(match: re.Match[str]) -> int:
-    """Return the bytes of a result, an array or several."""
+    """Return the bytes of a collective's result, one array or a tuple."""
     arrays = [(int(bits or 8), shape) for _, bits, shape in _ARRAY.findall(match["type"])]
     if match["start"] and match["op"] != "all-reduce":
-        # An operand and a result each, then scalars of the compiler.
+        # The tuple has operands, then results, then scalars that the compiler adds: count the results.
         arrays = [(bits, shape) for bits, shape in arrays if shape]
         arrays = arrays[len(arrays) // 2 :]
     return sum(bits * math.prod(int(n) for n in shape.split(",") if n) // 8 for bits, shape in arrays)

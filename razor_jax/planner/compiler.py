@@ -1,4 +1,4 @@
-"""The real prefill and decode step through the real TPU compiler, on a machine without a TPU.
+"""Compile the real prefill and decode steps with the real TPU compiler, on a machine without a TPU.
 
 libtpu reads its environment once, before JAX starts, so each program compiles in a separate process:
 
@@ -43,15 +43,14 @@ _SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one step, in bytes on one device.
+    """The compiler's result for one step, in bytes on one device.
 
     Attributes:
-      needed: arguments + outputs - aliased + temporaries; of a refused program, what its message says it needs.
+      needed: arguments + outputs - aliased + temporaries; for a refused program, the bytes that its message names.
       refused: the message, "" for a program that compiled.
-      collectives: what devices tell each other, as `collectives.Collective`; None where the compiler cannot print its
-        program.
-      seconds: tracing, lowering and compiling.
-      compiler: its version.
+      collectives: fields of `collectives.Collective`; None if the compiler cannot print its program.
+      seconds: time to trace, lower and compile.
+      compiler: version of libtpu.
     """
 
     needed: int
@@ -66,25 +65,25 @@ class Compiled:
 
 
 def require(hardware: Hardware) -> None:
-    """Refuse to go on where there is no compiler for the hardware, and say how to get it.
+    """Check that the compiler for the hardware is installed.
 
-    Raises ModuleNotFoundError without libtpu, ValueError for a GPU.
+    Raises ModuleNotFoundError, with the command to install it, without libtpu, and ValueError for a GPU.
     """
     if hardware.kind != "tpu":
-        raise ValueError(f"--compile knows TPUs only, not {hardware.name}: leave it out for the arithmetic")
+        raise ValueError(f"--compile supports TPUs only, not {hardware.name}: leave it out to plan by arithmetic")
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError('--compile needs the TPU compiler: pip install "razor-jax[aot]"')
 
 
 def compile_step(job: Job, step: Step, timeout: float = 3600) -> Compiled:
-    """Compile one step of a job for its topology; minutes for a whole 70B.
+    """Compile one step of a job for its topology; a whole 70B takes minutes.
 
-    Raises as `require`, and RuntimeError where the compiler fails for another reason than memory, or takes longer than
-    `timeout` seconds.
+    Raises the errors of `require`, and RuntimeError if the compiler fails for another reason than memory or takes
+    longer than `timeout` seconds.
     """
     require(job.hardware)
     environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("XLA_FLAGS", None)  # they are for the devices that are here
+    environment.pop("XLA_FLAGS", None)  # the flags of this process are for its devices
     command = [sys.executable, "-m", __spec__.name]
     try:
         done = subprocess.run(
@@ -98,7 +97,7 @@ def compile_step(job: Job, step: Step, timeout: float = 3600) -> Compiled:
 
 
 def needed_bytes(message: str) -> int | None:
-    """Return the bytes that a refusal says the program needs, None for another error."""
+    """Return the bytes that an out-of-memory message names, None for another error."""
     if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
         return None
     found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", message)
@@ -106,12 +105,12 @@ def needed_bytes(message: str) -> int | None:
 
 
 def _compile(job: Job, step: Step) -> Compiled:
-    """Compile in this process, for devices that are not here."""
+    """Compile a step in this process, for devices that this machine lacks."""
     started, version = time.perf_counter(), importlib.metadata.version("libtpu")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=job.hardware.name).devices
     mesh = sharding.make_mesh({"data": job.data, "model": job.model}, job.config.num_kv_heads, devices)
     assert mesh is not None
-    # A mesh of one device counts as none, and then nothing but this says for which device programs are.
+    # A one-device mesh is dropped (`sharding.nontrivial`): only this context names the device to compile for.
     with jax.set_mesh(mesh) if mesh.size == 1 else contextlib.nullcontext():
         lowered = _lower(job, step, mesh)
         try:
@@ -134,10 +133,10 @@ def _compile(job: Job, step: Step) -> Compiled:
 
 
 def _lower(job: Job, step: Step, mesh: Mesh) -> Any:
-    """Return the jitted step on shapes with the arrays' shardings, the cache donated."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    """Return the lowered step on abstract arrays with their shardings, the cache donated."""
+    replicated = NamedSharding(mesh, PartitionSpec())
 
-    def array(shape: tuple[int, ...], dtype: Any = jnp.int32, at: NamedSharding = everywhere) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32, at: NamedSharding = replicated) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
 
     weights = job.abstract_weights()
@@ -145,7 +144,7 @@ def _lower(job: Job, step: Step, mesh: Mesh) -> Any:
     params = Params(weights, job.config, heads=job.split, placement=MeshPlacement(mesh))
     make = functools.partial(functional.init_cache, params, batch=job.batch, capacity=job.context, razor=job.razor)
     cache = jax.eval_shape(functools.partial(make, layout=job.layout))
-    at = jax.tree.map(lambda x: everywhere, cache) if cache.spec.placement is None else cache_shardings(cache)
+    at = jax.tree.map(lambda x: replicated, cache) if cache.spec.placement is None else cache_shardings(cache)
     cache = jax.tree.map(lambda x, at: array(x.shape, x.dtype, at), cache, at)
     lengths = array((job.batch,))
     if step == "decode":

@@ -1,4 +1,4 @@
-"""What there is to run on: topologies as libtpu names them, GPUs by name, devices and memory of each."""
+"""Known hardware: TPU topologies by libtpu's names, GPUs by name, with devices and memory of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CUBE = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8",
 
 @dataclasses.dataclass(frozen=True)
 class _Tpu:
-    """A generation: JAX's name for a device, devices a chip, GiB of HBM that programs may take on one, and shapes."""
+    """TPU generation: JAX's name for a device, devices per chip, GiB of usable HBM per device, slice shapes."""
 
     device_kind: str
     per_chip: int
@@ -22,7 +22,7 @@ class _Tpu:
     shapes: tuple[str, ...]
 
 
-# `gib` is what libtpu 0.0.51 names when it refuses a program; a chip's HBM is a little more.
+# `gib` is the limit that libtpu 0.0.51 names when it refuses a program; a chip has slightly more HBM.
 _TPUS = {
     "v5e": _Tpu("TPU v5 lite", 1, 15.75, _PLANE),
     "v6e": _Tpu("TPU v6 lite", 1, 31.24, _PLANE),
@@ -30,7 +30,7 @@ _TPUS = {
     "tpu7x": _Tpu("TPU7x", 2, 94.74, _CUBE),
 }
 
-# Bytes of the whole card: XLA's target descriptions (openxla/xla, target_config/specs), for H200 what a driver showed.
+# Bytes of the whole card from XLA's target descriptions (openxla/xla, target_config/specs); of H200 from a driver.
 _GPUS = {
     "a100-40g": 42_298_834_944,
     "a100-80g": 85_100_068_864,
@@ -46,12 +46,12 @@ class Hardware:
     """Devices of one kind, as JAX counts them.
 
     Attributes:
-      name: as it was asked for.
+      name: the name given to `find_hardware`.
       kind: "tpu" or "gpu".
       device_kind: JAX's name for such a device.
-      devices: all of them.
-      per_chip: devices that one chip or card is.
-      hbm: bytes that a program may take on one device.
+      devices: total number of devices.
+      per_chip: devices per chip or card.
+      hbm: usable bytes per device.
     """
 
     name: str
@@ -62,19 +62,19 @@ class Hardware:
     hbm: int
 
     def describe(self) -> str:
-        """Return one line: how many devices, of how much, and why not of all of it."""
+        """Return one line: number of devices, usable memory, and the reason for that limit."""
         count = f"{self.devices} device{'s' if self.devices > 1 else ''}"
         if self.kind == "gpu":
             how = f"{GPU_SHARE:.0%} of the card (set XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE})"
         else:
-            how = f"{self.per_chip} a chip, as libtpu allows"
+            how = f"{self.per_chip} per chip, as libtpu allows"
         return f"{self.name}: {count} of {self.hbm / GIB:.2f} GiB, {how}"
 
 
 def find_hardware(name: str) -> Hardware:
-    """Return a TPU topology such as v5e:4x4, or a GPU such as h100, h100:8 for eight of them.
+    """Return the hardware of a name: a TPU topology such as v5e:4x4, or GPUs such as h100 or h100:8.
 
-    Raises ValueError that lists the names there are.
+    Raises ValueError, with all names, for an unknown name.
     """
     kind, _, shape = name.partition(":")
     if kind in _TPUS and shape in _TPUS[kind].shapes:
@@ -87,6 +87,6 @@ def find_hardware(name: str) -> Hardware:
 
 
 def topology_names() -> list[str]:
-    """Return every name, by generation, for people."""
+    """Return all names as two phrases for an error message, TPUs then GPUs."""
     names = [f"{kind}:{' '.join(tpu.shapes)}" for kind, tpu in _TPUS.items()]
-    return [f"a TPU is one of {', '.join(names)}", f"a GPU one of {', '.join(_GPUS)}, with :8 for eight of them"]
+    return [f"a TPU is one of {', '.join(names)}", f"a GPU one of {', '.join(_GPUS)}, with :8 for eight"]

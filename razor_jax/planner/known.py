@@ -1,4 +1,4 @@
-"""Models whose shapes are built in, and those of any folder with a config.json."""
+"""Configs of built-in models, and of any folder with a config.json."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _baichuan(V: int) -> ModelConfig:
     return ModelConfig("baichuan", V, 5120, 13696, 40, 40, 40, 128, 4096, alibi=True, norm_head=V != 64000)
 
 
-# By the Hugging Face id of the base model; a chat model of the same name has the same shapes.
+# Keyed by the Hugging Face id of the base model; its chat model has the same shapes.
 CONFIGS = {
     "meta-llama/Llama-2-7b-hf": _llama(32000, 4096, 11008, 32, 32, 32, 128, 4096, _LLAMA2),
     "meta-llama/Llama-2-13b-hf": _llama(32000, 5120, 13824, 40, 40, 40, 128, 4096, _LLAMA2),
@@ -72,10 +72,11 @@ CONFIGS = {
 
 
 def find_config(model: str | os.PathLike[str]) -> ModelConfig:
-    """Return the shapes of a built-in model, or of a folder with a config.json; no weights are looked for.
+    """Return the config of a built-in model or of a folder with a config.json; needs no weights.
 
-    A built-in's id may lack its owner, and end as its chat models' do (-Instruct, -chat).
-    Raises FileNotFoundError that lists the built-in ones, ValueError for a config.json that is not supported.
+    The owner in a built-in id is optional, and so is a chat model's suffix (-Instruct, -chat).
+    Raises FileNotFoundError, with the built-in ids, for an unknown model, and ValueError for an unsupported
+    config.json.
     """
     folder = Path(model).expanduser()
     file = folder / "config.json" if folder.is_dir() else folder
@@ -85,7 +86,7 @@ def find_config(model: str | os.PathLike[str]) -> ModelConfig:
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}") from error
         if not isinstance(fields, dict):
-            raise ValueError(f"{file} holds no fields: give a model's config.json")
+            raise ValueError(f"{file} is not a JSON object: give a model's config.json")
         return read_config(fields)
     if folder.is_dir():
         raise FileNotFoundError(f"{folder} has no config.json")
@@ -94,13 +95,13 @@ def find_config(model: str | os.PathLike[str]) -> ModelConfig:
         if asked in (_plain(name), _plain(name.split("/")[1])):
             return config
     raise FileNotFoundError(
-        f"no folder {str(model)!r}, and no model of that name is built in: download its config.json and give the "
-        f"folder that it lies in, or give one of {', '.join(CONFIGS)}"
+        f"{str(model)!r} is neither a folder nor a built-in model: download its config.json and give that folder, or "
+        f"give one of {', '.join(CONFIGS)}"
     )
 
 
 def _plain(name: str) -> str:
-    """Return a name without case and without what tells a base model from a chat model."""
+    """Return a model name in lower case, without the suffix of a base or chat model."""
     name = name.lower().replace("meta-llama-", "llama-")
     for ending in ("-hf", "-base", "-instruct", "-chat"):
         name = name.removesuffix(ending)

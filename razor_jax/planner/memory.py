@@ -1,8 +1,7 @@
-"""Bytes of a model, its cache and its steps on each device, by arithmetic alone.
+"""Bytes per device of a model, its cache and its steps, by arithmetic alone.
 
-Weights and cache are exact: the rules by which `sharding` lays weights out, and `CacheSpec`, by which a cache is
-allocated. What a step needs above them is an estimate, whose form and numbers are those of the TPU compiler's
-answers (docs/planning.md).
+Weights and cache are exact: they come from the rules that shard weights and from the `CacheSpec` that allocates caches.
+The temporaries of a step are an estimate fitted to answers of the TPU compiler (docs/planning.md).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ..models.config import ModelConfig
 from ..params import abstract_weights
 from .hardware import Hardware
 
-MOST_ROWS, MOST_TOKENS = 1 << 16, 1 << 27  # where the search for what fits ends
+MOST_ROWS, MOST_TOKENS = 1 << 16, 1 << 27  # upper limits of the search for what fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +33,12 @@ class Job:
     """One model, cache policy and load on one set of devices.
 
     Attributes:
-      data, model: the mesh.
-      batch, context: rows, and tokens that each is to hold.
-      call: prompt tokens read in one call; `context` is exact prefill.
-      weights: "bfloat16", "float32", "float16" or "int8", which leaves what is no kernel in bfloat16.
-      razor: None for dense attention.
-      layout: of the cache; None chooses as `init_cache` does.
+      data, model: sizes of the mesh axes.
+      batch, context: rows, and the cache capacity of each in tokens.
+      call: prompt tokens per call; equal to `context` for exact prefill.
+      weights: "bfloat16", "float32", "float16", or "int8" for int8 kernels and everything else in bfloat16.
+      razor: cache policy, None for dense attention.
+      layout: cache layout on the mesh; None chooses as `init_cache` does.
     """
 
     config: ModelConfig
@@ -56,18 +55,18 @@ class Job:
 
     @property
     def dtype(self) -> str:
-        """The type in which the residual stream runs."""
+        """Type of the residual stream."""
         return "bfloat16" if self.weights == "int8" else self.weights
 
     def abstract_weights(self) -> Any:
-        """Return the weights as shapes."""
+        """Return the weights as abstract arrays."""
         kernels = "int8" if self.weights == "int8" else None
         return abstract_weights(self.config, jnp.dtype(self.dtype), weights=kernels)
 
     def spec(self, mesh: Mesh) -> CacheSpec:
-        """Return the spec of the cache on that mesh, as `init_cache` would make it."""
+        """Return the cache spec that `init_cache` would make on this mesh."""
         c, placement = self.config, MeshPlacement(mesh)
-        # A mesh of one device counts as none, and then only this context says which device it is.
+        # A one-device mesh is dropped (`sharding.nontrivial`): only this context names the device.
         with placement.inside():
             placement = placement.for_cache(self.split, self.razor, self.layout)
             return make_spec(self.split, c.head_dim, self.context, self.razor, self.dtype, None, c.alibi, placement)
@@ -75,7 +74,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, the same on every device."""
+    """Bytes per device; all devices need the same."""
 
     weights: int
     kv: int
@@ -83,18 +82,18 @@ class Memory:
     decode: int
 
     def of(self, step: str) -> int:
-        """Return the bytes while a step runs, "prefill" or "decode"."""
+        """Return the bytes in use during a step, "prefill" or "decode"."""
         return self.weights + self.kv + (self.prefill if step == "prefill" else self.decode)
 
     @property
     def needed(self) -> int:
-        """At the worst moment."""
+        """Peak bytes."""
         return max(self.of("prefill"), self.of("decode"))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Device:
-    """Stand-in for a device that is not here: the attributes that a mesh reads."""
+    """Stand-in for a device that this machine lacks, with the attributes that a mesh reads."""
 
     id: int
     platform: str
@@ -104,7 +103,7 @@ class _Device:
 
 
 def stand_in_mesh(job: Job) -> Mesh:
-    """Return the job's mesh, of devices that stand in for those of its hardware."""
+    """Return the job's mesh of stand-in devices."""
     kind = job.hardware.device_kind
     devices = [_Device(index, job.hardware.kind, kind) for index in range(job.data * job.model)]
     grid = np.asarray(devices).reshape(job.data, job.model)
@@ -114,7 +113,7 @@ def stand_in_mesh(job: Job) -> Mesh:
 
 
 def memory(job: Job) -> Memory:
-    """Return what the job needs on each device.
+    """Return the memory that the job needs on each device.
 
     Raises ValueError for a batch that does not divide over the mesh, or a layout that the split does not allow.
     """
@@ -131,7 +130,7 @@ def memory(job: Job) -> Memory:
 
 @functools.cache
 def _weight_bytes(config: ModelConfig, weights: str, data: int, model: int) -> int:
-    """Return the weight bytes per device of a model of this depth; two shallow models give the bytes per layer."""
+    """Return the weight bytes per device, extrapolated from models of one and two layers."""
     nowhere = Hardware("", "gpu", "", data * model, 1, 0)
 
     def of(layers: int) -> int:
@@ -144,16 +143,17 @@ def _weight_bytes(config: ModelConfig, weights: str, data: int, model: int) -> i
 
 
 def _decode(job: Job, rows: int) -> int:
-    """Return temporaries of a decode step: logits, the widest activations, and a little in every layer."""
+    """Return the temporary bytes of a decode step: logits, the widest activations, and a little per layer."""
     c = job.config
     logits = rows * c.vocab_size * 8 // job.model
     return logits + c.num_layers * (800_000 + rows * 8 * c.hidden_size)
 
 
 def _prefill(job: Job, rows: int, mesh: Mesh, by_slot: bool) -> int:
-    """Return temporaries of a call of `job.call` tokens: their hidden states, one layer's keys and values with what
-    they go through on the way into the cache, and one chunk's activations; what the compiler took, at several
-    shapes.
+    """Return the temporary bytes of a prefill call of `job.call` tokens, as fitted to the compiler at several shapes.
+
+    They are the hidden states, one layer's keys and values with their copies on the way into the cache, and the
+    activations of one chunk.
     """
     c, size = job.config, jnp.dtype(job.dtype).itemsize
     tokens = -(-min(job.call, job.context) // CHUNK) * CHUNK
@@ -163,23 +163,21 @@ def _prefill(job: Job, rows: int, mesh: Mesh, by_slot: bool) -> int:
     width = c.num_heads * c.head_dim
     chunk = rows * CHUNK * (3 * c.intermediate_size * size + 5 * width * 4) // job.model
     if job.model == 1:
-        # Hidden states are copied between layers, and the layout of attention's widest weight changes, unless int8.
+        # Hidden states are copied between layers. Attention's widest weight, unless int8, is copied to another layout.
         relaid = 0 if job.weights == "int8" else c.hidden_size * width * size
         return max(2 * hidden, hidden + 2 * kv) + chunk + relaid
-    # By slot each device sends the others theirs, one part of them where `parts` devices hold the same keys and values.
+    # By slot each device sends keys and values to the others; `parts` devices with the same ones each send a part.
     sent = kv if not by_slot else kv * 3 // 2 if parts == 1 else kv // parts
     return hidden + kv + sent + chunk
 
 
 def largest_batch(job: Job) -> int:
-    """Return the most rows of the job's context that fit, in multiples of the mesh's data axis; 0 if not even the
-    first.
-    """
+    """Return the most rows of `job.context` tokens that fit, a multiple of the data axis; 0 if none fits."""
     return job.data * _most(MOST_ROWS, lambda n: _fits(dataclasses.replace(job, batch=n * job.data)))
 
 
 def largest_context(job: Job) -> int:
-    """Return the most tokens that the job's rows can hold each, 0 if not even one; exact prefill stays exact."""
+    """Return the longest context that fits for `job.batch` rows, 0 if none does; exact prefill stays exact."""
 
     def fits(tokens: int) -> bool:
         call = tokens if job.call >= job.context else job.call
@@ -193,5 +191,5 @@ def _fits(job: Job) -> bool:
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest n of 1..limit that fits, 0 if none does; more never fits where less does not."""
+    """Return the largest n of 1..limit that fits, 0 if none does, by bisection: memory grows with n."""
     return bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not fits(n))

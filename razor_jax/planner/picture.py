@@ -1,4 +1,4 @@
-"""A plan as a picture: what fills a device's memory under each cache policy. Needs matplotlib, the extra `plots`."""
+"""Bar chart of a plan: memory of one device under each cache policy. Needs matplotlib, the extra `plots`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _PARTS = (("weights", "0.35", ""), ("KV cache", "0.65", ""), ("temporaries", "wh
 
 
 def draw(plan: Plan, file: Path) -> Path:
-    """Draw stacked bars of GiB on one device, one bar per policy, against the device's memory; return the path.
+    """Draw stacked bars of GiB per device, one bar per policy, against the device's memory; return the path.
 
-    Raises ModuleNotFoundError, with the command that installs it, where matplotlib is missing.
+    Raises ModuleNotFoundError, with the command to install it, without matplotlib.
     """
     pyplot = require()
     job, hbm = plan.job, plan.job.hardware.hbm / GIB
@@ -26,10 +26,10 @@ def draw(plan: Plan, file: Path) -> Path:
         sizes = [_parts(row)[part] / GIB for row in plan.rows]
         axes.barh(names, sizes, left=ends, color=shade, edgecolor="black", hatch=hatch, label=label)
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
-    axes.axvline(hbm, color="black", linestyle="--", label=f"there are {hbm:.2f}")
+    axes.axvline(hbm, color="black", linestyle="--", label=f"available: {hbm:.2f}")
     axes.set_xlim(0, 1.15 * max(hbm, *ends))
     axes.invert_yaxis()
-    axes.set_xlabel("GiB on each device")
+    axes.set_xlabel("GiB per device")
     axes.set_title(f"{plan.model} on {job.hardware.name}, {job.batch} × {job.context:,} tokens", fontsize="medium")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=len(_PARTS) + 1, frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -39,5 +39,5 @@ def draw(plan: Plan, file: Path) -> Path:
 
 
 def _parts(row) -> tuple[int, int, int]:
-    """Return the bytes of weights, cache and what is above them, which together are what the row needs."""
+    """Return the bytes of weights, cache and temporaries, which add up to `row.needed`."""
     return row.memory.weights, row.memory.kv, max(0, row.needed - row.memory.weights - row.memory.kv)

@@ -1,4 +1,4 @@
-"""A plan: one model on one set of devices under several cache policies, by arithmetic and by the compiler."""
+"""Memory plans: one model on one set of devices under several cache policies, by arithmetic and by the compiler."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SCHEMA = 1  # of `Plan.to_dict`
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One cache policy.
+    """Plan for one cache policy.
 
     Attributes:
-      cache: its name, "dense", "Razor" or "Razor int8".
-      memory: bytes on each device, by arithmetic.
-      batch, context: the most rows at this context, and the most tokens of this many rows, that fit.
-      compiled: what the compiler says of each step, by its name; empty where nobody asked.
+      cache: "dense", "Razor" or "Razor int8".
+      memory: bytes per device, by arithmetic.
+      batch, context: the most rows that fit at the job's context, and the longest context that fits for its rows.
+      compiled: the compiler's result per step; empty without --compile.
     """
 
     cache: str
@@ -35,12 +35,12 @@ class Row:
 
     @property
     def needed(self) -> int:
-        """Bytes on each device at the worst moment: the compiler's figure where it was asked, otherwise arithmetic."""
+        """Peak bytes per device, from the compiler for the steps that it compiled, otherwise by arithmetic."""
         return max(self.compiled[step].needed if step in self.compiled else self.memory.of(step) for step in STEPS)
 
     @property
     def headroom(self) -> int:
-        """Bytes left on each device; negative if some are missing."""
+        """Free bytes per device; negative if it does not fit."""
         return self.job.hardware.hbm - self.needed
 
     @property
@@ -48,7 +48,7 @@ class Row:
         return self.headroom >= 0 and not any(step.refused for step in self.compiled.values())
 
     def error(self, step: Step) -> float | None:
-        """Return the compiler's bytes over the arithmetic's, less 1; None where it was not asked."""
+        """Return by how much the compiler's bytes exceed the arithmetic, as a share; None if it was not compiled."""
         if step not in self.compiled:
             return None
         return self.compiled[step].needed / self.memory.of(step) - 1
@@ -73,7 +73,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Rows for the same model, devices and load."""
+    """Plans of several policies for the same model, devices and load."""
 
     model: str
     rows: tuple[Row, ...]
@@ -81,11 +81,11 @@ class Plan:
 
     @property
     def job(self) -> Job:
-        """What the rows have in common."""
+        """Job of the first row, for what all rows share."""
         return self.rows[0].job
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all fields, for JSON."""
         job = self.rows[-1].job
         return {
             "schema": SCHEMA,
@@ -104,7 +104,7 @@ class Plan:
 
 
 def policies(razor: RazorConfig | None, split: HeadSplit | None) -> list[tuple[str, RazorConfig | None]]:
-    """Return dense and Razor: in the weights' type, and in int8 where no type was named."""
+    """Return the policies to compare, with names: dense and Razor, and Razor in int8 if the policy names no type."""
     rows: list[tuple[str, RazorConfig | None]] = [("dense", None)]
     if razor is None or split is None:
         return rows
@@ -120,13 +120,13 @@ def make_plan(
     compiled: Sequence[Step] = (),
     progress: Callable[[str], None] = lambda words: None,
 ) -> Plan:
-    """Return every policy that goes with the job, dense first; the steps `compiled` of each by the compiler as well.
+    """Plan the job under every policy, dense first, and compile the steps in `compiled` under each.
 
-    Raises as `memory` and `compile_step`.
+    Raises the errors of `memory` and `compile_step`.
     """
     rows = []
     for name, razor in policies(job.razor, job.split):
-        # Dense prefill is one call, whatever Razor's is.
+        # Dense prefill is always one call.
         here = dataclasses.replace(job, razor=razor, call=job.call if razor else job.context)
         seen = {}
         for step in compiled:
@@ -137,9 +137,7 @@ def make_plan(
 
 
 def layouts(job: Job) -> dict[str, int]:
-    """Return the KV bytes on each device by layout; by head for the split that `balanced` makes, only by slot where it
-    makes none.
-    """
+    """Return the KV bytes per device of each layout, "slot" and, if the split can be balanced, "head"."""
     if job.model == 1 or job.razor is None:
         return {}
     found = {"slot": memory(dataclasses.replace(job, layout="slot")).kv}
@@ -150,8 +148,9 @@ def layouts(job: Job) -> dict[str, int]:
 
 
 def default_split(config: ModelConfig, share: float | None = None) -> HeadSplit:
-    """Make a split of as many heads as `select()` would choose, or a share of all, spread evenly over the layers, for a
-    model whose weights are not at hand.
+    """Make a split, spread evenly over the layers, for a model without weights.
+
+    It has a `share` of all heads, by default as many as `select()` would choose.
     """
     total = config.num_layers * config.num_kv_heads
     shares = PAPER_SHARES if config.group_size == 1 else GROUPED_SHARES
@@ -165,27 +164,26 @@ def default_split(config: ModelConfig, share: float | None = None) -> HeadSplit:
 
 
 def why_not_by_head(split: HeadSplit, devices: int) -> str | None:
-    """Return why no split of this kind divides by head over `devices`; None where `balanced` makes one that does."""
+    """Return why `balanced` cannot divide the split by head over `devices`, None if it can."""
     if split.num_kv_heads % devices:
-        return f"they do not divide the {split.num_kv_heads} KV heads of a layer"
+        return f"the {split.num_kv_heads} KV heads of a layer do not divide evenly"
     groups = {len(group.heads) for layer in range(split.num_layers) for group in split.groups(layer)}
     if split.scopes and any(n % devices for n in groups):
-        # Scopes follow from an ALiBi model's weights: nobody may round them.
-        return f"they do not divide the heads of every scope, there are groups of {sorted(groups)}"
+        # Scopes follow from an ALiBi model's weights, so they cannot be rounded.
+        return f"the heads of some scopes do not divide evenly: the groups have {sorted(groups)} heads"
     return None
 
 
 def balanced(split: HeadSplit, devices: int) -> HeadSplit:
-    """Return the split with each layer's count rounded up to a multiple of `devices`, as `select(balanced_over=)` does;
-    one with scopes as it is, where they divide.
+    """Return the split with each layer's count rounded up to a multiple of `devices`, like `select(balanced_over=)`.
 
-    Raises ValueError where no such split goes by head.
+    A split with scopes is returned unchanged. Raises ValueError if heads or scopes do not divide.
     """
     reason = why_not_by_head(split, devices)
     if reason is not None:
         raise ValueError(
-            f"layout='head' over {devices} devices: {reason}; give the mesh less of model and more of data, or leave "
-            "the layout to 'slot'"
+            f"layout='head' over {devices} devices: {reason}; use a smaller model axis and a larger data axis, or "
+            "layout='slot'"
         )
     if split.scopes:
         return split

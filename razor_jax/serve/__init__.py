@@ -1,5 +1,5 @@
 """Generation by many processes at once: `batch` from a file of prompts, `interactive` from a terminal.
 
-Every process reaches the same collectives in the same order, for each does what process 0 says (`messages`), after all
-have found that they hold the same model and options (`agreement`).
+Before loading weights, the processes check that they have the same model and options (`agreement`). From then on
+process 0 decides every step and broadcasts it (`messages`), so all reach the same collectives in the same order.
 """

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import razor_jax
+from razor_jax.checkpoint import gguf, hub
 from razor_jax.heads import store
 
 _SAMPLES, _SAMPLE = 16, 512  # pieces of a weight file that are read, and their bytes
@@ -30,9 +31,10 @@ def versions() -> dict[str, str]:
 
 
 def describe(model: Path) -> dict[str, str]:
-    """Return digests of a model's files, by name."""
-    texts = [model / name for name in _TEXTS if (model / name).is_file()]
-    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in texts}
+    """Return digests of the files of a model, a folder or a GGUF file, by name."""
+    folder = model.is_dir()
+    files = {name: model / name for name in _TEXTS} if folder else {store.NAME: hub.beside_model(model)}
+    digests = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.is_file()}
     return digests | {"weights": fingerprint(model)}
 
 
@@ -50,9 +52,16 @@ def as_text(options: Mapping[str, Any]) -> dict[str, str]:
 
 
 def fingerprint(model: Path) -> str:
-    """Return the SHA-256 of names, sizes and samples of the weight files; a change that misses every sample goes
-    unseen.
+    """Return the SHA-256 of a model's weights.
+
+    A GGUF file counts whole: its header is the tokenizer too, and loading it takes longer than hashing it. Other weight
+    files count by names, sizes and samples, because a process may read a small part of them; a change that misses
+    every sample goes unseen.
     """
+    file = gguf.find_file(model)
+    if file is not None:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
     digest = hashlib.sha256()
     for file in sorted(path for path in model.rglob("*") if path.is_file() and path.name not in _TEXTS):
         if file.suffix == ".safetensors" or "weights" in file.relative_to(model).parts:

@@ -1,8 +1,9 @@
-"""A file of prompts in, a file of answers out, in order, batch by batch; a run that was killed goes on where it stood.
+"""Answer a file of prompts in order, batch by batch, into a file of answers; a killed run resumes where it stopped.
 
 Prompts and answers are JSON lines: {"id": …, "prompt": … or "messages": …, "max_new_tokens": …} and {"key": …,
-"id": …, "text": …, "tokens": …, "finish_reason": …}. `key` is a hash of all that decides the answer. Process 0 alone
-reads and writes; an answer is on disk before the next batch begins.
+"id": …, "text": …, "tokens": …, "finish_reason": …}. `key` is a hash of everything that decides the answer. A prompt
+that the model cannot take gets {"key": …, "id": …, "line": …, "error": …}, and all others are answered. Only process 0
+reads and writes the files. Answers are on disk before the next batch begins.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from ..config import check_int
 from ..evals.journal import Journal, key_of
 from ..launch import worker
 from ..text.result import Result
-from .messages import shared
+from .messages import broadcast_from_process_0
 
-# (prompts, max_new_tokens, number of the batch) -> one result a prompt
-Answer = Callable[[list[Any], int, int], Sequence[Result]]
+# (prompts, max_new_tokens, batch number) -> one result per prompt, or why that prompt has none
+Answer = Callable[[list[Any], int, int], Sequence[Result | str]]
 Progress = Callable[[int, int], None]
 
 _FIELDS = ("id", "prompt", "messages", "max_new_tokens")
@@ -30,11 +31,12 @@ _FIELDS = ("id", "prompt", "messages", "max_new_tokens")
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A line of the file of prompts."""
+    """One line of the prompt file."""
 
     id: str | int
     prompt: Any
     max_new_tokens: int
+    line: int  # in the file, from 1
 
 
 def serve(
@@ -47,45 +49,45 @@ def serve(
     run: Mapping[str, Any],
     progress: Progress = lambda done, total: None,
 ) -> int:
-    """Answer the prompts that have no answer yet and return how many. Every process of a run calls it.
+    """Answer the prompts that have no answer yet and return their number. Every process calls this.
 
     Args:
-      answer: called by every process with as many prompts as `batch` each time, so that it compiles once.
-      max_new_tokens: for lines that name no limit.
-      run: JSON values that decide answers beside the prompt: model, policy, sampling.
-      progress: called with the prompts finished and those in all.
+      answer: called on every process, always with `batch` prompts, so that it compiles once.
+      max_new_tokens: limit for lines without one.
+      run: JSON values that decide the answers together with the prompt: model, policy, sampling.
+      progress: called with the numbers of finished prompts and of all prompts.
 
-    Raises ValueError, on every process and before anything is written, for a line that is wrong, or an output that
-    holds answers of another run or that another run is writing.
+    Raises ValueError, on every process and before anything is written, for an invalid line, and for an output that
+    has answers of another run or that another run is writing.
     """
-    work: list[_Work] = []  # of process 0
-    with contextlib.ExitStack() as held:
+    work: list[_Work] = []  # filled on process 0 only
+    with contextlib.ExitStack() as stack:
 
         def begin() -> list[int]:
             items = read(prompts, max_new_tokens)
-            held.enter_context(_alone(output))
+            stack.enter_context(_locked(output))
             work.append(_Work(items, output, batch, run))
             return work[0].counts
 
-        done, total = shared(begin)
+        done, total = broadcast_from_process_0(begin)
         before = done
         progress(done, total)
-        while (task := shared(lambda: work[0].task())) is not None:
+        while (task := broadcast_from_process_0(lambda: work[0].task())) is not None:
             given = task["prompts"]
             try:
                 results = answer(given + given[-1:] * (batch - len(given)), task["max_new_tokens"], task["number"])
             except (ValueError, TypeError) as error:
                 raise ValueError(f"prompts {task['ids'][0]!r} to {task['ids'][-1]!r}: {error}") from error
-            done, total = shared(lambda results=results: work[0].keep(results))
-            worker.tell(finished=task["ids"][-1])
+            done, total = broadcast_from_process_0(lambda results=results: work[0].keep(results))
+            worker.notify_launcher(finished=task["ids"][-1])
             progress(done, total)
     return done - before
 
 
 @contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Lock the file against other runs; the lock ends with the process, however that ends."""
-    import fcntl  # Windows has none, and every command imports this file
+def _locked(output: Path) -> Iterator[None]:
+    """Lock the file against other runs. The lock ends with the process, even if it is killed."""
+    import fcntl  # imported here: Windows lacks it, and every command imports this file
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
@@ -93,7 +95,7 @@ def _alone(output: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"{output} is being written by another run: wait for its end, or name another output"
+                f"{output} is being written by another run: wait until it ends, or name another output"
             ) from error
         except OSError:  # a file system without locks
             pass
@@ -101,10 +103,10 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 class _Work:
-    """Process 0's view: the batches, and the answers on disk.
+    """The batches, and the answers on disk; exists on process 0 only.
 
-    Batches are cut from the whole file, finished or not: what shares a batch with a prompt does not depend on when a
-    run was killed.
+    Batches are cut from the whole file, including finished prompts, so which prompts share a batch does not depend on
+    when a run was killed.
     """
 
     def __init__(self, items: list[Item], output: Path, batch: int, run: Mapping[str, Any]):
@@ -121,11 +123,11 @@ class _Work:
         lines = output.read_bytes().count(b"\n")
         if lines != self._done:
             raise ValueError(
-                f"{output} holds {lines} answers, {self._done} of them to these prompts by this model with these "
-                "options: name another output, or take the prompts, model and options that it was begun with"
+                f"{output} has {lines} answers, but {self._done} of them are to these prompts by this model with these "
+                "options: name another output, or use the prompts, model and options that it was started with"
             )
         if not all(finished[: self._done]):
-            raise ValueError(f"{output} does not hold the answers to the first of these prompts: name another output")
+            raise ValueError(f"{output} lacks answers to some of the first prompts: name another output")
         self._at = 0
 
     @property
@@ -133,7 +135,7 @@ class _Work:
         return [self._done, self._total]
 
     def task(self) -> dict[str, Any] | None:
-        """Return the next batch with an answer missing."""
+        """Return the next batch with a missing answer, None after the last."""
         while self._at < len(self._batches):
             items = self._batches[self._at]
             if any(self._missing(item) for item in items):
@@ -146,12 +148,15 @@ class _Work:
             self._at += 1
         return None
 
-    def keep(self, results: Sequence[Result]) -> list[int]:
-        """Write the task's answers that are missing."""
-        for item, result in zip(self._batches[self._at], results, strict=False):  # a short batch was filled up
+    def keep(self, results: Sequence[Result | str]) -> list[int]:
+        """Write the missing answers of the current batch and return the counts."""
+        for item, result in zip(self._batches[self._at], results, strict=False):  # a short batch was padded
             if self._missing(item):
-                told = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
-                self._journal.add(self._key(item), {"id": item.id, **told})
+                if isinstance(result, str):
+                    answer = {"line": item.line, "error": result}
+                else:
+                    answer = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
+                self._journal.add(self._key(item), {"id": item.id, **answer})
                 self._done += 1
         return self.counts
 
@@ -159,43 +164,45 @@ class _Work:
         return self._journal.get(self._key(item)) is None
 
     def _key(self, item: Item) -> str:
-        return key_of(**dataclasses.asdict(item), run=dict(self._run))
+        asked = dataclasses.asdict(item)
+        del asked["line"]  # a blank line before a prompt does not change its answer
+        return key_of(**asked, run=dict(self._run))
 
 
 def read(path: Path, max_new_tokens: int) -> list[Item]:
-    """Return the prompts of a file; raises ValueError that names the line, what is wrong and what is allowed."""
+    """Return the prompts of a file. Raises ValueError with the line number, the problem and what is allowed."""
     items: dict[str | int, Item] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            item = _item(json.loads(line), max_new_tokens)
+            item = _item(json.loads(line), max_new_tokens, number)
             if item.id in items:
-                raise ValueError(f"id {item.id!r} stands in an earlier line, too: each prompt needs its own")
-        except ValueError as error:  # Errors of JSON and UTF-8 are ValueErrors.
+                raise ValueError(f"id {item.id!r} is also in an earlier line: give each prompt its own id")
+        except ValueError as error:  # JSON and UTF-8 errors are ValueErrors.
             raise ValueError(f"{path}, line {number}: {error}") from error
         items[item.id] = item
     if not items:
-        raise ValueError(f"{path} holds no prompts")
+        raise ValueError(f"{path} has no prompts")
     return list(items.values())
 
 
-def _item(data: Any, max_new_tokens: int) -> Item:
+def _item(data: Any, max_new_tokens: int, line: int) -> Item:
     if not isinstance(data, dict) or type(data.get("id")) not in (str, int):
-        raise ValueError('must be an object with an "id", a string or a number')
+        raise ValueError('must be an object with an "id" that is a string or a whole number')
     for name in data:
         if name not in _FIELDS:
             raise ValueError(f"unknown field {name!r}: allowed are {', '.join(_FIELDS)}")
     if ("prompt" in data) == ("messages" in data):
-        raise ValueError('give "prompt" or "messages", one of the two')
+        raise ValueError('give either "prompt" or "messages"')
     limit = check_int("max_new_tokens", data.get("max_new_tokens", max_new_tokens), 1)
-    return Item(data["id"], _text(data["prompt"]) if "prompt" in data else _chat(data["messages"]), limit)
+    return Item(data["id"], _text(data["prompt"]) if "prompt" in data else _chat(data["messages"]), limit, line)
 
 
 def _text(prompt: Any) -> str | list[int]:
     ids = isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt)
     if not prompt or not (ids or isinstance(prompt, str)):
-        raise ValueError(f'"prompt" is {_short(prompt)}: must be text or a list of token ids, and not empty')
+        raise ValueError(f'"prompt" is {_short(prompt)}: must be non-empty text or a non-empty list of token ids')
     return prompt
 
 
@@ -206,8 +213,7 @@ def _chat(messages: Any) -> list[dict[str, Any]]:
     )
     if not messages or not sound:
         raise ValueError(
-            f'"messages" is {_short(messages)}: must be a list of messages, {{"role": "user", "content": "…"}}, and '
-            "not empty"
+            f'"messages" is {_short(messages)}: must be a non-empty list of {{"role": "user", "content": "…"}}'
         )
     return messages
 

@@ -1,4 +1,4 @@
-"""What process 0 says, heard by all."""
+"""Broadcasts of JSON values from process 0 to every process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def shared(make: Callable[[], Any]) -> Any:
-    """Call `make` on process 0 and return its JSON values on every process.
+def broadcast_from_process_0(make: Callable[[], Any]) -> Any:
+    """Call `make` on process 0 and return its result, a JSON value, on every process.
 
-    Raises, on every process, the ValueError or OSError that it raises.
+    A ValueError or OSError that `make` raises becomes a ValueError on every process.
     """
     if jax.process_count() == 1:
         return make()
@@ -23,7 +23,7 @@ def shared(make: Callable[[], Any]) -> Any:
         try:
             message = {"value": make()}
         except (ValueError, OSError) as error:
-            # Were it raised here alone, the others would wait for a message that never comes.
+            # Broadcast the error: if only process 0 raised, the others would wait for ever.
             message = {"error": str(error)}
     message = _broadcast(message)
     if "error" in message:
@@ -34,7 +34,7 @@ def shared(make: Callable[[], Any]) -> Any:
 def _broadcast(message: dict[str, Any]) -> dict[str, Any]:
     data = json.dumps(message).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    # Few sizes, because each is a program.
+    # Round up to a power of two: every size compiles a program.
     padded = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)
     if jax.process_index() == 0:
         padded[:size] = np.frombuffer(data, np.uint8)

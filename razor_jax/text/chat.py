@@ -45,6 +45,9 @@ class Chat:
         self._system = system
         self.reset()
 
+    def __repr__(self) -> str:
+        return f"Chat({len(self.messages)} messages, {len(self._tokens):,} tokens read and generated)"
+
     def reset(self) -> None:
         """Reset the conversation to the system message."""
         self.messages: list[dict[str, str]] = []

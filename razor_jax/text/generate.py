@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import jax
 
@@ -13,10 +13,29 @@ from ..functional import placement_of
 from ..params import Params
 from . import loop, prompts
 from .policy import Policy, choose_policy, prefill_chunk, spec_for
+from .result import Result
 from .sampling import Rule, Sampling
 from .session import Piece, Session, pieces
 
+# Keywords of other libraries, and what they are here.
+_ELSEWHERE = {
+    **dict.fromkeys(("max_tokens", "max_length", "max_completion_tokens", "num_predict"), "max_new_tokens=256"),
+    **dict.fromkeys(("temperature", "temp", "do_sample"), "sampling=Temperature(0.7)"),
+    "top_p": "sampling=TopP(0.9)",
+    "top_k": "sampling=TopK(40)",
+    "min_p": "sampling=MinP(0.05)",
+    "repetition_penalty": "sampling=Sampling.of(repetition_penalty=1.1, …)",
+    **dict.fromkeys(("stop_strings", "stop_sequences"), "stop=[…]"),
+    **dict.fromkeys(("past_key_values", "prompt_cache"), "cache=prefill(params, document)"),
+    **dict.fromkeys(("n", "num_return_sequences"), "a list of equal prompts, each row of which draws by itself"),
+    "stream": "razor_jax.stream(…)",
+}
 
+
+@overload
+def generate(params: Params, prompt: str, **options: Any) -> Result: ...
+@overload
+def generate(params: Params, prompt: Any, **options: Any) -> Any: ...
 def generate(
     params: Params,
     prompt: Any,
@@ -28,30 +47,36 @@ def generate(
     stop: str | Sequence[str] = (),
     cache: KVCache | None = None,
     capacity: int | None = None,
+    raw: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+    **unknown: Any,
 ) -> Any:
     """Continue a prompt, or each of a list of prompts as one batch.
 
     Args:
       prompt: a string, a list of strings, a chat-message list ([{"role": …, "content": …}]), a list of
-        those, or token ids ([T], [B, T] or a list of [T]). With `cache` the prompt continues the cached text: a string
-        gets no beginning-of-text token. Chat messages would start a new conversation there; `questions.split` cuts
-        one conversation into the cached part and the prompts.
+        those, or token ids ([T], [B, T] or a list of [T]). If the checkpoint has a chat template, a string is a user's
+        message; with `cache`, it is a question about the cached document. Other checkpoints continue the text.
       max_new_tokens: limit per prompt.
       razor: cache policy; None for dense attention; "auto" for the policy that the checkpoint recommends, or
-        that of the paper if it recommends none.
+        that of the paper if it recommends none, or dense attention for params without a head split.
       sampling: sampling rule; None for greedy decoding.
       seed: random seed. Row i draws with the key of the seed folded with i.
       stop: strings that end a row. The text is cut before the stop string.
       cache: cache from `prefill`, with one row for all prompts or one row per prompt. It is copied, never modified.
       capacity: cache capacity in tokens per row. By default, the next rung of `prompts.capacity_bucket` that
         fits the longest prompt and the new tokens.
+      raw: continue strings as they are, without the chat template.
+      template_kwargs: further names that the chat template reads, such as {"enable_thinking": False}.
 
     Returns:
       A `Result` for one prompt, a list of `Result` for a list of prompts.
 
     Raises:
       ValueError, TypeError: on bad input, before anything is computed.
+      MemoryError: the cache does not fit the device.
     """
+    _refuse(unknown)
     session = Session(
         params,
         prompt,
@@ -62,11 +87,20 @@ def generate(
         stop=stop,
         cache=cache,
         capacity=capacity,
+        raw=raw,
+        template_kwargs=template_kwargs,
     )
     for _ in session.run():
         pass
     results = session.results()
     return results[0] if session.prompts.single else results
+
+
+def _refuse(unknown: Mapping[str, Any]) -> None:
+    """Raise TypeError for keywords that `generate` does not have, with ours where another library has them."""
+    for name in unknown:
+        ours = _ELSEWHERE.get(name)
+        raise TypeError(f"generate() has no {name}=" + (f": give {ours}" if ours else "; see help(razor_jax.generate)"))
 
 
 def stream(
@@ -80,12 +114,16 @@ def stream(
     stop: str | Sequence[str] = (),
     cache: KVCache | None = None,
     capacity: int | None = None,
+    raw: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+    **unknown: Any,
 ) -> Iterator[Piece]:
     """Yield the answer to one prompt piece by piece. Takes the arguments of `generate`.
 
     The concatenated text of all pieces is the text of the result. Text that may be the start of a stop string is
     delayed. Bad input raises here, before iteration.
     """
+    _refuse(unknown)
     session = Session(
         params,
         prompt,
@@ -96,21 +134,33 @@ def stream(
         stop=stop,
         cache=cache,
         capacity=capacity,
+        raw=raw,
+        template_kwargs=template_kwargs,
     )
     if not session.prompts.single:
         raise ValueError("stream takes one prompt, got a list: use generate for a list")
     return pieces(session)
 
 
-def prefill(params: Params, document: Any, *, razor: Policy = "auto", capacity: int | None = None) -> KVCache:
+def prefill(
+    params: Params,
+    document: Any,
+    *,
+    razor: Policy = "auto",
+    capacity: int | None = None,
+    raw: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> KVCache:
     """Read a document and return its compressed cache, to use in any number of `generate(…, cache=cache)` calls.
 
-    `document` takes the forms of a prompt of `generate`. Raises the same errors as `generate`.
+    `document` takes the forms of a prompt of `generate`. If the checkpoint has a chat template, a string opens a
+    conversation that `generate(params, question, cache=cache)` continues; use `raw` in both calls or in neither.
+    Raises the same errors as `generate`.
     """
     compilation.track_compilation()
-    read = prompts.encode(params, document, what="document")
+    read = prompts.encode(params, document, part="document", raw=raw, template_kwargs=template_kwargs, what="document")
     policy = choose_policy(params, razor)
-    spec = spec_for(params, policy, read.longest, capacity)
+    spec = spec_for(params, policy, read.longest, capacity, batch=len(read.rows))
     batch = placement_of(spec).to_devices(prompts.pad(read.rows, prompts.prompt_bucket(read.longest)))
     prompts.warn_beyond_trained(params.config, read.longest)
     with compilation.log_compilation("prefill"):

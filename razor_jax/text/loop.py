@@ -17,6 +17,7 @@ from jax import lax
 
 from .. import cache as kv
 from ..cache import CacheSpec, KVCache
+from ..compilation import promoting
 from ..functional import decode, extend, extend_known, placement_of
 from ..params import Params
 from .sampling import Sampling, sample
@@ -30,7 +31,8 @@ class LoopState(flax.struct.PyTreeNode):
     Attributes:
       token: int32 [B], the newest token of each row; input of the next decode step.
       count: int32 [B], number of tokens generated so far.
-      done: bool [B], rows that reached a stop token or their limit.
+      done: bool [B], rows that reached a stop token or their limit, or failed.
+      failed: bool [B], rows whose logits were not finite; they get no further token.
       seen: bool [B, V], tokens that occur in prompt or output; None without a repetition penalty.
       keys: PRNG keys [B], folded with `count` at each draw, so that a replay draws the same.
     """
@@ -39,10 +41,12 @@ class LoopState(flax.struct.PyTreeNode):
     token: jax.Array
     count: jax.Array
     done: jax.Array
+    failed: jax.Array
     seen: jax.Array | None
     keys: jax.Array
 
 
+@promoting
 def _begin(
     params: Params,
     source: KVCache | None,
@@ -64,7 +68,7 @@ def _begin(
     seen = _seen(tokens, lengths, logits.shape[-1]) if sampling.penalised else None
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(B, dtype=jnp.int32))
     zeros = jnp.zeros((B,), jnp.int32)
-    state = LoopState(cache, zeros, zeros, zeros > 0, seen, keys)
+    state = LoopState(cache, zeros, zeros, zeros > 0, zeros > 0, seen, keys)
     return _choose(state, cache, logits, stop_ids, limit, sampling)
 
 
@@ -74,6 +78,7 @@ resume = jax.jit(_begin, static_argnames=("spec", "chunk"), donate_argnames=("so
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "chunk"))
+@promoting
 def prefill(
     params: Params, tokens: jax.Array, lengths: jax.Array, *, spec: CacheSpec, chunk: int | None
 ) -> tuple[jax.Array, KVCache]:
@@ -111,6 +116,7 @@ def read_prompt(
 
 
 @functools.partial(jax.jit, static_argnames=("keep",), donate_argnames=("state",))
+@promoting
 def decode_block(
     params: Params,
     state: LoopState,
@@ -146,7 +152,7 @@ def decode_block(
         index, state, out = carry
         logits, cache = decode(params, state.cache, state.token, ~state.done)
         state = _choose(state, cache, logits, stop_ids, limit, sampling)
-        return index + 1, state, lax.dynamic_update_slice(out, state.token[:, None], (0, index))
+        return index + 1, state, lax.dynamic_update_slice_in_dim(out, state.token[:, None], index, axis=1)
 
     _, state, out = lax.while_loop(going, step, (jnp.int32(0), state, out))
     return (
@@ -162,7 +168,7 @@ def _with_sharding(state: LoopState) -> LoopState:
     A sharding constraint inside the body of a loop does not apply to the result of the loop.
     """
     placement = placement_of(state.cache.spec)
-    small = {name: placement.replicated(getattr(state, name)) for name in ("token", "count", "done")}
+    small = {name: placement.replicated(getattr(state, name)) for name in ("token", "count", "done", "failed")}
     return state.replace(**small, cache=placement.pin_cache(state.cache))
 
 
@@ -175,16 +181,18 @@ def rewind(state: LoopState, saved: LoopState) -> LoopState:
 def _choose(state: LoopState, cache: KVCache, logits, stop_ids, limit, sampling: Sampling) -> LoopState:
     """Choose the next token of each live row and return the new state. Finished rows keep their token."""
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
-    token = jnp.where(state.done, state.token, sample(sampling, logits, keys, state.seen))
-    count = state.count + ~state.done
+    failed = state.failed | (~state.done & ~jnp.isfinite(logits).all(axis=-1))
+    ended = state.done | failed
+    token = jnp.where(ended, state.token, sample(sampling, logits, keys, state.seen))
+    count = state.count + ~ended
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(token.shape[0], dtype=jnp.int32), token].set(True)
     stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=1)
-    done = state.done | stopped | (count >= limit) | cache.overflow
+    done = ended | stopped | (count >= limit) | cache.overflow
     replicated = placement_of(cache.spec).replicated
-    token, count, done, seen = (x if x is None else replicated(x) for x in (token, count, done, seen))
-    return state.replace(cache=cache, token=token, count=count, done=done, seen=seen)
+    new = {"token": token, "count": count, "done": done, "failed": failed, "seen": seen}
+    return state.replace(cache=cache, **{name: x if x is None else replicated(x) for name, x in new.items()})
 
 
 def _seen(tokens: jax.Array, lengths: jax.Array, vocabulary: int) -> jax.Array:

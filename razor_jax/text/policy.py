@@ -10,6 +10,7 @@ import numpy as np
 from ..cache import CacheSpec
 from ..config import RazorConfig, check_int
 from ..functional import cache_spec, placement_of, require_split
+from ..memory import check_memory
 from ..params import Params
 from . import prompts
 
@@ -17,7 +18,10 @@ Policy = RazorConfig | None | Literal["auto"]
 
 
 def choose_policy(params: Params, razor: Policy) -> RazorConfig | None:
-    """Return the policy of a call. "auto" is the policy that the checkpoint recommends, otherwise that of the paper.
+    """Return the policy of a call.
+
+    "auto" is dense attention for params without a head split, otherwise the policy that the checkpoint recommends,
+    otherwise that of the paper.
 
     Raises ValueError or TypeError for any other value, and ValueError if the policy needs a head split that the
     params lack.
@@ -25,16 +29,23 @@ def choose_policy(params: Params, razor: Policy) -> RazorConfig | None:
     if isinstance(razor, str):
         if razor != "auto":
             raise ValueError(f"razor={razor!r}: give a RazorConfig, None for dense attention, or 'auto'")
-        razor = params.razor or RazorConfig()
+        razor = None if params.heads is None else params.razor or RazorConfig()
     if not isinstance(razor, RazorConfig | None):
         raise TypeError(f"razor={razor!r}: give a RazorConfig, None for dense attention, or 'auto'")
     require_split(params, razor)
     return razor
 
 
-def spec_for(params: Params, razor: RazorConfig | None, tokens: int, capacity: int | None = None) -> CacheSpec:
-    """Return the spec of a cache for `tokens` per row. `capacity` overrides the bucketed capacity."""
-    return cache_spec(params, razor, room_for(tokens, capacity))
+def spec_for(
+    params: Params, razor: RazorConfig | None, tokens: int, capacity: int | None = None, *, batch: int = 1
+) -> CacheSpec:
+    """Return the spec of a cache of `batch` rows for `tokens` each. `capacity` overrides the bucketed capacity.
+
+    Raises MemoryError if the device cannot hold it.
+    """
+    spec = cache_spec(params, razor, room_for(tokens, capacity))
+    check_memory(spec, batch)
+    return spec
 
 
 def room_for(tokens: int, capacity: int | None) -> int:

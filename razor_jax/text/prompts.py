@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ..models.config import ModelConfig
 from ..params import Params
+from ..tokenizer import questions
 from ..tokenizer.assets import Assets
+
+Part = Literal["whole", "document", "question"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +29,30 @@ class Prompts:
         return max(len(row) for row in self.rows)
 
 
-def encode(params: Params, prompt: Any, *, continues: bool = False, what: str = "prompt") -> Prompts:
+def encode(
+    params: Params,
+    prompt: Any,
+    *,
+    part: Part = "whole",
+    raw: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+    what: str = "prompt",
+) -> Prompts:
     """Return the token ids of a string, list of strings, chat-message list, list of those, or token array(s).
 
-    `continues`: the text follows a cached document, so it gets no beginning-of-text token. `what`: name of the
-    argument in errors. Raises ValueError or TypeError for a prompt that is empty, of a wrong type, or has token ids
-    outside the vocabulary.
+    Args:
+      part: what a string is: the whole prompt; a document that questions will follow; or a question that follows such
+        a cached document, which gets no beginning-of-text token.
+      raw: leave strings as they are; by default the chat template, if there is one, turns them into a user's turn.
+      template_kwargs: further names that the chat template reads, such as `enable_thinking`.
+      what: name of the argument in errors.
+
+    Raises ValueError or TypeError for a prompt that is empty, of a wrong type, or has token ids outside the vocabulary.
     """
     single, items = _items(prompt, what)
     if not items:
         raise ValueError(f"{what} has no rows: a batch has at least 1 prompt")
-    rows = tuple(tuple(_encode(params.assets, item, continues)) for item in items)
+    rows = tuple(tuple(_encode(params.assets, item, part, raw, template_kwargs)) for item in items)
     for index, row in enumerate(rows):
         name = what if single else f"{what} {index}"
         if not row:
@@ -108,16 +124,29 @@ def _is_chat(item: Any) -> bool:
     return isinstance(item, Sequence) and len(item) > 0 and all(isinstance(m, Mapping) for m in item)
 
 
-def _encode(assets: Assets | None, item: Any, continues: bool) -> list[int]:
+def _encode(
+    assets: Assets | None, item: Any, part: Part, raw: bool, template_kwargs: Mapping[str, Any] | None
+) -> list[int]:
     if isinstance(item, str) or _is_chat(item):
         if assets is None:
             raise ValueError(
                 "these params have no tokenizer, so a prompt must be token ids; "
                 "give Params.from_flax(…, tokenizer=Assets.read(folder)) for text"
             )
-        if isinstance(item, str):
-            return assets.encode(item, add_special=not continues) if item else []
-        return assets.encode(assets.apply_chat(item), add_special=False)
+        if not isinstance(item, str):
+            return assets.encode(assets.apply_chat(item, variables=template_kwargs), add_special=False)
+        if not item:
+            return []
+        rendered = any(item.startswith(text) for _, text in assets.special_tokens if text)
+        if raw or rendered or assets.chat_template is None or not item.strip():
+            # Text that begins with a special token was rendered before: a second one would be too many.
+            return assets.encode(item, add_special=part != "question" and not rendered)
+        if part == "document":
+            return questions.document_ids(assets, item, template_kwargs)
+        if part == "question":
+            return questions.question_ids(assets, item, template_kwargs)
+        messages = [{"role": "user", "content": item}]
+        return assets.encode(assets.apply_chat(messages, variables=template_kwargs), add_special=False)
     array = np.asarray(item)
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise TypeError(

@@ -10,8 +10,9 @@ import numpy as np
 from .. import cache as kv
 from ..cache import KVCache
 from ..config import HeadSplit
+from ..notebook import table
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class KVReport:
       share: r, the share of KV heads that keep every token; 1 for dense attention.
       batch, capacity: rows, and capacity in tokens per row.
       allocated_bytes: bytes of the key, value and mean arrays.
-      dense_bytes: bytes of a dense bfloat16 cache with the same batch and capacity, the baseline of `ratio`.
+      same_type_bytes: bytes of a dense cache of the same type, batch and capacity, the baseline of `ratio`.
+      dense_bytes: bytes of a dense bfloat16 cache with the same batch and capacity.
       dropped_tokens: tokens that each windowed head has dropped, one number per row.
       implementation: backend of attention and cache writes.
       devices: number of devices of the mesh; 1 without a mesh.
@@ -37,6 +39,7 @@ class KVReport:
     capacity: int
     dtype: str
     allocated_bytes: int
+    same_type_bytes: int
     dense_bytes: int
     dropped_tokens: tuple[int, ...]
     implementation: str = "xla"
@@ -57,6 +60,7 @@ class KVReport:
             capacity=spec.capacity,
             dtype=spec.dtype,
             allocated_bytes=kv.allocated_bytes(cache),
+            same_type_bytes=dataclasses.replace(spec, razor=None).kv_bytes(cache.batch),
             dense_bytes=spec.dense_bytes(cache.batch),
             dropped_tokens=tuple(int(n) for n in dropped),
             implementation=spec.implementation,
@@ -71,8 +75,8 @@ class KVReport:
 
     @property
     def ratio(self) -> float:
-        """Bytes of the dense bfloat16 cache over the allocated bytes."""
-        return self.dense_bytes / self.allocated_bytes
+        """Bytes of the dense cache of the same type over the allocated bytes."""
+        return self.same_type_bytes / self.allocated_bytes
 
     @property
     def engaged(self) -> bool:
@@ -80,17 +84,29 @@ class KVReport:
         return self.share < 1 and any(self.dropped_tokens)
 
     def __str__(self) -> str:
-        size = f"KV {_mib(self.allocated_bytes)} {self.dtype}, dense bfloat16 {_mib(self.dense_bytes)}"
+        size = f"KV {_mib(self.allocated_bytes)} {self.dtype}, dense {_mib(self.same_type_bytes)}"
+        if self.dtype != "bfloat16":
+            size += f" (in bfloat16 {_mib(self.dense_bytes)})"
         if self.devices > 1:
             size += f", {_mib(self.device_bytes)} on each of {self.devices} devices by {self.layout}"
         where = f"batch {self.batch} × {self.capacity:,} tokens, {self.share:.0%} of KV heads keep everything"
         if self.setting == "dense":
-            return f"{size}: dense attention, {self.ratio:.2f}× ({where})"
+            return f"{size}: dense attention ({where})"
         if not self.engaged:
             why = "every KV head keeps everything" if self.share == 1 else "nothing was long enough to be dropped"
             return f"{size}: compression did not engage, {why} ({self.setting}; {where})"
         saved = f"{self.ratio:.2f}× smaller, up to {max(self.dropped_tokens):,} tokens dropped a head"
         return f"{size}: {saved} ({self.setting}; {where})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("KV cache", f"{_mib(self.allocated_bytes)} {self.dtype}, {self.batch} × {self.capacity:,} tokens"),
+            ("dense", f"{_mib(self.same_type_bytes)}, {self.ratio:.2f}×"),
+            ("policy", self.setting),
+            ("KV heads that keep everything", f"{self.share:.0%}"),
+            ("dropped per windowed head", f"{max(self.dropped_tokens):,} tokens"),
+        ]
+        return table(rows)
 
     def to_dict(self) -> dict:
         """Return all fields and derived values, for JSON."""
@@ -131,7 +147,8 @@ class Result:
     Attributes:
       text: generated text before any stop string; "" for params without a tokenizer.
       tokens: generated token ids, including the end-of-sequence token if it was generated.
-      finish_reason: "stop" (end-of-sequence token or stop string) or "length".
+      finish_reason: "stop" (end-of-sequence token or stop string), "length", or "error" (the logits of the next token
+        were not finite).
       kv: report on the cache. Bytes cover the whole batch, `dropped_tokens` only this row.
       timings: timings of the whole call.
     """
@@ -141,6 +158,11 @@ class Result:
     finish_reason: FinishReason
     kv: KVReport
     timings: Timings
+
+    def _repr_html_(self) -> str:
+        speed = f"{self.timings.decode_tokens_per_second:,.1f} tokens/s"
+        rows = [("answer", self.text), ("ended by", self.finish_reason), ("decoding", speed)]
+        return table(rows) + self.kv._repr_html_()
 
     def to_dict(self) -> dict:
         """Return all fields, for JSON."""

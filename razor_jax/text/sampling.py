@@ -41,6 +41,11 @@ class Sampling(flax.struct.PyTreeNode):
     greedy: bool = flax.struct.field(pytree_node=False)
     penalised: bool = flax.struct.field(pytree_node=False)
 
+    def __repr__(self) -> str:
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        kind = "greedy, " if self.greedy else ""
+        return f"Sampling({kind}{', '.join(f'{name}={getattr(self, name)!s}' for name in names)})"
+
     @classmethod
     def of(
         cls,

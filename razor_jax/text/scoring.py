@@ -13,7 +13,7 @@ import numpy as np
 from .. import compilation
 from ..cache import CacheSpec
 from ..functional import placement_of
-from ..params import Params
+from ..params import Params, nonfinite
 from . import loop, prompts
 from .policy import Policy, choose_policy, padded_batch, prefill_chunk, spec_for
 from .result import KVReport
@@ -62,8 +62,8 @@ def score(
     Returns a `Score`, or a list of `Score` for lists. Raises the same errors as `generate`.
     """
     compilation.track_compilation()
-    context = prompts.encode(params, prompt)
-    target = prompts.encode(params, continuation, continues=True, what="continuation")
+    context = prompts.encode(params, prompt, raw=True)
+    target = prompts.encode(params, continuation, part="question", raw=True, what="continuation")
     if len(context.rows) != len(target.rows):
         raise ValueError(
             f"{len(context.rows)} prompts but {len(target.rows)} continuations: give one continuation per prompt"
@@ -72,7 +72,7 @@ def score(
     total = max(len(a) + len(b) for a, b in zip(context.rows, target.rows, strict=True))
     prompts.warn_beyond_trained(params.config, total)
     chunk = 1 if exact else CHUNK
-    spec = spec_for(params, policy, total)
+    spec = spec_for(params, policy, total, batch=len(context.rows))
     tokens, lengths = padded_batch(context.rows, spec)
     targets, target_lengths = padded_batch(target.rows, spec)
     with compilation.log_compilation("score"):
@@ -80,6 +80,9 @@ def score(
             params, *placement_of(spec).to_devices((tokens, lengths, targets, target_lengths)), spec=spec, chunk=chunk
         )
         logprobs, greedy = np.asarray(logprobs), np.asarray(greedy)
+    for row, tokens in enumerate(target.rows):
+        if not np.isfinite(logprobs[row, : len(tokens)]).all():
+            raise ValueError(f"row {row}: {nonfinite(params)}")
     report = KVReport.of(cache, params.heads_or_all)
     sizes = [len(row) for row in target.rows]
     scores = [Score(logprobs[row, :n], greedy[row, :n], chunk, report.row(row)) for row, n in enumerate(sizes)]
@@ -87,6 +90,7 @@ def score(
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "chunk"))
+@compilation.promoting
 def _score(params: Params, tokens, lengths, targets, target_lengths, *, spec: CacheSpec, chunk: int):
     """Return log-probabilities and greedy agreement [B, C] of targets int32 [B, C] after tokens int32 [B, T]."""
     placement = placement_of(spec)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,13 +16,18 @@ from .. import compilation
 from ..cache import CacheSpec, KVCache
 from ..config import check_int
 from ..functional import check_cache, placement_of
-from ..params import Params
+from ..memory import check_memory
+from ..params import Params, nonfinite
 from ..tokenizer.assets import Detokenizer, find_stop
 from . import loop, prompts
 from .policy import Policy, choose_policy, padded_batch, prefill_chunk, room_for, spec_for
 from .prompts import Prompts
 from .result import FinishReason, KVReport, Result, Timings
 from .sampling import Rule, Sampling, as_sampling
+
+log = logging.getLogger("razor_jax")
+
+_STOP_IDS = 8  # stop ids are padded to a multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +57,15 @@ class Session:
         stop: str | Sequence[str] = (),
         cache: KVCache | None = None,
         capacity: int | None = None,
+        raw: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
         owns_cache: bool = False,
     ):
         compilation.track_compilation()
         max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
         self.params = params
-        self.prompts: Prompts = prompts.encode(params, prompt, continues=cache is not None)
+        part: prompts.Part = "whole" if cache is None else "question"
+        self.prompts: Prompts = prompts.encode(params, prompt, part=part, raw=raw, template_kwargs=template_kwargs)
         self.sampling = as_sampling(sampling)
         self.seed = np.uint32(check_int("seed", seed, 0, 2**32 - 1))
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -67,23 +76,35 @@ class Session:
         self.source, self._owns_source = cache, owns_cache
         self.spec = self._spec_or_error(razor, max_new_tokens, capacity)
         self.limit = np.full(len(self.prompts.rows), max_new_tokens, np.int32)
-        eos = params.assets.eos_ids if params.assets else ()
-        self._stop_ids = np.asarray(eos or (-1,), np.int32)
-        self.rows = [_RowOutput(params, self.stop, frozenset(eos)) for _ in self.prompts.rows]
+        stop_ids = [*(params.assets.eos_ids if params.assets else ()), *self._special_stops()]
+        # Padded, so that other stop ids need no compilation.
+        self._stop_ids = np.full(-(-max(1, len(stop_ids)) // _STOP_IDS) * _STOP_IDS, -1, np.int32)
+        self._stop_ids[: len(stop_ids)] = stop_ids
+        self.rows = [_RowOutput(params, self.stop, frozenset(stop_ids)) for _ in self.prompts.rows]
         self.state: loop.LoopState | None = None
         # The tokens of the newest block, the token count of each row before it, and the state to rewind to.
         self._unread: jax.Array | None = None
         self._before = [0] * len(self.rows)
         self._saved: loop.LoopState | None = None
+        self._warned = False
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
+
+    def _special_stops(self) -> list[int]:
+        """Return the ids of stop strings that are special tokens, which no text shows."""
+        if not self.stop or self.params.assets is None:
+            return []
+        encoded = (self.params.assets.encode(text, add_special=False) for text in self.stop)
+        return [ids[0] for ids in encoded if len(ids) == 1 and not self.params.assets.decode(ids)]
 
     def _spec_or_error(self, razor: Policy, max_new_tokens: int, capacity: int | None) -> CacheSpec:
         """Return the spec of a cache with room for prompt and output; raise on bad input before any computation."""
         if self.source is None:
             # The last generated token is never written to the cache.
             total = self.prompts.longest + max_new_tokens - 1
+            policy = choose_policy(self.params, razor)
+            spec = spec_for(self.params, policy, total, capacity, batch=len(self.prompts.rows))
             prompts.warn_beyond_trained(self.params.config, total)
-            return spec_for(self.params, choose_policy(self.params, razor), total, capacity)
+            return spec
         source = self.source
         if not isinstance(razor, str) and razor != source.spec.razor:
             raise ValueError(
@@ -101,7 +122,10 @@ class Session:
         prompts.warn_beyond_trained(self.params.config, total)
         fits = capacity is None and total <= source.spec.capacity
         room = source.spec.capacity if fits else room_for(total, capacity)
-        return dataclasses.replace(source.spec, capacity=max(room, source.spec.capacity))
+        spec = dataclasses.replace(source.spec, capacity=max(room, source.spec.capacity))
+        if not (self._owns_source and spec == source.spec):
+            check_memory(spec, len(self.prompts.rows))
+        return spec
 
     @property
     def cache(self) -> KVCache:
@@ -163,6 +187,12 @@ class Session:
         new = new[: len(counts)]
         for row, tokens, count, before in zip(self.rows, new, counts, self._before, strict=True):
             row.push(tokens[len(row.tokens) - before : count - before].tolist(), int(self.limit.max()))
+        failed = [number for number, flag in enumerate(np.asarray(self._live.failed)[: len(counts)]) if flag]
+        for number in failed:
+            self.rows[number].fail()
+        if failed and not self._warned:
+            self._warned = True
+            log.warning("row %d: %s", failed[0], nonfinite(self.params))
 
     def _replay(self, steps: int) -> None:
         """Rewind to the start of the block and replay up to a stop string, which is only seen after its block ran.
@@ -263,6 +293,13 @@ class _RowOutput:
             if token in self._eos or self.stopped_at is not None:
                 self.finish_reason = "stop"
             self.finished = ended or self.stopped_at is not None
+
+    def fail(self) -> None:
+        """End the row: the model gave no finite logits for its next token."""
+        if not self.finished and self._detokenizer is not None:
+            self.text += self._detokenizer.flush()
+        self.safe = len(self.text)
+        self.finished, self.finish_reason = True, "error"
 
 
 class _Clock:

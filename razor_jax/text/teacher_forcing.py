@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Bool, Float32, Int, Int32
 
 from ..cache import KVCache
+from ..compilation import promoting
 from ..functional import decode, extend
 from ..params import Params
 
@@ -36,6 +37,7 @@ def predictions(logits: Float32[jax.Array, "*n V"], following: Int[jax.Array, "*
     return TeacherForced(logprobs, best, jnp.isfinite(logits).all(-1))
 
 
+@promoting
 def force(
     params: Params,
     cache: KVCache,
@@ -67,7 +69,9 @@ def force(
         put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=at, axis=1)
         return jax.tree.map(put, found, predictions(logits, target)), cache
 
-    empty = TeacherForced(jnp.zeros(tokens.shape), jnp.zeros(tokens.shape, jnp.int32), jnp.zeros(tokens.shape, bool))
+    empty = TeacherForced(
+        jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(tokens.shape, jnp.int32), jnp.zeros(tokens.shape, bool)
+    )
     found, cache = lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, body, (empty, cache))
     return jax.tree.map(lambda x: x[:, :T], found), cache
 

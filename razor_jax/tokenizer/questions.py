@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from .assets import Assets
 
-_QUESTION = "razor-jax-question"  # Placeholder for the question while the template is rendered.
+# Placeholders while the template is rendered.
+_QUESTION = "razor-jax-question"
+_DOCUMENT = "razor-jax-document"
+
+Variables = Mapping[str, Any] | None  # Further names that a template reads.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +23,9 @@ class DocumentAndQuestions:
     questions: tuple[Any, ...]
 
 
-def split(assets: Assets | None, document: str, questions: list[str], chat: bool) -> DocumentAndQuestions:
+def split(
+    assets: Assets | None, document: str, questions: list[str], chat: bool, variables: Variables = None
+) -> DocumentAndQuestions:
     """Return the document and the prompt of each question, to be read one after the other.
 
     With `chat`, the document is the system message, or the start of the user message if the template supports no
@@ -36,20 +43,35 @@ def split(assets: Assets | None, document: str, questions: list[str], chat: bool
         )
     if assets is None:
         raise ValueError("these params have no tokenizer and no chat template: ask without chat")
-    before, _, after = _conversation(assets, document).rpartition(_QUESTION)
     return DocumentAndQuestions(
-        assets.encode(before, add_special=False),
-        tuple(assets.encode(question.strip() + after, add_special=False) for question in questions),
+        document_ids(assets, document, variables),
+        tuple(question_ids(assets, question, variables) for question in questions),
     )
 
 
-def _conversation(assets: Assets, document: str) -> str:
-    """Return the rendered conversation with a placeholder for the question."""
-    user = {"role": "user", "content": _QUESTION}
-    one = [{"role": "user", "content": f"{document}\n\n{_QUESTION}"}]
+def document_ids(assets: Assets, document: str, variables: Variables = None) -> list[int]:
+    """Return the tokens of a conversation up to the question, by the chat template."""
+    return assets.encode(_around_question(assets, document, variables)[0], add_special=False)
+
+
+def question_ids(assets: Assets, question: str, variables: Variables = None) -> list[int]:
+    """Return the tokens of a question after `document_ids`, up to the answer."""
+    return assets.encode(question.strip() + _around_question(assets, _DOCUMENT, variables)[1], add_special=False)
+
+
+def _around_question(assets: Assets, document: str, variables: Variables) -> tuple[str, str]:
+    """Return the rendered conversation before and after the question."""
+
+    def render(*messages: dict[str, str]) -> str:
+        return assets.apply_chat(messages, variables=variables)
+
+    one = {"role": "user", "content": f"{document}\n\n{_QUESTION}"}
     try:
-        text = assets.apply_chat([{"role": "system", "content": document}, user])
+        text = render({"role": "system", "content": document}, {"role": "user", "content": _QUESTION})
     except ValueError:
-        return assets.apply_chat(one)
+        text = render(one)
     # Some templates ignore a system message silently.
-    return text if document.strip() in text else assets.apply_chat(one)
+    if document.strip() not in text:
+        text = render(one)
+    before, _, after = text.rpartition(_QUESTION)
+    return before, after

@@ -1,4 +1,4 @@
-"""Caches on disk: bit for bit there and back, equal next tokens, and what is refused."""
+"""Caches on disk: bit for bit after a round trip, equal next tokens, and refusals."""
 
 import dataclasses
 import json
@@ -136,7 +136,7 @@ def test_damage_is_one_error_that_names_the_place(cache, tmp_path):
     folder = damaged("swapped")  # layer 0 has a retrieval head, layer 1 has none
     shutil.rmtree(folder / "layer_000")
     (folder / "layer_001").rename(folder / "layer_000")
-    with pytest.raises(ValueError, match="layer_000 cannot be read: it holds 0/k, 0/k_mean"):
+    with pytest.raises(ValueError, match="layer_000 cannot be read: it has 0/k, 0/k_mean"):
         razor_jax.load_cache(params, folder)
 
     record = json.loads((saved / store.RECORD).read_text())
@@ -161,7 +161,7 @@ def test_damage_is_one_error_that_names_the_place(cache, tmp_path):
             razor_jax.load_cache(params, folder)
     folder = damaged("no pending")
     (folder / store.RECORD).write_text(json.dumps({name: record[name] for name in record if name != "pending"}))
-    with pytest.raises(ValueError, match=r"cache\.json is damaged: pending missing, where"):
+    with pytest.raises(ValueError, match=r"cache\.json is damaged: pending is missing, while"):
         store.load_pending(folder)
     (saved / store.RECORD).unlink()
     with pytest.raises(FileNotFoundError, match=r"cache\.json is missing"):

@@ -125,6 +125,21 @@ def test_cache_folder_defaults_to_home(model, monkeypatch, tmp_path):
     assert path.parent == tmp_path / ".cache" / "razor_jax" / "heads"
 
 
+def test_auto_takes_the_split_that_the_package_has_for_these_norms(model, monkeypatch, tmp_path):
+    """Quantised files of one checkpoint share norms; another checkpoint of this shape does not have them."""
+    monkeypatch.setattr(hub, "find_heads", no_probe)
+    monkeypatch.setattr(store, "SPLITS", tmp_path)
+    plain, policy = load(model, heads=None), RazorConfig.compact(window=16)
+    store.write(store.packaged_path(plain), HeadSplit(((1,), ()), K, note="shipped"), policy)
+    for dtype in (None, jnp.bfloat16):
+        params = load(model, dtype=dtype)
+        assert params.heads is not None
+        assert (params.heads.retrieval, params.razor) == (((1,), ()), policy)
+    norm = plain.weights["norm"]["scale"]
+    other = plain.replace(weights={**plain.weights, "norm": {"scale": norm.at[0].add(1)}})
+    assert not store.packaged_path(other).exists()
+
+
 def test_auto_takes_the_file_beside_the_model(model, monkeypatch):
     monkeypatch.setattr(hub, "find_heads", no_probe)
     policy = RazorConfig.compact(window=16)

@@ -32,7 +32,7 @@ def test_generate_prints_the_answer_and_accounts_for_it(run, model):
     (answer,) = content["results"]
     assert answer["tokens"] == list(expected.tokens)
     assert answer["kv"]["engaged"]
-    assert answer["kv"]["ratio"] == answer["kv"]["dense_bytes"] / answer["kv"]["allocated_bytes"]
+    assert answer["kv"]["ratio"] == answer["kv"]["same_type_bytes"] / answer["kv"]["allocated_bytes"]
     assert answer["timings"]["prompt_tokens"] > 40
 
 
@@ -100,10 +100,10 @@ def test_the_document_is_read_once_for_all_questions(run, model, tmp_path, monke
 
 
 def test_questions_without_a_template(run, model):
-    arguments = ("--no-chat", "-Q", "where?", "--max-new-tokens", 4)
+    arguments = ("--raw", "-Q", "where?", "--max-new-tokens", 4)
     done = run("generate", "-m", model, "--prompt-file", "-", *arguments, stdin="the fox " * 40)
     assert done.exit_code == 0, done.output
-    assert "— where?" in done.stderr
+    assert "— where?" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -129,10 +129,106 @@ def test_where_a_template_puts_the_document(model, template, document):
     assert assets.decode(cut.questions[0]) == "who?!"
 
 
-def test_generate_by_chat_template(run, model):
-    done = run("generate", "-m", model, "-p", "a fox", "--chat", "--max-new-tokens", 6, "--json")
-    expected = razor_jax.generate(razor_jax.load(model), [{"role": "user", "content": "a fox"}], max_new_tokens=6)
+@pytest.mark.parametrize(
+    ("options", "prompt", "raw"),
+    [
+        ((), [{"role": "user", "content": "a fox"}], False),
+        (("--raw",), "a fox", True),
+        (
+            ("--system", "the dog"),
+            [{"role": "system", "content": "the dog"}, {"role": "user", "content": "a fox"}],
+            False,
+        ),
+    ],
+    ids=["template", "raw", "system"],
+)
+def test_generate_uses_the_chat_template_unless_raw(run, model, options, prompt, raw):
+    done = run("generate", "-m", model, "-p", "a fox", *options, "--max-new-tokens", 6, "--json")
+    expected = razor_jax.generate(razor_jax.load(model), prompt, raw=raw, max_new_tokens=6)
     assert json.loads(done.stdout)["results"][0]["tokens"] == list(expected.tokens)
+
+
+def test_template_variables_reach_the_template(run, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if not enable_thinking %} dog{% endif %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    command = ("generate", "-m", tmp_path / "model", "-p", "a fox", "--max-new-tokens", 6, "--json")
+    thinking, silent = (
+        json.loads(run(*command, "--template-var", f"enable_thinking={value}").stdout) for value in ("true", "false")
+    )
+    params = razor_jax.load(tmp_path / "model")
+    for found, text in ((thinking, "a fox"), (silent, "a fox dog")):
+        ids = params.assets.encode(text, add_special=False)
+        assert found["results"][0]["tokens"] == list(razor_jax.generate(params, ids, max_new_tokens=6).tokens)
+    assert "give NAME=VALUE" in run(*command, "--template-var", "thinking").stderr
+
+
+def test_a_cache_from_the_shell_answers_as_the_document_does(run, model, tmp_path):
+    document = tmp_path / "document.txt"
+    document.write_text("the fox and a dog " * 20)
+    book = tmp_path / "book"
+    done = run("prefill", "-m", model, document, "--save", book)
+    assert done.exit_code == 0, done.output
+    options = ("-Q", "where is the fox?", "--max-new-tokens", 5, "--json")
+    cached = run("generate", "-m", model, "--cache", book, *options)
+    read = run("generate", "-m", model, "--prompt-file", document, *options)
+    first, second = (json.loads(each.stdout)["results"][0]["tokens"] for each in (cached, read))
+    assert first == second
+    assert "leave out --dense" in run("generate", "-m", model, "--cache", book, "--dense", "-Q", "where?").stderr
+    assert "ask about it with -Q" in run("generate", "-m", model, "--cache", book).stderr
+
+
+def test_chat_commands(run, model, tmp_path):
+    file = tmp_path / "talk.json"
+    lines = f"/help\na fox\n/save {file}\n/system the dog\na fox\n/sing\n/exit\n"
+    done = run("chat", "-m", model, "--max-new-tokens", 4, stdin=lines)
+    assert done.exit_code == 0, done.output
+    for text in ("/save FILE", "saved 2 messages", "tokens/s", "a new conversation", "'/sing' is not a command"):
+        assert text in done.stderr
+    assert [message["role"] for message in json.loads(file.read_text())] == ["user", "assistant"]
+    chat = razor_jax.Chat(razor_jax.load(model), system="the dog")
+    assert chat.send("a fox", max_new_tokens=4).text in done.stdout
+
+
+def test_caches_are_listed_and_cleared(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    heads = tmp_path / "razor_jax" / "heads"
+    heads.mkdir(parents=True)
+    (heads / "a.json").write_text("x" * 1000)
+    found = json.loads(run("cache", "list", "--json").stdout)
+    assert found["heads"] == {"folder": str(heads), "bytes": 1000}
+    assert run("cache", "clear", "heads").exit_code == 0
+    assert not heads.exists()
+    assert json.loads(run("cache", "list", "--json").stdout)["heads"]["bytes"] == 0
+    assert run("cache", "clear", "downloads").exit_code == 2
+    assert run("cache", "clear", "everything").exit_code == 2
+
+
+def test_quiet_counts_after_the_command(run, model):
+    command = ("generate", "-m", model, "-p", "a fox", "--max-new-tokens", 4)
+    loud, quiet = run(*command), run(*command, "-q")
+    assert "tokens/s" in loud.stderr
+    assert quiet.stderr == ""
+    assert quiet.stdout == loud.stdout
+    assert run("generate", "-m", model, "-p", "-q", "--max-new-tokens", 4).exit_code == 0  # a prompt, not an option
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("eval", "abc"), "No such command 'abc'. There are: needle"),
+        (("generate", "--prompt-file", "/nowhere"), "/nowhere: no such file or directory"),
+        (("generate", "-p", " "), "is blank"),
+        (("generate", "-p", " ", "-Q", "x"), "is blank"),
+        (("generate", "-p", "x", "-Q", ""), "is blank"),
+        (("generate", "-p", "x", "--raw", "--system", "y"), "leave out --system"),
+    ],
+    ids=["command", "file", "blank", "blank document", "blank question", "raw"],
+)
+def test_wrong_input_is_one_sentence(run, command, message):
+    done = run(*command)
+    assert done.exit_code in (1, 2)
+    assert message in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_chat_remembers_forgets_and_leaves(run, model):
@@ -142,7 +238,7 @@ def test_chat_remembers_forgets_and_leaves(run, model):
     chat = razor_jax.Chat(razor_jax.load(model), system="the dog")
     first, second = (chat.send(text, max_new_tokens=4).text for text in ("a fox", "the dog"))
     assert done.stdout == f"{first}\n{second}\n{first}\n"
-    assert "/what is not a command" in done.stderr
+    assert "'/what' is not a command" in done.stderr
     assert "forgotten" in done.stderr
     assert run("chat", "-m", model, stdin="").exit_code == 0
 
@@ -195,7 +291,8 @@ def test_heads_as_table_json_and_file(run, model, tmp_path):
     assert sum(found.counts) == 2
     table = run("heads", "find", "-m", model, "--share", 0.5).stdout
     assert "2 of 4 KV heads" in table
-    assert table.count("●") == 2 * 2 + 1
+    assert table.count("●") == 2 * 2 + 2
+    assert "score above the noise of this probe" in " ".join(table.split())
     assert razor_jax.load(model, heads=path).heads == found
 
 
@@ -216,8 +313,8 @@ def test_demo_compares_three_caches(run, model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("generate",), "give --prompt or --prompt-file"),
-        (("generate", "-p", "x", "--prompt-file", "y"), "give --prompt or --prompt-file"),
+        (("generate",), "give one of --prompt, --prompt-file and --cache"),
+        (("generate", "-p", "x", "--prompt-file", "y"), "give one of --prompt, --prompt-file and --cache"),
         (("generate", "-p", "x", "--top-p", 1.5), "top_p=1.5"),
         (("generate", "-p", "x", "--temperature", -1), "temperature=-1.0"),
         (("generate", "-p", "x", "--window", 0), "--window"),
@@ -258,10 +355,7 @@ def test_a_command_that_is_not_there_is_2(run, arguments, message):
     ("arguments", "message"),
     [
         (("generate", "-m", "no/such/folder", "-p", "x"), "no model at 'no/such/folder'"),
-        (("generate", "-p", ""), "prompt is empty"),
         (("generate", "--prompt-file", "missing.txt"), "missing.txt"),
-        (("generate", "-p", " ", "-Q", "x"), "the document is empty"),
-        (("generate", "-p", "x", "-Q", ""), "a question is empty"),
         (("generate", "-p", "x", "--heads", "missing.json"), "no head split at missing.json"),
     ],
 )

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import razor_jax
 from razor_jax.cli import heads
-from razor_jax.heads import causal, gates, interchange, needle, promise, random_heads, store
+from razor_jax.heads import find, gates, interchange, random_heads, store
 from tests.support import tiny
 
 
@@ -73,12 +73,12 @@ def test_vendor_file(run, tmp_path):
     assert "1 prefix_matching + 1 copying KV heads" in run("import", file, "--numbered", "query").stdout
 
 
-@pytest.mark.parametrize(("method", "module"), [("needle", needle), ("causal", causal)])
-def test_other_searches_take_the_seeds(run, monkeypatch, method, module):
+@pytest.mark.parametrize("method", ["needle", "causal"])
+def test_other_searches_take_the_seeds(run, monkeypatch, method):
     def made(params, *, seeds, progress=None):
         return random_heads(params, seeds=seeds)
 
-    monkeypatch.setattr(module, f"{method}_heads", made)
+    monkeypatch.setitem(find._SCORERS, method, made)
     want = random_heads(tiny.params(), seeds=(0, 1, 2)).select(share=0.5)
     assert split_of(run("find", "--method", method, "--seeds", 3, "--share", 0.5, "--json")) == [
         list(h) for h in want.retrieval
@@ -87,16 +87,38 @@ def test_other_searches_take_the_seeds(run, monkeypatch, method, module):
 
 def test_learned_heads_come_with_a_promise(run, monkeypatch, tmp_path):
     """A learned split is measured at once, and the promise and the policy go into razor.json."""
-    short = functools.partial(gates.gate_heads, documents=2, tokens=224, steps=2)
-    monkeypatch.setattr(gates, "gate_heads", lambda params, **options: short(params, **options))
-    monkeypatch.setattr(promise, "measure", functools.partial(promise.measure, documents=2, tokens=224))
-    file = tmp_path / "razor.json"
-    done = run("find", "--method", "gates", "--share", 0.5, "--window", 24, "--save", file, "--json")
+    monkeypatch.setitem(find._SCORERS, "gates", functools.partial(gates.gate_heads, steps=2))
+    file, sizes = tmp_path / "razor.json", ("--documents", 2, "--held-out", 2, "--tokens", 1920)
+    done = run("find", "--method", "gates", "--share", 0.5, "--window", 24, *sizes, "--save", file, "--json")
     saved = store.read(file)
     assert saved.promise is not None
     assert saved.promise.to_dict() == json.loads(done.stdout)["promise"]
     assert saved.recommended.window == 24
     assert sum(saved.split.counts) == saved.promise.heads == 2
+
+
+def test_search_and_target_choose_on_questions(run, tmp_path):
+    """`search` keeps as many heads as were asked for; a target of 100 points is met by one head."""
+    sizes = ("--documents", 2, "--held-out", 2, "--tokens", 1920, "--window", 24)
+    searched = run("find", "--method", "search", "--share", 0.5, *sizes, "--state", tmp_path / "search.npz", "--json")
+    assert sum(map(len, split_of(searched))) == 2
+    assert json.loads(searched.stdout)["promise"]["heads"] == 2
+    least = run("find", "--method", "random", "--target", 100, *sizes, "--json")
+    assert sum(map(len, split_of(least))) == 1
+
+
+def test_gates_of_0_and_1_are_a_choice_that_no_budget_cuts(run, tmp_path):
+    """A file that was written from a split gives back the split, whatever the default budget is."""
+    run("find", "--method", "random", "--share", 0.75, "--window", 64, "--save-duo", tmp_path / "duo")
+    want = interchange.read_duo(tmp_path / "duo").split()
+    file = tmp_path / "razor.json"
+    assert split_of(run("import", tmp_path / "duo", "--save", file, "--json")) == [list(h) for h in want.retrieval]
+    assert store.read(file).split.weights
+
+
+def test_a_layer_that_is_not_there_is_refused_before_the_search(run):
+    said = run("find", "--keep-layer", 99, code=1).output.replace("│", " ")
+    assert "--keep-layer 99: this model has layers 0 to 1" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
@@ -106,6 +128,10 @@ def test_learned_heads_come_with_a_promise(run, monkeypatch, tmp_path):
         (("find", "--bytes", 1000), "--bytes goes with --capacity"),
         (("find", "--bytes", 1000, "--capacity", 10, "--share", 0.5), "--bytes goes with --capacity"),
         (("find", "--window", 10), "--window goes with --bytes, --save-duo"),
+        (("find", "--method", "search"), "give --share"),
+        (("find", "--target", 1, "--share", 0.5), "--target finds the budget"),
+        (("find", "--state", "x"), "--state resumes --method gates or search"),
+        (("find", "--method", "gates", "--seeds", 3, "--share", 0.5), "--seeds goes with methods"),
         (("find", "--method", "needle", "--preset", "vendor"), "--preset vendor is for the probe"),
         (("report", "x", "--method", "random", "--preset", "vendor"), "--preset vendor is for the probe"),
         (("import", "heads.json"), "--numbered query or kv goes with"),

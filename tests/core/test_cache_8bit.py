@@ -138,13 +138,10 @@ def test_razor_mini_answers_from_an_8_bit_cache(kv_dtype):
     small = razor_jax.generate(params, prompt, max_new_tokens=8, razor=razor)
     assert small.kv.engaged
     assert small.kv.dtype == ("int8" if kv_dtype == "int8" else "float8_e4m3fn")
-    assert (
-        small.kv.ratio
-        > 1.7
-        * razor_jax.generate(
-            params, prompt, max_new_tokens=8, razor=RazorConfig.compact(128, kv_dtype="bfloat16")
-        ).kv.ratio
-    )
+    plain = razor_jax.generate(params, prompt, max_new_tokens=8, razor=RazorConfig.compact(128, kv_dtype="bfloat16"))
+    assert 1.7 * small.kv.allocated_bytes < plain.kv.allocated_bytes
+    # Each is compared with a dense cache of its own type: compression is not counted twice.
+    assert small.kv.ratio == pytest.approx(plain.kv.ratio, rel=0.05)
     assert len(dense.tokens) == len(small.tokens)
 
 

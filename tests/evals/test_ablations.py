@@ -1,4 +1,4 @@
-"""Ablations: a cache written from a dense reading is the one that a prefill leaves, and variants differ as they say."""
+"""Ablations: a cache written from a dense reading equals that of a prefill, and variants differ as they should."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def reading() -> Reading:
 
 
 def judge(split: HeadSplit = tiny.SPLIT, razor: RazorConfig | None = POLICY, counting="dropped"):
-    return reading().judge(Variant("", split, razor, counting))
+    return reading().predict(Variant("", split, razor, counting))
 
 
 @pytest.mark.parametrize("razor", [POLICY, dataclasses.replace(POLICY, kv_dtype="int8", compensation=False)])
@@ -47,7 +47,7 @@ def test_a_cache_from_a_dense_reading_is_the_one_a_prefill_leaves(razor):
     cache = read._cache(params, variant, read._batches[0], read._read[0])
     real = prefill(params, [task.document for task in tasks()], razor=razor, capacity=read.capacity)
     assert cache.spec == real.spec
-    # Where keys come from decides their last bit; a rounded cache shows it as one step of its type.
+    # The program that computes keys decides their last bit, which a rounded cache shows as one step of its type.
     for mine, other in zip(jax.tree.leaves(cache), jax.tree.leaves(real), strict=True):
         mine, other = (np.asarray(x, np.float32) for x in (mine, other))
         np.testing.assert_allclose(mine, other, rtol=1e-2, atol=1.0 if razor.kv_dtype == "int8" else 1e-5)
@@ -82,7 +82,7 @@ def test_dense_agrees_with_itself_and_windows_change_losses():
 
 def test_one_counts_a_token_whatever_was_dropped():
     assert np.abs(judge(counting="one").losses - judge().losses).min() > 1e-4
-    # With one token dropped, one is the number.
+    # With one dropped token, both counts are 1.
     barely = dataclasses.replace(POLICY, window=LENGTHS[1] - POLICY.sinks - 1)
     a, b = (judge(razor=barely, counting=way).losses[2] for way in ("one", "dropped"))
     np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -122,19 +122,19 @@ def test_copied_segments_stand_in_their_document_and_text_goes_on():
 def test_a_table_resumes_from_its_records(tmp_path, monkeypatch):
     dense = Variant("dense", HeadSplit.all(2, 2), RazorConfig(kv_dtype="bfloat16"))
     rows = [dense, Variant(ablations.RAZOR, tiny.SPLIT, POLICY)]
-    # The shape of the table is that of all tasks: one reading stands for each here.
+    # The table has a column per task; here all tasks use the same reading.
     readings = dict.fromkeys(ablations.TASKS, reading())
     first = ablations.judge(rows, readings, Journal(tmp_path / "a.jsonl"))
-    judged, compute = [], Reading.judge
+    judged, compute = [], Reading.predict
 
     def counted(self, variant):
         judged.append(variant.name)
         return compute(self, variant)
 
-    monkeypatch.setattr(Reading, "judge", counted)
+    monkeypatch.setattr(Reading, "predict", counted)
     again = ablations.judge(rows, readings, Journal(tmp_path / "a.jsonl"))
     assert again == first
-    assert set(judged) == {"dense"}  # its tokens are what the others are compared with
+    assert set(judged) == {"dense"}  # the others are compared with its tokens
     lines = ablations.summary(first, readings)
     assert lines[0]["needle"]["agreement"] == 1
     assert lines[1]["text"]["over_razor"]["difference"] == 0
@@ -151,7 +151,7 @@ def test_razor_mini_shows_what_its_parts_are_worth():
     read = Reading(params, ablations.tasks(params, "needle", tokens=1024, documents=4, questions=8), batch=4)
     every = HeadSplit.all(params.config.num_layers, params.config.num_kv_heads)
     none = HeadSplit.none(params.config.num_layers, params.config.num_kv_heads)
-    dense, found, lost = (read.judge(Variant("", split, razor)) for split in (every, params.heads_or_all, none))
+    dense, found, lost = (read.predict(Variant("", split, razor)) for split in (every, params.heads_or_all, none))
     assert (dense.right() == 1).mean() > 0.9
     assert (found.right() == 1).mean() > (lost.right() == 1).mean() + 0.3
     assert dense.losses.mean() < found.losses.mean() < lost.losses.mean()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from razor_jax.evals import plots
-from razor_jax.evals.examples import Example, Options, Question
+from razor_jax.evals.examples import Example, Question, QuestionFormat
 from razor_jax.evals.provenance import summary
-from razor_jax.evals.table import Answered, Row, Table
+from razor_jax.evals.table import Answered, SettingScores, Table
 from razor_jax.text.result import KVReport
 
 pytest.importorskip("matplotlib", reason="pictures need the extra 'plots': pip install -e '.[plots]'")
@@ -87,8 +87,8 @@ def _table(scores, places):
         meta = {} if depth is None else {"depth": depth}
         examples.append(Example("text", (Question("q", ("a",), meta=meta),), {"length": length}))
         answered.append(Answered(("",), kv, 10, 1.0))
-    row = Row.of("Razor", examples, answered)
-    return Table(tuple(examples), (Row("Razor", scores, row.documents, row.answered),), Options())
+    row = SettingScores.of("Razor", examples, answered)
+    return Table(tuple(examples), (SettingScores("Razor", scores, row.documents, row.answered),), QuestionFormat())
 
 
 def test_a_heat_map_counts_each_cell_by_itself(tmp_path):

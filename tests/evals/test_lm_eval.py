@@ -1,4 +1,4 @@
-"""razor_jax in lm-evaluation-harness: tasks from local files, beside its own `hf` model on the same folder."""
+"""razor_jax in lm-evaluation-harness: local tasks, compared with its `hf` model on the same folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import tiny
 
 pytest.importorskip("lm_eval", reason="the harness is the extra `evals`")
 from razor_jax.evals.harness import RazorLM
-from razor_jax.evals.harness_requests import Options
+from razor_jax.evals.harness_requests import RequestOptions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the harness and its own libraries
@@ -34,7 +34,7 @@ def phrase(seed: int, words: int) -> str:
 
 
 def write_task(folder: Path, name: str, rows: list[dict], **fields) -> None:
-    """A task as YAML, of which JSON is a part, and its documents."""
+    """Write a task as YAML (JSON is YAML) and its documents."""
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}}
     task = {"task": name, **data, "test_split": "test", **fields}
@@ -43,7 +43,7 @@ def write_task(folder: Path, name: str, rows: list[dict], **fields) -> None:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A choice of phrases, an answer, a perplexity, and a choice of letters."""
+    """Tasks: multiple choice by phrase, a generated answer, perplexity, and multiple choice by letter."""
     folder = tmp_path_factory.mktemp("tasks")
     choices = [" " + phrase(7, 1), " " + phrase(8, 3), " mill"]
     short = [{"text": phrase(seed, 60 + seed), "choices": choices, "right": seed % 3} for seed in range(4)]
@@ -79,7 +79,7 @@ def tasks(tmp_path_factory):
 
 
 def run(folder: Path, *names: str, model, **options):
-    """Responses of each task, in the order of its documents, and the results' config."""
+    """Return the responses of each task, in the order of its documents, and the results' config."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -101,7 +101,7 @@ def hf():
 
 @pytest.fixture(scope="module")
 def params():
-    """One token a byte: a short text is long enough to be compressed."""
+    """One token per byte, so that a short text is long enough to be compressed."""
     return tiny.params()
 
 
@@ -146,7 +146,7 @@ def test_one_letter_answers_are_read_from_the_compressed_cache(tasks, params):
     ours, config = run(tasks, "local_letters", model=RazorLM(params, razor=policy, batch_size=8))
     assert config["razor"]["requests_compressed"] == config["razor"]["requests"] == 8
     assert config["razor"]["kv_bytes_ratio"] > 1
-    # The same by the public API, one text at a time.
+    # The public API, one text at a time, gives the same.
     ids = [params.assets.encode(phrase(seed, 50)) for seed in range(4)]
     letters = [params.assets.encode(letter, add_special=False)[0] for letter in "AB"]
     expected = []
@@ -184,20 +184,20 @@ def test_short_requests_are_counted_and_said(params):
 
 
 def test_a_special_token_as_stop_string_ends_the_answer_by_its_id():
-    options = Options.of({"until": ["<|user|>", "ab", ""], "max_tokens": 4}, tiny.params(), 4, 4096, 256)
+    options = RequestOptions.of({"until": ["<|user|>", "ab", ""], "max_tokens": 4}, tiny.params(), 4, 4096, 256)
     assert options.params.assets is not None
     assert options.params.assets.eos_ids == (4, 2)
     assert (options.strings, options.new_tokens, options.room) == (["ab"], 4, 4092)
 
 
 def test_bad_arguments_are_named(params):
-    with pytest.raises(ValueError, match="windw is not known; there are pretrained, dense"):
+    with pytest.raises(ValueError, match="windw is unknown; allowed are pretrained, dense"):
         RazorLM.create_from_arg_string("pretrained=razor-mini,windw=64")
     with pytest.raises(ValueError, match="pretrained=FOLDER is missing"):
         RazorLM.create_from_arg_obj({"window": 64})
     with pytest.raises(ValueError, match="leave out window"):
         RazorLM.create_from_arg_string("pretrained=razor-mini,dense=true,window=64")
-    with pytest.raises(ValueError, match="seed_of_luck is not known; there are until"):
+    with pytest.raises(ValueError, match="seed_of_luck is unknown; allowed are until"):
         RazorLM(params).generate_until([request("generate_until", "a b", {"seed_of_luck": 4})], disable_tqdm=True)
 
 
@@ -218,13 +218,12 @@ OFF |= {"repetition_penalty": 1.0, "length_penalty": 2.0, "early_stopping": True
 
 
 def test_arguments_that_are_off_change_nothing(params):
-    plain, off = (
-        Options.of({"until": ["x"], "max_gen_toks": 4, **more}, params, 4, 4096, 256).sampling for more in ({}, OFF)
-    )
+    asked = {"until": ["x"], "max_gen_toks": 4}
+    plain, off = (RequestOptions.of(asked | more, params, 4, 4096, 256).sampling for more in ({}, OFF))
     assert jax.tree.leaves(off) == jax.tree.leaves(plain)
     assert jax.tree.structure(off) == jax.tree.structure(plain)
     with pytest.raises(ValueError, match=r"typical_p=0\.9 is not supported: leave it out, or use 1"):
-        Options.of({**OFF, "do_sample": True, "temperature": 1.0}, params, 4, 4096, 256)
+        RequestOptions.of({**OFF, "do_sample": True, "temperature": 1.0}, params, 4, 4096, 256)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +261,7 @@ def test_a_repetition_penalty_answers_as_the_harness_own_model(tasks, hf):
 
 @pytest.mark.slow
 def test_the_harness_command_line(tasks, tmp_path):
-    """The harness indexes its own thousands of tasks first."""
+    """Slow, because the harness first indexes its thousands of tasks."""
     command = f"-m razor_jax eval harness --model_args pretrained={FOLDER},window=64,dtype=float32"
     command += f" --include_path {tasks} --tasks local_letters --limit 2 --output_path {tmp_path}"
     done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, timeout=500, check=False)

@@ -13,7 +13,7 @@ import razor_jax
 from razor_jax import KVReport, RazorConfig
 from razor_jax.cli import app as cli
 from razor_jax.evals import longbench, longbench_metrics, metrics, provenance
-from razor_jax.evals.protocol import cut, run
+from razor_jax.evals.protocol import encode_example, run
 from razor_jax.evals.settings import settings
 from razor_jax.evals.table import Answered
 from razor_jax.heads import store
@@ -24,7 +24,7 @@ KV = KVReport("dense", 1.0, 1, 64, "bfloat16", 1, 1, (0,))
 
 
 def v1(dataset: str, **changes) -> dict:
-    """A record as data.zip has them."""
+    """Return a record like those in data.zip."""
     return {
         "input": "Who kept the mill?",
         "context": f"{WORDS * 12}Anna kept the mill. {WORDS * 12}",
@@ -39,7 +39,7 @@ def v1(dataset: str, **changes) -> dict:
 
 
 def v2(**changes) -> dict:
-    """A record as data.json has them."""
+    """Return a record like those in data.json."""
     choices = dict(zip(("choice_A", "choice_B", "choice_C", "choice_D"), ("Ann", "Bob", "Carl", "Dora"), strict=True))
     texts = {"question": "Who kept the mill? ", "answer": "B", "context": f" {WORDS * 20}\n"}
     cuts = {"domain": "Single-Document QA", "sub_domain": "Literary", "difficulty": "easy", "length": "short"}
@@ -54,12 +54,12 @@ def write(path: Path, *records: dict) -> Path:
 @pytest.mark.parametrize(
     ("name", "answer", "references", "expected"),
     [
-        ("qa_f1", "The keeper, Anna!", ["Anna", "a miller"], 2 / 3),  # 1 of 2 words, the reference's only one
+        ("qa_f1", "The keeper, Anna!", ["Anna", "a miller"], 2 / 3),  # 1 of 2 words, and the only word of the reference
         ("qa_f1", "no", ["yes"], 0),
         ("qa_f1_first_line", "\nAnna\nPassage: Anna", ["Anna"], 1),
         ("classification", "It is a Number or an Animal", ["Number"], 1 / 2),
         ("classification", "\nAnimal\nType: Number", ["Number"], 0),
-        ("classification", "Type: Other animal", ["Other animal"], 1),  # "Other" stands inside the right one
+        ("classification", "Type: Other animal", ["Other animal"], 1),  # "Other" is part of the right class
         ("count", "There are 12, not 13 or 12.", ["12"], 2 / 3),
         ("count", "many", ["12"], 0),
         ("retrieval", "Paragraph 7 or 8", ["Paragraph 7"], 1 / 2),
@@ -81,7 +81,7 @@ def test_metrics(name, answer, references, expected):
 
 
 def test_classification_passes_over_the_class_after_each_one_taken_out():
-    """As the published loop: of two classes inside the right one, neighbours, the second is left and counts."""
+    """As in the published loop: of two adjacent classes inside the right one, the second is skipped and counts."""
     reference = longbench_metrics.class_reference("abc", ["a", "b", "abc"])
     assert metrics.score("longbench_classification", "abc", [reference]) == 1 / 2
 
@@ -95,7 +95,7 @@ def test_rouge_is_the_librarys():
     assert metrics.score("longbench_rouge_first_line", "\nthe mill\nmore", ["the mill"]) == pytest.approx(1)
 
 
-@pytest.mark.filterwarnings("ignore")  # jieba's own, on import
+@pytest.mark.filterwarnings("ignore")  # jieba warns on import
 def test_chinese_is_cut_into_words():
     pytest.importorskip("jieba", reason="installed by hand for Chinese")
     assert metrics.score("longbench_qa_f1_zh", "北京。", ["中国的首都是北京"]) == pytest.approx(1 / 3)
@@ -145,11 +145,11 @@ def test_files_are_read_by_dataset(tmp_path):
     [
         (v1("hotpotqa", answers="Anna"), r"bad.jsonl, record 2: field 'answers' is 'Anna'"),
         ({"input": "?"}, "record 2: field 'context' is None"),
-        (v1("squad"), "dataset 'squad' is none of narrativeqa"),
-        (v1("trec"), "trec is scored by all_classes"),
-        (v1("hotpotqa", answers=[]), "no answer"),
-        (v2(answer="E"), "answer 'E' is none of A, B, C, D"),
-        (["x"], "is no object"),
+        (v1("squad"), "dataset 'squad' is not one of narrativeqa"),
+        (v1("trec"), "field 'all_classes' is empty, but trec is scored by it"),
+        (v1("hotpotqa", answers=[]), "field 'answers' is empty"),
+        (v2(answer="E"), "answer 'E' is not one of A, B, C, D"),
+        (["x"], "is not an object"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path, record, message):
@@ -160,10 +160,10 @@ def test_a_bad_record_is_named(tmp_path, record, message):
 
 def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "cut.jsonl").write_text('{"input": ')
-    with pytest.raises(ValueError, match=r"cut.jsonl is no JSONL"):
+    with pytest.raises(ValueError, match=r"cut.jsonl is not JSONL"):
         longbench.read([tmp_path / "cut.jsonl"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no .jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"has no .jsonl"):
         longbench.read([tmp_path / "empty"])
 
 
@@ -175,7 +175,7 @@ def test_the_prompt_is_the_published_one_cut_behind_the_context():
     assert example.questions[0].text.endswith("\n\nQuestion: Who kept the mill?\nAnswer:")
     options = longbench.options(params, "hotpotqa")
     assert options == {"form": "user", "max_new_tokens": 32}
-    document, (question,) = cut(params, example, options["form"])
+    document, (question,) = encode_example(params, example, options["form"])
     whole = params.assets.apply_chat([{"role": "user", "content": example.document + example.questions[0].text}])
     assert params.assets.decode([*document, *question], skip_special=False) == whole
     assert (
@@ -191,7 +191,7 @@ def test_the_prompt_is_the_published_one_cut_behind_the_context():
 
 @pytest.mark.parametrize("dataset", ["hotpotqa", longbench.V2])
 def test_the_middle_is_cut_out(dataset):
-    """One token a byte, so the kept halves are known to the character."""
+    """One token per byte, so the kept halves are known exactly."""
     params = tiny.params()
     record = v2() if dataset == longbench.V2 else v1(dataset)
     [whole] = longbench.examples(params, dataset, [record])
@@ -200,12 +200,12 @@ def test_the_middle_is_cut_out(dataset):
     ends = (400, 401) if dataset == longbench.V2 else (400, 400)
     assert short.document + short.questions[0].text == prompt[: ends[0]] + prompt[-ends[1] :]
     assert short.questions == whole.questions
-    with pytest.raises(ValueError, match="longer than half of max_length=200"):
+    with pytest.raises(ValueError, match="take more than half of max_length=200"):
         longbench.examples(params, dataset, [record], max_length=200)
 
 
 class Known:
-    """Answers as told: every dataset's way from file to points, without a model."""
+    """System with given answers, to test every dataset from file to score without a model."""
 
     name = "known"
 

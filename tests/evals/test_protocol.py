@@ -1,4 +1,4 @@
-"""The protocol on a tiny model: what is asked of which cache, pairing, and records that outlive a killed run."""
+"""The protocol on a tiny model: which cache answers, pairing, and records that survive a killed run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import razor_jax
 from razor_jax import HeadSplit, RazorConfig, with_heads
 from razor_jax.evals import conversation, protocol
-from razor_jax.evals.protocol import Example, Question, Setting, cut, dense, run
+from razor_jax.evals.protocol import CachedModel, Example, Question, dense, encode_example, run
 from tests.support import tiny
 
 POLICY = RazorConfig.compact(24, sinks=2)
@@ -19,7 +19,7 @@ NEW = 6
 
 
 def examples(sizes=(60, 75, 66), questions=(2, 1, 3)):
-    """Documents of different lengths, with different numbers of questions."""
+    """Return documents of different lengths, with different numbers of questions."""
     rng = np.random.default_rng(0)
     letters = np.asarray(list("abcdefgh "))
     return [
@@ -35,7 +35,7 @@ def examples(sizes=(60, 75, 66), questions=(2, 1, 3)):
 def settings():
     params = tiny.params()
     none = with_heads(params, HeadSplit.none(2, 2))
-    return [dense(params), Setting("Razor", params, POLICY), Setting("none", none, POLICY)]
+    return [dense(params), CachedModel("Razor", params, POLICY), CachedModel("none", none, POLICY)]
 
 
 def answers(row):
@@ -44,11 +44,11 @@ def answers(row):
 
 @pytest.mark.parametrize("form", ["chat", "raw"])
 def test_answers_are_those_of_prefill_and_generate(form):
-    """One document and question at a time, by the public functions, gives the same text as the batched run."""
+    """The public functions, one document and question at a time, give the same text as the batched run."""
     made, setting = examples(), settings()[1]
     table = run([setting], made, form=form, batch=2, max_new_tokens=NEW)
     for example, found in zip(made, answers(table.rows[0]), strict=True):
-        document, asked = cut(setting.params, example, form)
+        document, asked = encode_example(setting.params, example, form)
         cache = razor_jax.prefill(setting.params, document, razor=POLICY)
         want = [razor_jax.generate(setting.params, q, cache=cache, max_new_tokens=NEW).text for q in asked]
         assert list(found) == want
@@ -59,10 +59,10 @@ def test_answers_are_those_of_prefill_and_generate(form):
 def test_the_second_column_reads_the_question_in_the_prefill():
     made, setting = examples(), settings()[2]
     table = run([setting], made, question_inside_prefill=True, batch=2, max_new_tokens=NEW)
-    document, asked = cut(setting.params, made[0])
+    document, asked = encode_example(setting.params, made[0])
     want = [razor_jax.generate(setting.params, document + q, razor=POLICY, max_new_tokens=NEW).text for q in asked]
     assert list(answers(table.rows[0])[0]) == want
-    # with every head windowed the two columns cannot be the same text throughout
+    # with every head windowed, the two columns must differ somewhere
     assert answers(table.rows[0]) != answers(run([setting], made, batch=2, max_new_tokens=NEW).rows[0])
 
 
@@ -73,17 +73,17 @@ def test_the_cut_is_what_one_prompt_reads():
         ("plain", f"{example.document}\n\nQuestion: {example.questions[0].text}\nAnswer:"),
         ("user", f"<s><|user|>{example.document}{example.questions[0].text}<|end|><|assistant|>"),
     ):
-        document, asked = cut(params, example, form)
+        document, asked = encode_example(params, example, form)
         assert tuple(params.assets.encode(text, add_special=form != "user")) == document + asked[0]
     begun = dataclasses.replace(example, questions=(Question("who", ("a",), prefix=" It is"),))
-    document, (asked,) = cut(params, begun, "user")
+    document, (asked,) = encode_example(params, begun, "user")
     assert params.assets.decode(asked, skip_special=False) == "who<|end|><|assistant|> It is"
 
 
 def test_bytes_are_the_caches_own():
     table = run(settings(), examples(), batch=2, max_new_tokens=NEW)
     params = tiny.params()
-    longest = max(len(d) + max(map(len, q)) for d, q in (cut(params, e) for e in examples()))
+    longest = max(len(d) + max(map(len, q)) for d, q in (encode_example(params, e) for e in examples()))
     capacity = table["Razor"].kv.capacity
     assert longest + NEW <= capacity < longest + NEW + 64
     cache = razor_jax.init_cache(params, batch=1, capacity=capacity, razor=POLICY)
@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_and_equals_an_unbroken_one(tmp_path):
         run(settings(), examples(), batch=2, max_new_tokens=NEW, resume=path, progress=kill)
     kept = path.read_bytes()
     assert kept.count(b"\n") == 4  # three of dense, one of Razor
-    # the kill may also come in the middle of a line
+    # a kill can also come in the middle of a line
     path.write_bytes(kept + kept[:40])
     told = []
     resumed = run(
@@ -128,28 +128,28 @@ def test_a_killed_run_goes_on_and_equals_an_unbroken_one(tmp_path):
 def test_a_record_of_another_setting_is_not_reused(tmp_path, monkeypatch):
     path, made = tmp_path / "records.jsonl", examples()
     params = tiny.params()
-    run([Setting("Razor", params, POLICY)], made, batch=2, max_new_tokens=NEW, resume=path)
+    run([CachedModel("Razor", params, POLICY)], made, batch=2, max_new_tokens=NEW, resume=path)
     asked = []
-    original = Setting._ask_after
+    original = CachedModel._ask_after
 
     def counted(self, texts, capacity, options):
         asked.append(self.name)
         return original(self, texts, capacity, options)
 
-    monkeypatch.setattr(Setting, "_ask_after", counted)
-    run([Setting("another name", params, POLICY)], made, batch=2, max_new_tokens=NEW, resume=path)
-    assert not asked  # a name decides no answer
+    monkeypatch.setattr(CachedModel, "_ask_after", counted)
+    run([CachedModel("another name", params, POLICY)], made, batch=2, max_new_tokens=NEW, resume=path)
+    assert not asked  # the name does not decide the answers
     others = {
-        "policy": Setting("Razor", params, dataclasses.replace(POLICY, compensation=False)),
-        "heads": Setting("Razor", with_heads(params, HeadSplit.none(2, 2)), POLICY),
-        "weights": Setting("Razor", tiny.params(1), POLICY),
+        "policy": CachedModel("Razor", params, dataclasses.replace(POLICY, compensation=False)),
+        "heads": CachedModel("Razor", with_heads(params, HeadSplit.none(2, 2)), POLICY),
+        "weights": CachedModel("Razor", tiny.params(1), POLICY),
     }
     for what, other in others.items():
         asked.clear()
         run([other], made, batch=2, max_new_tokens=NEW, resume=path)
         assert asked, what
     asked.clear()
-    run([Setting("Razor", params, POLICY)], made, batch=2, max_new_tokens=NEW + 1, resume=path)
+    run([CachedModel("Razor", params, POLICY)], made, batch=2, max_new_tokens=NEW + 1, resume=path)
     assert asked
 
 
@@ -157,14 +157,14 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path):
     for content in ('{"a": 1}\n', "notes of mine", "[1, 2]\n"):
         path = tmp_path / "notes.txt"
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"notes\.txt.* is no record"):
+        with pytest.raises(ValueError, match=r"notes\.txt.* is not a record"):
             run(settings()[:1], examples(), resume=path)
         assert path.read_text() == content
 
 
 def test_where_nothing_is_dropped_the_table_says_so():
-    wide = Setting("wide", tiny.params(), RazorConfig.compact(500))
-    part = Setting("part", tiny.params(), RazorConfig.compact(80, sinks=0))
+    wide = CachedModel("wide", tiny.params(), RazorConfig.compact(500))
+    part = CachedModel("part", tiny.params(), RazorConfig.compact(80, sinks=0))
     table = run([settings()[0], wide, part], examples((40, 90), (1, 1)), batch=2, max_new_tokens=NEW)
     assert table["wide"].engaged == 0
     assert not table["wide"].kv.engaged
@@ -200,14 +200,14 @@ def test_the_dense_row_is_bfloat16_whatever_the_weights():
 
 
 def test_a_conversation_hands_its_cache_on():
-    """Turn by turn with `Chat`, one conversation at a time, gives the same answers."""
+    """`Chat`, one conversation at a time, gives the same answers."""
     made = examples(questions=(3, 2, 3))
     setting = settings()[1]
     table = run([conversation.Conversation(setting)], made, batch=2, max_new_tokens=NEW)
     for example, found in zip(made, answers(table.rows[0]), strict=True):
         chat = razor_jax.Chat(setting.params, system=example.document, razor=POLICY)
-        # `Chat` reads document and first question in one call; the protocol never does
-        document, asked = cut(setting.params, example)
+        # `Chat` reads document and first question in one call, the protocol in two
+        document, asked = encode_example(setting.params, example)
         chat._cache = razor_jax.prefill(setting.params, document, razor=POLICY, capacity=512)
         first = razor_jax.generate(setting.params, asked[0], cache=chat._cache, max_new_tokens=NEW)
         assert found[0] == first.text
@@ -235,8 +235,8 @@ def test_a_conversation_hands_its_cache_on():
         ({"examples": [Example("text", (Question("q", ("a",), "rouge9"),))]}, "metric='rouge9': use one of"),
         ({"examples": [Example("text", (Question("q", ()),))]}, "no reference answer"),
         ({"settings": [settings()[1]] * 2}, "give each its own name"),
-        ({"settings": [Setting("x", tiny.params(text=False), None)]}, r"needs a model with a tokenizer\.json"),
-        ({"settings": [Setting("x", with_heads(tiny.params(), None), POLICY)]}, "no head split"),
+        ({"settings": [CachedModel("x", tiny.params(text=False), None)]}, r"needs a model with a tokenizer\.json"),
+        ({"settings": [CachedModel("x", with_heads(tiny.params(), None), POLICY)]}, "no head split"),
     ],
 )
 def test_wrong_input_is_refused(unchecked, arguments, message):

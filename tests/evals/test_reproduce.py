@@ -1,4 +1,4 @@
-"""`razor-jax reproduce`: verdicts follow from intervals and thresholds, stages resume, and what fails is said."""
+"""`razor-jax reproduce`: verdicts follow from intervals and thresholds, stages resume, failures are reported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = reproduce.Preset(tokens=400, documents=2, questions=2, throughput_tokens
         ("needle", -1.0, 0.2, "confirmed"),
         ("needle", -1.5, 0.2, "undecided"),
         ("needle", -9.0, -1.1, "refuted"),
-        ("chosen", 0.0, 0.0, "refuted"),  # the same is not better
+        ("chosen", 0.0, 0.0, "refuted"),  # equal is not better
         ("chosen", 0.1, 4.0, "confirmed"),
         ("saved", 67.9, 67.9, "refuted"),
         ("compensation", 30.0, 50.0, "undecided"),  # more than 30
@@ -56,12 +56,15 @@ def _names() -> list[str]:
 def test_the_papers_policy_holds_where_it_compresses():
     paper, short = reproduce.policy_for(20_480), reproduce.policy_for(768)
     assert (paper.min_window, paper.window_divisor, paper.window) == (4000, 5, None)
-    assert (short.min_window, short.window_divisor) == (1, 5)  # N/5 without the floor, or nothing would be dropped
+    assert (short.min_window, short.window_divisor) == (
+        1,
+        5,
+    )  # N/5 without the floor, which would drop nothing
     assert reproduce.policy_for(4_900).min_window == 1
 
 
 def params():
-    """With few positions, so that the probe is short."""
+    """Params with few positions, so that the probe is short."""
     config = dataclasses.replace(tiny.CONFIG, max_position_embeddings=600)
     return tiny.params().replace(config=config)
 
@@ -81,7 +84,7 @@ def test_all_stages_run_and_a_second_run_computes_nothing(tmp_path, monkeypatch)
     assert first["failed"] == {}
     by_name = {claim["claim"]: claim for claim in first["claims"]}
     assert list(by_name) == list(claims.CLAIMS)
-    # A random model answers nothing, which says nothing about the paper.
+    # A random model answers nothing, so the claims do not apply.
     assert by_name["needle"]["verdict"] == "not applicable"
     assert by_name["short"]["verdict"] == "confirmed"
     assert by_name["bytes"]["verdict"] == "confirmed"

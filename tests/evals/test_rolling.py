@@ -1,4 +1,4 @@
-"""What decoding does to a cache over many tokens: forced reading, agreement with dense, and facts asked on the way."""
+"""Caches over many decoded tokens: teacher forcing, agreement with dense, and facts asked on the way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from razor_jax import HeadSplit, RazorConfig, with_heads
 from razor_jax.evals import agreement, long_generation
 from razor_jax.evals.agreement import Passage
 from razor_jax.evals.examples import Example, Question
-from razor_jax.evals.protocol import Setting, cut, dense, run
+from razor_jax.evals.protocol import CachedModel, dense, encode_example, run
 from razor_jax.text.teacher_forcing import force_jit
 from tests.support import tiny
 
@@ -22,7 +22,7 @@ POLICY = RazorConfig.compact(16, sinks=2)
 
 
 def razor():
-    return Setting("Razor", tiny.params(), POLICY)
+    return CachedModel("Razor", tiny.params(), POLICY)
 
 
 def passages(prompts=(30, 40), following=(25, 18)):
@@ -32,7 +32,7 @@ def passages(prompts=(30, 40), following=(25, 18)):
 
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_forced_reading_is_score(chunk):
-    """Log-probabilities are those of `razor_jax.score` on the same cache, read in calls of as many tokens."""
+    """Log-probabilities equal those of `razor_jax.score` on the same cache, with as many tokens per call."""
     setting, passage = razor(), passages()[0]
     cache = razor_jax.prefill(setting.params, np.asarray(passage.prompt), razor=POLICY, capacity=64)
     tokens = np.asarray([passage.following[:-1]], np.int32)
@@ -75,7 +75,7 @@ def test_agreement_and_perplexity_are_those_of_score():
 
 
 def test_tokens_that_the_reference_is_sure_of_are_counted_apart():
-    (one,) = agreement.judge(razor(), passages((30,), (4,)), [0], 1)
+    (one,) = agreement.score_passages(razor(), passages((30,), (4,)), [0], 1)
     reference = dataclasses.replace(one[1], logprobs=(-0.1, -0.6, -0.8), best=(1, 2, 3))
     found = agreement._compare("Razor", [reference], [dataclasses.replace(reference, best=(1, 5, 6))])
     assert found.agreement.share == pytest.approx(1 / 3)
@@ -85,8 +85,8 @@ def test_tokens_that_the_reference_is_sure_of_are_counted_apart():
 def test_a_setting_agrees_with_itself_and_dense_is_never_counted():
     text = passages()
     same = dataclasses.replace(razor(), name="again")
-    every = Setting("all heads", with_heads(tiny.params(), HeadSplit.all(2, 2)), POLICY)
-    wide = Setting("wide", tiny.params(), RazorConfig.compact(500))
+    every = CachedModel("all heads", with_heads(tiny.params(), HeadSplit.all(2, 2)), POLICY)
+    wide = CachedModel("wide", tiny.params(), RazorConfig.compact(500))
     found = agreement.run([razor(), same, every, wide], text, batch=2)
     assert found[0].agreement is not None
     assert found[0].agreement.share == 1
@@ -100,7 +100,7 @@ def test_a_setting_agrees_with_itself_and_dense_is_never_counted():
 
 
 def test_greedy_output_is_what_generation_gives(tmp_path):
-    """Where the reference's own output is judged, free-running Razor parts from it at the first disagreement."""
+    """Free-running Razor diverges from the reference's output at the first disagreement."""
     params = tiny.params().replace(assets=None)
     reference = dense(tiny.params())
     text = agreement.greedy_passages(reference, passages((30, 40), (20, 20)), batch=2)
@@ -110,7 +110,7 @@ def test_greedy_output_is_what_generation_gives(tmp_path):
     again = agreement.run([reference, razor()], text, batch=2, resume=path)
     assert json.dumps(again[0].to_dict()) == json.dumps(found.to_dict())
     for passage, parted in zip(text, found.parted, strict=True):
-        # the first token is the prefill's, which reads everything
+        # the first token comes from the prefill, which attends densely
         free = razor_jax.generate(params, np.asarray(passage.prompt), max_new_tokens=20, razor=POLICY).tokens
         differ = [i for i, (a, b) in enumerate(zip(free, passage.following, strict=True)) if a != b]
         assert (differ[0] - 1 if differ else None) == parted
@@ -124,13 +124,13 @@ def test_wrong_passages_are_refused():
 
 
 def test_a_long_reply_is_decoded_token_by_token():
-    """Each question is answered as after that many decode steps, by the public functions one by one."""
+    """Answers equal those of the public functions after as many single decode steps."""
     params, new = tiny.params(), 5
     questions = tuple(Question(f"what {i}", ("a",), meta={"written": w}) for i, w in enumerate((8, 8, 20)))
     example = Example("the first fox " * 3, questions, {"reply": "of a second otter in the den"})
     table = run([long_generation.LongReply(razor())], [example], batch=2, max_new_tokens=new)
     request = Example(example.document, (Question("Continue.", ("",)),))
-    document, (asked,) = cut(params, request)
+    document, (asked,) = encode_example(params, request)
     reply = params.assets.encode(example.meta["reply"], add_special=False)
     step = jax.jit(razor_jax.decode)
     cache, at, want = razor_jax.prefill(params, document + asked, razor=POLICY, capacity=256), 0, []
@@ -155,7 +155,7 @@ def test_long_generation_examples_ask_only_what_was_written():
             text = example.document if question.meta["where"] == "document" else example.meta["reply"]
             assert question.answers[0] in text
             if question.meta["where"] == "reply":
-                assert question.answers[0] in text[: question.meta["written"]]  # one token a byte
+                assert question.answers[0] in text[: question.meta["written"]]  # one token per byte
     with pytest.raises(ValueError, match="every=5"):
         long_generation.examples(tiny.params(), document=900, reply=4, every=5)
     with pytest.raises(ValueError, match="2 facts do not fit in 40 tokens"):

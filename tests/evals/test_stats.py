@@ -1,4 +1,4 @@
-"""Metrics against cases worked out by hand, and intervals against cases that are known."""
+"""Metrics against cases computed by hand, and intervals against known cases."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_metric_that_nobody_knows_and_a_question_without_reference():
 
 
 def test_the_bootstrap_of_a_known_case():
-    """Independent questions: the interval is the normal one of a difference of means, to its own error."""
+    """For independent questions the interval is the normal one of a difference of means, up to sampling error."""
     rng = np.random.default_rng(0)
     a = (rng.random(1500) < 0.9).astype(float)
     b = np.where(rng.random(1500) < 0.05, rng.random(1500), a)
@@ -48,7 +48,7 @@ def test_the_bootstrap_of_a_known_case():
 
 
 def test_questions_of_one_document_are_not_independent():
-    """Ten questions that always fall together are worth one: the interval is √10 times as wide."""
+    """Ten questions with always equal scores count as one: the interval is √10 times as wide."""
     rng = np.random.default_rng(1)
     documents = np.repeat(np.arange(200), 10)
     b = np.repeat((rng.random(200) < 0.7).astype(float), 10)
@@ -60,7 +60,7 @@ def test_questions_of_one_document_are_not_independent():
 
 
 def test_clusters_of_unequal_size_keep_their_weight():
-    """One document of three lost questions, one of one kept: draws give 0, -3/4 or -1, never the mean of means."""
+    """One document loses all three questions, one keeps its only one: draws give 0, -3/4 or -1 only."""
     found = paired_bootstrap([1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1])
     assert found == (-0.75, -1.0, 0.0)
 

@@ -14,7 +14,7 @@ from razor_jax.checkpoint.hub import find
 from razor_jax.evals import needle, ruler
 from razor_jax.evals.examples import Example
 from razor_jax.evals.haystack import Haystack, counter, fit
-from razor_jax.evals.protocol import cut
+from razor_jax.evals.protocol import encode_example
 from razor_jax.evals.ruler_qa import Pool
 from tests.support import tiny
 
@@ -26,7 +26,7 @@ def mini():
 
 
 def total(example: Example, form=None) -> int:
-    document, questions = cut(mini(), example, form)
+    document, questions = encode_example(mini(), example, form)
     return len(document) + max(map(len, questions))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import razor_jax
 from razor_jax import HeadSplit, RazorConfig
 from razor_jax.heads import gates, store
 from razor_jax.heads.causal import Ablation
@@ -16,7 +18,8 @@ from razor_jax.needles.tasks import FAMILIES, make_tasks
 from tests.support import tiny
 
 RAZOR = RazorConfig.compact(window=24, sinks=2)
-DOCUMENTS, TOKENS = 2, 224
+DOCUMENTS, TOKENS = 2, 960
+CALIBRATION = gates.Calibration(DOCUMENTS, TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +27,17 @@ def params():
     return tiny.params()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def long_answers():
+    """A character is a token here, so that answers are longer than those of a real tokenizer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gates, "_ANSWER", 24)
+        yield
+
+
 @pytest.fixture(scope="module")
 def readings(params):
-    return gates._readings(params, RAZOR, DOCUMENTS, TOKENS, seed=0)
+    return gates.readings(Ablation(params, CALIBRATION.tasks(params), RAZOR))
 
 
 def losses(reading, mask) -> np.ndarray:
@@ -55,7 +66,7 @@ def test_closed_and_open_gates_are_a_split(params, readings, mask):
 def test_gradient_equals_finite_differences(readings):
     reading = readings[0]
     at = np.full((2, 2), 0.5)
-    found = np.asarray(gates._loss_gradient(jnp.asarray(at, jnp.float32), *reading))
+    found = np.asarray(gates.loss_gradient(jnp.asarray(at, jnp.float32), *reading))
     step, want = 0.01, np.zeros((2, 2))
     for layer in range(2):
         for head in range(2):
@@ -77,9 +88,9 @@ def test_distillation_is_at_rest_at_dense_attention(readings):
 def test_both_methods_score_every_head(params):
     seen = []
     learned = gates.gate_heads(
-        params, razor=RAZOR, documents=2, tokens=TOKENS, steps=4, progress=lambda *at: seen.append(at)
+        params, razor=RAZOR, calibration=CALIBRATION, steps=4, progress=lambda *at: seen.append(at)
     )
-    graded = gates.gradient_heads(params, razor=RAZOR, documents=2, tokens=TOKENS)
+    graded = gates.gradient_heads(params, razor=RAZOR, calibration=CALIBRATION)
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     for scores, method in ((learned, "gates"), (graded, "gradient")):
         assert scores.induction.shape == (2, 2)
@@ -90,32 +101,32 @@ def test_both_methods_score_every_head(params):
 
 def test_tasks_hold_their_answers_and_keep_judgement_apart(params):
     train, held_out = (
-        make_tasks(params, split, documents=2, tokens=300, questions=6) for split in ("train", "held_out")
+        make_tasks(params, split, documents=2, tokens=960, questions=7) for split in ("train", "held_out")
     )
     decode = params.assets.decode
     for task in (*train, *held_out):
         document = decode(task.document)
         assert set(task.families) == set(FAMILIES)
-        assert len(task.turns) == 6
+        assert len(task.turns) == 7
         for _, answer in task.turns:
             assert decode(answer).strip() in document
     asked = [{decode(question) for task in tasks for question, _ in task.turns} for tasks in (train, held_out)]
     assert not asked[0] & asked[1]
-    assert make_tasks(params, "train", documents=2, tokens=300, questions=6) == train
-    with pytest.raises(ValueError, match=r"families=\['needles'\]: choose from facts, pairs, code"):
-        make_tasks(params, "train", documents=1, tokens=300, families=["needles"])
+    assert make_tasks(params, "train", documents=2, tokens=960, questions=7) == train
+    with pytest.raises(ValueError, match=r"families=\['needles'\]: choose from facts, pairs, code, copying"):
+        make_tasks(params, "train", documents=1, tokens=960, families=["needles"])
     with pytest.raises(ValueError, match=r"need a model with a tokenizer\.json"):
-        make_tasks(tiny.params(text=False), "train", documents=1, tokens=300)
+        make_tasks(tiny.params(text=False), "train", documents=1, tokens=960)
 
 
 def test_a_promise_is_measured_kept_and_read_back(params, tmp_path):
     everything = HeadSplit.all(2, 2)
-    kept = measure(params, everything, RAZOR, documents=2, tokens=TOKENS)
+    [kept] = measure(params, everything, RAZOR, documents=2, tokens=TOKENS)
     assert (kept.questions, kept.saved, kept.low, kept.high) == (16, 0, 0, 0)
     assert kept.dense == kept.compressed
 
     split = HeadSplit(((1,), (0,)), 2)
-    some = measure(params, split, RAZOR, documents=2, tokens=TOKENS)
+    [some] = measure(params, split, RAZOR, documents=2, tokens=TOKENS)
     assert 0 < some.saved < 0.5
     assert some.dense == kept.dense
     assert some.heads == 2
@@ -134,3 +145,24 @@ def test_a_policy_that_drops_nothing_measures_nothing(params):
     wide = dataclasses.replace(RAZOR, window=4096)
     with pytest.raises(ValueError, match="drops nothing"):
         measure(params, HeadSplit.all(2, 2), wide, documents=2, tokens=TOKENS)
+
+
+def test_a_quantised_cache_is_judged_quantised(params):
+    """Kept heads read int8 too: the losses are those of a real int8 cache, and not those of a float one."""
+    razor = dataclasses.replace(RAZOR, kv_dtype="int8")
+    tasks = make_tasks(params, "train", documents=1, tokens=TOKENS, questions=7)
+    every = HeadSplit.all(2, 2)
+    found = Ablation(params, tasks, razor)(every).losses
+    whole, [task] = razor_jax.with_heads(params, every), tasks
+    want = []
+    for question, answer in task.turns:
+        cache = razor_jax.init_cache(whole, batch=1, capacity=len(task.document) + 400, razor=razor)
+        document, turn = (jnp.asarray([ids], jnp.int32) for ids in (task.document, question + answer))
+        _, cache = razor_jax.extend(whole, cache, document, jnp.asarray([document.shape[1]], jnp.int32))
+        logits, _ = razor_jax.extend(whole, cache, turn, jnp.asarray([turn.shape[1]], jnp.int32), logits="all")
+        logprobs = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
+        at = np.arange(len(question) - 1, turn.shape[1] - 1)
+        want.append(-logprobs[at, np.asarray(answer)].mean())
+    np.testing.assert_allclose(found, want, rtol=1e-3)
+    plain = Ablation(params, tasks, RAZOR)(every).losses
+    assert np.abs(found - plain).max() > 1e-3

@@ -53,6 +53,16 @@ def test_scores_and_split_equal_the_oracle(family, record_property):
     record_property(f"head scores, {family}", float(np.max(np.abs(scores.query_induction - induction))))
 
 
+def test_noise_is_the_mass_half_a_block_after_the_copies():
+    scores = found("llama")
+    noise = oracle_scores(maps_of("llama"), BLOCK, shift=BLOCK // 2).max()
+    np.testing.assert_allclose(scores.meta.floor, noise, atol=1e-5, rtol=0)
+    signal = np.maximum(scores.echo, scores.induction) > noise
+    assert scores.above_floor(scores.select(share=1.0)) == signal.sum()
+    assert HeadScores.from_json(scores.to_json()).meta.floor == scores.meta.floor
+    assert find_heads(pair("llama")[1], method="random").meta.floor == 0
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 4096])
 def test_scores_do_not_depend_on_the_chunk(chunk):
     scores, other = found("qwen3"), find_heads(pair("qwen3")[1], chunk=chunk)
@@ -180,7 +190,7 @@ def test_vendor_preset_is_the_published_probe(monkeypatch):
 
     def only_look(params, tokens, targets, **_):
         fed.append((tokens, targets))
-        return np.zeros((2, len(tokens), params.config.num_layers, params.config.num_heads))
+        return np.zeros((3, len(tokens), params.config.num_layers, params.config.num_heads))
 
     monkeypatch.setattr("razor_jax.heads.probe.attention_mass", only_look)
     scores = find_heads(model_of(vocab_size=12_501, max_position_embeddings=10_001), preset="vendor")

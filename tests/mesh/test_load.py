@@ -1,4 +1,4 @@
-"""Weights read straight into the shards of a mesh: equal bits, local bytes only, on 8 CPU devices and two processes."""
+"""Weights read straight into shards of a mesh: equal bits and local bytes only, on 8 devices and in two processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..support import devices
 K4: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 120}
 SPLIT = HeadSplit(((3,), (1, 2)), 4)
 RAZOR = RazorConfig.compact(window=24)
-# Every family with a name of its own for something, ties, files by index, and sizes that do not divide by 8.
+# Every family with its own tensor names, tied embeddings, indexed files, and sizes that 8 does not divide.
 FOLDERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("llama", K4, "5GB"),
     "files": ("llama", K4, "60KB"),
@@ -36,7 +36,7 @@ MESHES = ("model=8", "data=2,model=4", "data=8", "data=4,model=2")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Checkpoints in a folder each."""
+    """Write checkpoints, each in its folder."""
     from ..support import baichuan, hf
 
     root = tmp_path_factory.mktemp("checkpoints")
@@ -57,7 +57,7 @@ def _equal(got: Params, want: Params) -> None:
 
 
 def _placed(params: Params) -> None:
-    """Every weight lies where the rules say, and the devices hold what `weight_bytes` says."""
+    """Check that weights are sharded by the rules, and that the devices have the bytes of `weight_bytes`."""
     assert params.mesh is not None
     flat = jax.tree_util.tree_leaves_with_path(params.weights)
     want = jax.tree.leaves(sharding.weight_shardings(params.weights, params.mesh))
@@ -84,14 +84,14 @@ def child_reads(root: str, cases: list[tuple[str, str, Literal["int8"] | None]])
 
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_sharded_weights_equal_plain_ones(folders, weights):
-    """Each folder on a mesh, with another one for int8."""
+    """Every folder on one mesh, in int8 on another."""
     meshes = MESHES if weights is None else MESHES[2:] + MESHES[:2]
     cases = list(zip((*FOLDERS, "baichuan"), (*meshes, *meshes), (weights,) * 5, strict=False))
     devices.run(child_reads, str(folders), cases)
 
 
 class Counting:
-    """A stored tensor that counts the bytes read of it."""
+    """Stored tensor that counts the bytes read from it."""
 
     def __init__(self, x: np.ndarray):
         self.x, self.read = x, 0
@@ -138,7 +138,7 @@ def test_a_shard_reads_its_own_bytes(folders, name):
 def child_memory(root: str, weights: Literal["int8"] | None) -> None:
     floats = abstract_weights(checkpoint.read_config(root), jnp.float32)
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(floats))
-    checkpoint.read(root, mesh="model=8", weights=weights)  # what imports and first calls keep
+    checkpoint.read(root, mesh="model=8", weights=weights)  # memory that imports and first calls keep
     tracemalloc.start()
     params = checkpoint.read(root, mesh="model=8", weights=weights)
     kept, peak = tracemalloc.get_traced_memory()
@@ -150,8 +150,10 @@ def child_memory(root: str, weights: Literal["int8"] | None) -> None:
 
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_host_memory_is_one_tensors(tmp_path, weights):
-    """Above what stays (a CPU's float arrays are the host's own) less than three of the largest float tensor, seen 1.9;
-    less than two where it becomes int8, seen 1.4. By tracemalloc, which does not see what XLA allocates."""
+    """Temporary host memory stays below 3 × the largest float tensor (measured: 1.9), or 2 × in int8 (measured: 1.4).
+
+    On CPU, float weights themselves are in host memory and do not count. tracemalloc does not see XLA's allocations.
+    """
     from ..support import hf
 
     hf.write(tmp_path, "llama", num_hidden_layers=6, intermediate_size=4096, hidden_size=256, vocab_size=64)
@@ -173,7 +175,7 @@ def child_two_processes(root: str, out: str) -> None:
     params = checkpoint.read(root, mesh="model=8", split=SPLIT)
     CheckpointTensor.read = original  # type: ignore[method-assign]
     whole = sum(x.nbytes for x in jax.tree.leaves(plain.weights))
-    # Keys and values lie twice, on neighbours; norms everywhere.
+    # Keys and values are on two neighbours each, norms on all devices.
     assert read < 0.52 * whole, (read, whole)
     for format in ("orbax", "huggingface"):
         hub.save(params.replace(razor=RAZOR), f"{out}/{format}", format)
@@ -227,7 +229,7 @@ def child_meshes() -> None:
     given = jax.make_mesh((2, 4), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
     assert (_mesh(given, **config).devices.reshape(2, 4) == given.devices).all()
     assert _mesh(_mesh(given, **config), **config) == _mesh(given, **config)
-    # Room is for the largest part of a kernel that one device holds.
+    # Room is needed for the largest part of a kernel on one device.
     weights = {"gate": {"kernel": jax.ShapeDtypeStruct((64, 8), jnp.int8)}}
     weights["down"] = {"kernel": jax.ShapeDtypeStruct((7, 64), jnp.int8)}
     sizes = [loading._largest_kernel(weights, mesh) for mesh in (None, _mesh("model=8", **config))]
@@ -273,7 +275,7 @@ def test_weights_that_do_not_fit_are_refused_unread(folders, monkeypatch):
 
 
 def test_room_for_int8_is_enough_for_int8(folders, monkeypatch, tmp_path):
-    """With the largest kernel as floats besides, unless it is int8 in the checkpoint already."""
+    """Plus the largest kernel as floats, unless the checkpoint is already in int8."""
     config = checkpoint.read_config(folders / "llama")
     shapes = abstract_weights(config, jnp.float32, "int8")
     held, _ = sharding.weight_bytes(shapes, None)
@@ -298,7 +300,7 @@ def child_refuses_everywhere(root: str) -> None:
 
 
 def test_processes_refuse_together(folders):
-    """Else those with room would wait for the others for ever."""
+    """Otherwise those with room would wait for the others for ever."""
     devices.run(child_refuses_everywhere, str(folders / "llama"), devices=1, processes=2)
 
 
@@ -306,7 +308,7 @@ def test_processes_refuse_together(folders):
 
 
 def test_what_a_killed_process_leaves_is_put_back(tmp_path):
-    """The old folder where no new one has come, and nothing of it where one has."""
+    """The old folder is restored if no new one replaced it, otherwise deleted."""
     path, old = tmp_path / "saved", tmp_path / ".saved.0123abcd.old"
     old.mkdir()
     (old / "content").write_text("old")
@@ -314,7 +316,7 @@ def test_what_a_killed_process_leaves_is_put_back(tmp_path):
         raise AssertionError
     assert (path / "content").read_text() == "old"
     old.mkdir()
-    (tmp_path / ".saved.0123abcd.partial").mkdir()  # somebody may be writing it
+    (tmp_path / ".saved.0123abcd.partial").mkdir()  # another process may be writing it
     (tmp_path / ".saved_too.0123abcd.old").mkdir()
     with atomic_directory(path, True) as folder:
         (folder / "content").write_text("new")

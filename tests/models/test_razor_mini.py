@@ -11,7 +11,7 @@ import razor_jax
 from razor_jax import HeadSplit
 from razor_jax.checkpoint.hub import find
 from razor_jax.evals import bench, needle
-from razor_jax.evals.protocol import Setting, run
+from razor_jax.evals.protocol import CachedModel, run
 from razor_jax.heads import store
 
 
@@ -37,7 +37,7 @@ def test_answers_come_from_the_retrieval_heads(split):
     params = mini()
     if split == "none":
         params = razor_jax.with_heads(params, HeadSplit.none(params.config.num_layers, params.config.num_kv_heads))
-    row = run([Setting(split, params, params.razor)], haystacks(), batch=4).rows[0]
+    row = run([CachedModel(split, params, params.razor)], haystacks(), batch=4).rows[0]
     assert len(row.scores) == 16
     assert row.engaged == 1
     assert row.ratio > 2

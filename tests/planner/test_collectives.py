@@ -7,8 +7,8 @@ import pytest
 from razor_jax.planner import collectives
 from razor_jax.planner.collectives import Collective
 
-# As XLA writes them: a loop that turns four times with a reduction in it, one that nobody can count, and the
-# asynchronous pair of a TPU, whose start holds operands and results.
+# HLO as XLA writes it: a loop of four iterations with a reduction in it, a loop of unknown length, and the
+# asynchronous pair of a TPU, whose start has operands and results.
 PROGRAM = """HloModule jit_f, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -67,8 +67,8 @@ def test_what_a_program_sends():
 def test_the_table_sums_up():
     table = collectives.table(collectives.read(PROGRAM)).splitlines()
     assert table[0].split() == ["all-reduce", "4", "×", "1,024", "bytes", "=", "4,096"]
-    assert any(line.endswith("a turn of a loop") for line in table)
-    assert table[-1].split() == ["together", "10", f"{192 + 2048 + 6 + 48 + 4096 + 100 + 24:,}"]
+    assert any(line.endswith("per loop iteration") for line in table)
+    assert table[-1].split() == ["total", "10", f"{192 + 2048 + 6 + 48 + 4096 + 100 + 24:,}"]
 
 
 def test_other_text_is_refused():

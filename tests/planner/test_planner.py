@@ -1,4 +1,4 @@
-"""The planner's arithmetic against live arrays, what still fits, the command line, and what it refuses."""
+"""The planner: arithmetic against live arrays, the largest sizes that fit, the command line, and refusals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from razor_jax.planner.hardware import topology_names
 from tests.support import devices, tiny
 
 LLAMA = find_config("meta-llama/Llama-3.1-8B")
-# Published counts of parameters, to the last one.
+# Published, exact numbers of parameters.
 PARAMETERS = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "meta-llama/Llama-2-13b-hf": 13_015_864_320,
@@ -63,7 +63,7 @@ def test_built_in_shapes(name):
 
 @pytest.mark.parametrize("name", known.CONFIGS)
 def test_built_ins_are_what_a_checkpoint_says(name):
-    """Each is one that config.json can express, and transformers reads the same shapes out of it."""
+    """config.json can express each of them, and transformers reads the same shapes from it."""
     config = known.CONFIGS[name]
     fields = write_config(config)
     assert read_config(fields) == config
@@ -85,7 +85,9 @@ def test_names_of_models(tmp_path):
     assert find_config("Qwen/Qwen2.5-72B-Instruct") == known.CONFIGS["Qwen/Qwen2.5-72B"]
     (tmp_path / "config.json").write_text(json.dumps(write_config(tiny.CONFIG)))
     assert find_config(tmp_path) == tiny.CONFIG
-    with pytest.raises(FileNotFoundError, match=r"no folder 'gpt-5'.*config\.json.*Qwen/Qwen3-32B"):
+    with pytest.raises(
+        FileNotFoundError, match=r"'gpt-5' is neither a folder nor a built-in.*config\.json.*Qwen/Qwen3-32B"
+    ):
         find_config("gpt-5")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -99,7 +101,7 @@ def test_devices():
     assert find_hardware("v5e:4x4").devices == 16
     seven = find_hardware("tpu7x:2x2x1")
     assert (seven.devices, seven.per_chip) == (8, 2)
-    assert "2 a chip" in seven.describe()
+    assert "2 per chip" in seven.describe()
     assert find_hardware("h100:8").devices == 8
     for wrong in ("v5e:3x3", "v5e", "v7x:2x2x1", "h100:0", "h100:x", "cpu"):
         with pytest.raises(ValueError, match=rf"topology='{wrong}'.*v5e:1x1 2x2.*h200"):
@@ -116,11 +118,11 @@ def test_bytes_are_those_of_live_arrays():
 
 
 def check_live_arrays():
-    """To the byte, on every device: weights as `load` places them, a cache as `init_cache` allocates it."""
-    jaxtyping.config.update("jaxtyping_disable", True)  # trees of shapes and of places pass through
+    """Compare the bytes on every device: weights as `load` shards them, caches as `init_cache` makes them."""
+    jaxtyping.config.update("jaxtyping_disable", True)  # trees of shapes and of shardings pass through
     split = HeadSplit(((1,), ()), 2)
     for (data, model), razor, kind in itertools.product(MESHES, POLICIES, ("float32", "int8")):
-        # As a CPU's: no kernels, so no slots added to make tiles.
+        # As on a CPU: no kernels, so no slots that pad tiles.
         hardware = dataclasses.replace(find_hardware(f"h100:{data * model}"), kind="cpu", device_kind="cpu")
         here = Job(tiny.CONFIG, hardware, data, model, 2, 300, 300, split, razor, kind)
         mesh = sharding.make_mesh({"data": data, "model": model}, 2, jax.devices()[: data * model])
@@ -136,7 +138,7 @@ def check_live_arrays():
 
 
 def on_each_device(tree) -> dict:
-    """Bytes that a tree of arrays has there."""
+    """Return the bytes of a tree of arrays on each device."""
     found: dict = {}
     for x in jax.tree.leaves(tree):
         for shard in x.addressable_shards:
@@ -224,7 +226,7 @@ LOAD = ("--model", "Llama-3.1-8B", "--topology", "v5e:2x2", "--context", 32768, 
 
 
 def test_json(run):
-    """Every field that scripts read, and that the numbers add up."""
+    """Scripts find every field, and the numbers add up."""
     made = json.loads(run(*LOAD, "--json").stdout)
     assert made.keys() == {
         *("schema", "model", "config", "hardware", "mesh", "batch", "context", "tokens_a_call", "weights", "split"),
@@ -245,7 +247,7 @@ def test_json(run):
 
 def test_table(run):
     shown = run(*LOAD).stdout
-    assert "4 devices of 15.75 GiB, 1 a chip" in shown
+    assert "4 devices of 15.75 GiB, 1 per chip" in shown
     assert "the default shares 0.28 + 0.02, spread evenly" in " ".join(shown.split())
     assert "Razor int8" in shown
     assert "-" in run("-m", "Llama-3.1-8B", "-t", "v5e:1x1", "-c", 131072).stdout.split("dense")[1].split("Razor")[0]
@@ -266,7 +268,7 @@ def test_options_change_the_plan(run, tmp_path):
 
 
 def test_what_the_compiler_says_is_shown(run, monkeypatch):
-    """Of a decode step that it takes and a prefill that it refuses."""
+    """The decode step compiles, the prefill is refused."""
     exchange = {"op": "all-reduce", "bytes": 1 << 20, "count": 3, "in_loop": False}
     takes = compiler.Compiled(8 * GIB, 61.0, "0.0.51", 9 * GIB, 5 * GIB, 5 * GIB, -GIB, [exchange])
     refuses = compiler.Compiled(20 * GIB, 30.0, "0.0.51", refused="RESOURCE_EXHAUSTED")
@@ -288,21 +290,21 @@ ALIBI = HeadSplit(((0, 1),) * 40, 40, scopes=((0, 0, *([9] * 18), *([5] * 20)),)
 
 @pytest.mark.filterwarnings("ignore:attention runs without its pallas_tpu kernels")
 def test_scopes_of_an_alibi_model_are_not_rounded(run, tmp_path):
-    """By slot on any mesh; by head where every scope's heads divide, and refused elsewhere."""
+    """By slot on any mesh; by head only if the heads of every scope divide."""
     load = ("-m", "Baichuan2-13B", "-c", 4096, "--batch", 2, "--heads", store.write(tmp_path / "razor.json", ALIBI))
     made = json.loads(run(*load, "-t", "v5e:2x4", "--json").stdout)
     assert made["kv_bytes_by_layout"] == {"slot": made["rows"][1]["memory"]["kv"]}
     shown = " ".join(run(*load, "-t", "v5e:2x4").stdout.split())
-    assert "not by head over 8 devices: they do not divide the heads of every scope" in shown
+    assert "not by head over 8 devices: the heads of some scopes do not divide evenly" in shown
     done = run(*load, "-t", "v5e:2x4", "--layout", "head", code=1)
-    assert "there are groups of [2, 18, 20]; give the mesh less of model" in str(done.exception)
+    assert "the groups have [2, 18, 20] heads; use a smaller model axis" in str(done.exception)
     two = json.loads(run(*load, "-t", "v5e:2x4", "--mesh", "data=4,model=2", "--batch", 4, "--json").stdout)
     assert two["split"]["share"] == ALIBI.share
     assert two["kv_bytes_by_layout"]["head"] == two["rows"][1]["memory"]["kv"] <= two["kv_bytes_by_layout"]["slot"]
 
 
 def test_dense_rows_are_read_in_one_call(run):
-    """As `generate(razor=None)` reads a prompt, whatever the chunk of the rows beside."""
+    """Like `generate(razor=None)`, whatever the prefill chunk of the other rows."""
     whole, chunked = (json.loads(run(*LOAD, "--json", *more).stdout) for more in ((), ("--prefill-chunk", 1024)))
     assert chunked["tokens_a_call"] == 1024
     assert chunked["rows"][0] == whole["rows"][0]

@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 from razor_jax.checkpoint import folder as checkpoint
 from razor_jax.models import rope as rotary
 from razor_jax.models.transformer import Transformer
-from razor_jax.needles import facts as tasks
-from razor_jax.needles import text
+from razor_jax.needles import facts, text
 from recipes import evaluate, export, training, vocabulary
 
 FAMILIES = {"razor-mini": "llama", "razor-mini-qwen3": "qwen3"}
@@ -66,9 +65,9 @@ def test_export_writes_back_what_was_shipped(shipped, config, params):
 
 
 def test_logits_and_greedy_answers_agree_with_transformers(shipped, config, params, reference, tokenizer):
-    document = tasks.needle_document(np.random.default_rng(5), tokenizer, 600, facts=2)
+    document = facts.needle_document(np.random.default_rng(5), tokenizer, 600, facts=2)
     chats = transformers.AutoTokenizer.from_pretrained(shipped)
-    messages = tasks.chat(document.text, document.facts[0].question)
+    messages = facts.chat(document.text, document.facts[0].question)
     ids = chats.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     ids = list(ids)
     rendered = f"{vocabulary.BOS}{vocabulary.SYSTEM}{document.text}{vocabulary.END}"

@@ -18,8 +18,7 @@ from razor_jax.heads import causal
 from razor_jax.models import rope as rotary
 from razor_jax.models.config import ModelConfig
 from razor_jax.models.transformer import Transformer
-from razor_jax.needles import facts as tasks
-from razor_jax.needles import text
+from razor_jax.needles import facts, text
 from recipes import batches, choose, evaluate, export, initial, train_mini, training, vocabulary
 
 SHIPPED = text.ASSETS / "razor-mini"
@@ -38,7 +37,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def small_tokenizer() -> Tokenizer:
-    return vocabulary.train(tasks.corpus(facts=100)[:40], size=MICRO.vocab_size)
+    return vocabulary.train(facts.corpus(facts=100)[:40], size=MICRO.vocab_size)
 
 
 def test_the_split_is_by_document_and_no_held_out_paragraph_is_trained_on():
@@ -61,9 +60,9 @@ def test_an_unknown_split_or_a_changed_corpus_is_refused(monkeypatch, tmp_path):
 
 
 def test_names_of_the_splits_are_disjoint_and_cover_all():
-    train, held_out = tasks.names("train"), tasks.names("held_out")
+    train, held_out = facts.names("train"), facts.names("held_out")
     assert not set(train) & set(held_out)
-    assert len(train) + len(held_out) == len(tasks.ADJECTIVES) * len(tasks.NOUNS)
+    assert len(train) + len(held_out) == len(facts.ADJECTIVES) * len(facts.NOUNS)
 
 
 @pytest.mark.parametrize("words", ["naïve — 東京 🙂\n\ttabs  and   spaces ", "x = 1234567890", "", "é\u0301\x00"])
@@ -80,15 +79,15 @@ def test_every_digit_is_a_token_and_markers_are_single(tokenizer):
 
 
 @pytest.mark.parametrize("split", text.SPLITS)
-@pytest.mark.parametrize(("tokens", "facts"), [(128, 1), (777, 4), (2048, 8), (4000, 0)])
-def test_needle_documents_keep_their_budget_and_hold_their_facts(tokenizer, tokens, facts, split):
-    document = tasks.needle_document(np.random.default_rng(7), tokenizer, tokens, facts, split)
-    again = tasks.needle_document(np.random.default_rng(7), tokenizer, tokens, facts, split)
+@pytest.mark.parametrize(("tokens", "count"), [(128, 1), (777, 4), (2048, 8), (4000, 0)])
+def test_needle_documents_keep_their_budget_and_hold_their_facts(tokenizer, tokens, count, split):
+    document = facts.needle_document(np.random.default_rng(7), tokenizer, tokens, count, split)
+    again = facts.needle_document(np.random.default_rng(7), tokenizer, tokens, count, split)
     assert document == again
     assert tokens - 12 < document.tokens <= tokens
-    assert document.tokens == tasks.count_tokens(tokenizer, document.text)
+    assert document.tokens == facts.count_tokens(tokenizer, document.text)
     lines = document.text.split("\n")
-    names = set(tasks.names(split))
+    names = set(facts.names(split))
     for fact in document.facts:
         assert lines.count(fact.sentence) == 1
         assert fact.value in fact.answer
@@ -100,11 +99,11 @@ def test_needle_documents_keep_their_budget_and_hold_their_facts(tokenizer, toke
     assert all(any(line in paragraph for paragraph in own) for line in prose)
 
 
-@pytest.mark.parametrize("family", tasks.FAMILIES)
+@pytest.mark.parametrize("family", facts.FAMILIES)
 @pytest.mark.parametrize("split", text.SPLITS)
 def test_family_documents_hold_what_their_questions_ask(tokenizer, family, split):
-    document = tasks.family_document(np.random.default_rng(3), tokenizer, family, 1500, 12, split)
-    assert document == tasks.family_document(np.random.default_rng(3), tokenizer, family, 1500, 12, split)
+    document = facts.family_document(np.random.default_rng(3), tokenizer, family, 1500, 12, split)
+    assert document == facts.family_document(np.random.default_rng(3), tokenizer, family, 1500, 12, split)
     assert 1500 - 12 < document.tokens <= 1500
     values = {"needle": 1, "alike": 1, "multi_value": 3, "multi_query": 3}[family]
     assert len(document.questions) == {"needle": 12, "alike": 12, "multi_value": 1, "multi_query": 4}[family]
@@ -119,22 +118,22 @@ def test_family_documents_hold_what_their_questions_ask(tokenizer, family, split
 
 
 def test_alike_facts_differ_in_one_word():
-    facts = tasks.make_alike(np.random.default_rng(0), 20, "train")
-    names = {f.question for f in facts}
+    alike = facts.make_alike(np.random.default_rng(0), 20, "train")
+    names = {f.question for f in alike}
     assert len(names) == 20
     words = [set(q.removesuffix("?").split()) for q in names]
     assert all(min(len(a ^ b) for b in words if b != a) <= 4 for a in words)
-    held_out = tasks.make_alike(np.random.default_rng(0), 60, "held_out")
-    assert all(any(f" {a} {n}?" in f.question for a, n in tasks.names("held_out")) for f in held_out)
+    held_out = facts.make_alike(np.random.default_rng(0), 60, "held_out")
+    assert all(any(f" {a} {n}?" in f.question for a, n in facts.names("held_out")) for f in held_out)
 
 
 def test_impossible_needle_documents_say_why(tokenizer):
     with pytest.raises(ValueError, match="tokens is 20, but 4 facts alone take"):
-        tasks.needle_document(np.random.default_rng(0), tokenizer, 20, 4)
+        facts.needle_document(np.random.default_rng(0), tokenizer, 20, 4)
     with pytest.raises(ValueError, match="facts is -1; use 0 to"):
-        tasks.needle_document(np.random.default_rng(0), tokenizer, 200, -1)
+        facts.needle_document(np.random.default_rng(0), tokenizer, 200, -1)
     with pytest.raises(ValueError, match="family is 'tracking'; use one of needle"):
-        tasks.family_document(np.random.default_rng(0), tokenizer, "tracking")
+        facts.family_document(np.random.default_rng(0), tokenizer, "tracking")
 
 
 def test_batches_depend_on_seed_and_step_alone(small_tokenizer):
@@ -149,7 +148,7 @@ def test_batches_depend_on_seed_and_step_alone(small_tokenizer):
 
 
 def _transformer(config, params, tokens, positions):
-    """Logits [T, V] of `models/transformer.py` with plain causal attention."""
+    """Return logits [T, V] of `models/transformer.py` with plain causal attention."""
 
     def attend(q, k, v, state):
         B, K, R, H = q.shape
@@ -204,10 +203,10 @@ def test_a_grown_model_computes_what_the_shallow_one_did():
     params = initial.initial_params(MICRO, seed=0)
     tokens, positions = jnp.arange(64)[None] % 60, jnp.arange(64)[None]
     want = training.hidden(MICRO, params, tokens, positions)
-    got = training.hidden(deep, initial.grown(deep, params, seed=1), tokens, positions)
+    got = training.hidden(deep, initial.add_layers(deep, params, seed=1), tokens, positions)
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=1e-5)
-    with pytest.raises(ValueError, match="have 2 layers, the model 1: layers are only ever added"):
-        initial.grown(dataclasses.replace(MICRO, num_layers=1), params, seed=1)
+    with pytest.raises(ValueError, match="have 2 layers, the config 1: give a config with at least"):
+        initial.add_layers(dataclasses.replace(MICRO, num_layers=1), params, seed=1)
 
 
 def test_attention_gradients_are_those_of_softmax():
@@ -263,7 +262,7 @@ def test_steps_past_the_recipe_are_refused():
 @pytest.mark.parametrize(
     ("command", "arguments", "said"),
     [
-        (train_mini, ["--output", __file__], "is a file; name a folder"),
+        (train_mini, ["--output", __file__], "is a file: name a folder"),
         (train_mini, ["--output", "x", "--seed", "-1"], "--seed"),
         (export, ["--run", "/nowhere"], "name a folder that train_mini wrote"),
         (evaluate, ["--folder", "/nowhere"], "holds no model.safetensors"),
@@ -289,7 +288,7 @@ def test_the_smallest_cache_as_good_as_dense_is_chosen():
     worse, good = _choice(1, 128, 0.9, 0.3, 3), _choice(3, 128, 0.7, 0.101, 4)
     larger, lossy = _choice(4, 256, 0.6, 0.1, 4), _choice(2, 128, 0.8, 0.2, 4)
     assert choose.best(dense, [worse, good, larger, lossy]) is good
-    assert choose.best(dense, [worse, lossy]) is lossy  # none is as good: the best answers
+    assert choose.best(dense, [worse, lossy]) is lossy  # none is as good as dense: the least loss
 
 
 def test_heads_are_chosen_on_train_documents(monkeypatch):

@@ -1,4 +1,4 @@
-"""The launcher: who is who, and what it makes of each way in which a process can end."""
+"""The launcher: which process is which, and its report on every way in which a process can end."""
 
 import argparse
 import os
@@ -21,27 +21,27 @@ LWS = {"LWS_LEADER_ADDRESS": "razor-0.razor.default", "LWS_GROUP_SIZE": "4", "LW
 JAX_NAMES = {"JAX_COORDINATOR_ADDRESS": "host:9", "JAX_NUM_PROCESSES": "2"}
 
 
-def place(env, **flags):
-    found = launch.place(argparse.Namespace(**(FLAGS | flags)), env)
+def process_info(env, **flags):
+    found = launch.process_info(argparse.Namespace(**(FLAGS | flags)), env)
     return found.coordinator, found.processes, found.process
 
 
 def test_flags_come_before_the_environment():
     given = {"coordinator": "a:1", "processes": 3, "process_id": 0}
-    assert place(JAX_NAMES | LWS | {"JAX_PROCESS_ID": "1"}, **given) == ("a:1", 3, 0)
-    assert place(JAX_NAMES | LWS | {"JAX_PROCESS_ID": "1"}) == ("host:9", 2, 1)
-    assert place(JAX_NAMES | {"JOB_COMPLETION_INDEX": "1"}) == ("host:9", 2, 1)
-    assert place(LWS) == (f"razor-0.razor.default:{launch.PORT}", 4, 3)
-    assert place({}, coordinator="a", processes=2, process_id=1) == (f"a:{launch.PORT}", 2, 1)
-    # Left to what JAX detects: TPU VMs, Slurm, a Job whose own addresses nobody gave.
-    assert place({}) == place({"JOB_COMPLETION_INDEX": "1"}) == (None, None, None)
+    assert process_info(JAX_NAMES | LWS | {"JAX_PROCESS_ID": "1"}, **given) == ("a:1", 3, 0)
+    assert process_info(JAX_NAMES | LWS | {"JAX_PROCESS_ID": "1"}) == ("host:9", 2, 1)
+    assert process_info(JAX_NAMES | {"JOB_COMPLETION_INDEX": "1"}) == ("host:9", 2, 1)
+    assert process_info(LWS) == (f"razor-0.razor.default:{launch.PORT}", 4, 3)
+    assert process_info({}, coordinator="a", processes=2, process_id=1) == (f"a:{launch.PORT}", 2, 1)
+    # JAX detects the rest: TPU VMs, Slurm, a Job without a coordinator address.
+    assert process_info({}) == process_info({"JOB_COMPLETION_INDEX": "1"}) == (None, None, None)
 
 
 def test_a_wrong_place_is_named():
     with pytest.raises(ValueError, match="process 4 of 4: ids go from 0 to 3"):
-        place(LWS | {"LWS_WORKER_INDEX": "4"})
+        process_info(LWS | {"LWS_WORKER_INDEX": "4"})
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES='two': must be a whole number"):
-        place(JAX_NAMES | {"JAX_NUM_PROCESSES": "two"})
+        process_info(JAX_NAMES | {"JAX_NUM_PROCESSES": "two"})
 
 
 @pytest.mark.parametrize("flags", [[], ["--"], ["--", "-m"], ["--processes", "0", "--", "a.py"], ["--restarts", "-1"]])
@@ -53,13 +53,13 @@ def test_wrong_usage(flags, capsys):
 
 
 def test_tell_without_a_launcher_does_nothing():
-    worker.tell(finished="q1")
+    worker.notify_launcher(finished="q1")
 
 
 SCRIPT = """
 import os, sys, time
-from razor_jax.launch.worker import tell
-tell(finished="q7")
+from razor_jax.launch.worker import notify_launcher
+notify_launcher(finished="q7")
 print(os.getpid(), *sys.argv[1:], flush=True)
 if sys.argv[1] == "wait":
     time.sleep(60)
@@ -122,7 +122,7 @@ def test_how_a_script_ends_is_one_line_and_a_code(start):
     ],
 )
 def test_errors_of_jax_that_another_start_would_meet_again_are_verdicts(said, code):
-    assert worker.code_of(jax.errors.JaxRuntimeError(said)) == code
+    assert worker.exit_code(jax.errors.JaxRuntimeError(said)) == code
 
 
 def test_a_worker_ends_with_its_launcher(start):
@@ -132,7 +132,7 @@ def test_a_worker_ends_with_its_launcher(start):
     killed.kill()
     _, err = asked.communicate(timeout=30)
     assert asked.returncode == worker.LOST
-    assert "ended: asked to by SIGTERM; last finished prompt: q7" in err
+    assert "ended: stopped by SIGTERM; last finished prompt: q7" in err
     deadline = time.monotonic() + 20
     while any(alive(child) for child in children):
         assert time.monotonic() < deadline, "a worker outlives its launcher"
@@ -180,10 +180,10 @@ def test_a_coordinator_out_of_reach_is_named(start):
     finally:
         for name in (*slurm, "SLURM_LOCALID"):
             del os.environ[name]
-    for run, address in ((start("0", flags=given), "localhost:1 "), (detected, "localhost:61447 ")):
+    for run, address in ((start("0", flags=given), "localhost:1"), (detected, "localhost:61447")):
         _, err = run.communicate(timeout=120)
         assert run.returncode == worker.LOST
-        assert f"3 s after its start not all processes had come together at {address}" in err
+        assert f"not all processes connected to {address} within 3 s" in err
         assert "stack trace" not in err
 
 
@@ -197,8 +197,8 @@ def test_nothing_to_detect_is_wrong_usage(start):
 @pytest.mark.parametrize(
     ("spoken", "said"),
     [
-        ("unhealthy (stopped sending heartbeats):\n1\n3\nThe tasks have", "process 1, 3 is dead or out of reach"),
-        ("Failed to send RPC to coordination service. Either", "process 0, the coordinator, is dead or out of reach"),
+        ("unhealthy (stopped sending heartbeats):\n1\n3\nThe tasks have", "process 1, 3 is dead or unreachable"),
+        ("Failed to send RPC to coordination service. Either", "process 0, the coordinator, is dead or unreachable"),
         ("client.h:80] absl::Status: INTERNAL: other\nmore", "INTERNAL: other"),
         ("", "killed by SIGABRT"),
     ],
@@ -240,10 +240,10 @@ def test_a_job_tells_the_launcher_what_it_reads():
     pod = job["spec"]["template"]["spec"]
     env = {entry["name"]: entry["value"] for entry in container(pod)["env"]}
     count = job["spec"]["completions"]
-    # Kubernetes adds the index; a Job's pods are called by its name and theirs.
-    found = place(env | {"JOB_COMPLETION_INDEX": "1"})
+    # Kubernetes sets the index; pods of a Job are named after the Job and their index.
+    found = process_info(env | {"JOB_COMPLETION_INDEX": "1"})
     assert found == (f"{job['metadata']['name']}-0.{pod['subdomain']}:{launch.PORT}", count, 1)
-    # Where TPUs tell JAX who is who, nothing may come between.
+    # On TPUs, JAX detects the process id, and the Job's index must not override it.
     assert "env" not in container(documents("job-tpu.yaml")["Job"]["spec"]["template"]["spec"])
 
 
@@ -271,7 +271,7 @@ def test_commands_in_manifests_are_understood(name):
     words = [*only["command"], *only["args"]]
     assert words[:3] == ["python", "-m", "razor_jax.launch"]
     flags = launch._parse(words[3:])
-    # A set starts a pod again that ends, whatever its code.
+    # A set restarts every pod that ends, for any exit code.
     assert flags.stay == (name == "leaderworkerset.yaml")
     assert (SCRIPTS.parent / flags.command[0]).is_file()
     with pytest.raises(SystemExit, match="0"):

@@ -52,7 +52,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 class Run:
-    """One launcher a process, on this machine."""
+    """A run on this machine, with one launcher per process."""
 
     def __init__(self, folder: Path, *arguments: str, each=((), ()), typed: str = "", script: Path = SCRIPT):
         with socket.socket() as free:
@@ -79,7 +79,7 @@ class Run:
         os.kill(int(children[0]), signal.SIGKILL)
 
     def wait(self, limit: float) -> list[int]:
-        """Exit codes; whoever is still there after `limit` seconds is ended, and the test with it."""
+        """Return the exit codes; kill what still runs after `limit` seconds and fail the test."""
         end = time.monotonic() + limit
         try:
             return [launcher.wait(max(0.1, end - time.monotonic())) for launcher in self.launchers]
@@ -119,7 +119,7 @@ def test_a_killed_process_costs_no_answer(killed, model, tmp_path):
     assert "killed by SIGKILL" in run.said(killed).splitlines()[-1]
     assert "stack trace" not in run.said(1 - killed)
 
-    output.write_bytes(before + b'{"key": "half a li')  # as a kill inside a write leaves it
+    output.write_bytes(before + b'{"key": "half a li')  # what a kill during a write leaves
     assert Run(tmp_path, *arguments).wait(600) == [0, 0]
     answers = read_lines(output)
     assert output.read_bytes().startswith(before)
@@ -137,7 +137,7 @@ def test_a_killed_process_costs_no_answer(killed, model, tmp_path):
 def test_processes_that_differ_are_refused_before_weights_are_read(tmp_path, model):
     each = []
     for index in (0, 1):
-        # Weights that cannot be read: whoever tries says so.
+        # Unreadable weights: a process that reads them fails.
         hollow = tmp_path / f"hollow_{index}"
         hollow.mkdir()
         for file in model.iterdir():
@@ -210,7 +210,7 @@ def test_caches_go_between_one_process_and_two(model, tmp_path):
 
 
 class Answers:
-    """Stands for `generate`; what a prompt's answer is depends on nothing else."""
+    """Stand-in for `generate` whose answers depend on the prompt only."""
 
     def __init__(self):
         self.calls = []
@@ -247,7 +247,7 @@ def test_batches_are_full_and_keep_their_cut(tmp_path, unchecked):
     ]
     assert [line["id"] for line in read_lines(output)] == [0, 1, 2, 3, 4, "x", "chat"]
 
-    # As if killed within the second batch: it comes again as it was, and only what is missing is written.
+    # As if killed within the second batch: the same batch runs again, and only missing answers are written.
     whole = output.read_bytes()
     output.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
     again = Answers()
@@ -280,10 +280,10 @@ def test_answers_of_another_run_are_not_mixed_in(tmp_path, unchecked):
     prompts, output = write_lines(tmp_path / "in.jsonl", lines(3)), tmp_path / "out.jsonl"
     serve(prompts, output)
     for other in ({"run": {"model": "other"}}, {"max_new_tokens": 6}):
-        with pytest.raises(ValueError, match=r"out\.jsonl holds 3 answers, 0 of them to these prompts"):
+        with pytest.raises(ValueError, match=r"out\.jsonl has 3 answers, but 0 of them are to these prompts"):
             serve(prompts, output, **other)
     write_lines(tmp_path / "in.jsonl", lines(4)[::-1])
-    with pytest.raises(ValueError, match="does not hold the answers to the first of these prompts"):
+    with pytest.raises(ValueError, match="lacks answers to some of the first prompts"):
         serve(prompts, output)
     with pytest.raises(ValueError, match="name another file"):
         serve(prompts, prompts)
@@ -294,7 +294,7 @@ def test_an_output_that_another_run_writes_is_refused(tmp_path, unchecked):
     refused = []
 
     def meanwhile(*asked):
-        with pytest.raises(ValueError, match=r"out\.jsonl is being written by another run: wait for its end"):
+        with pytest.raises(ValueError, match=r"out\.jsonl is being written by another run: wait until it ends"):
             serve(prompts, output)
         refused.append(asked)
         return Answers()(*asked)
@@ -305,7 +305,7 @@ def test_an_output_that_another_run_writes_is_refused(tmp_path, unchecked):
 
 
 def test_a_resumed_run_keeps_to_its_policy(model, tmp_path, monkeypatch):
-    """Which is a razor.json's where no option says otherwise."""
+    """Without options, that is the policy of razor.json."""
     agreed, require = [], agreement.require
     monkeypatch.setattr(agreement, "require", lambda record: (agreed.append(record), require(record)))
     prompts, output = write_lines(tmp_path / "in.jsonl", lines(1)), tmp_path / "out.jsonl"
@@ -319,13 +319,34 @@ def test_a_resumed_run_keeps_to_its_policy(model, tmp_path, monkeypatch):
     first = output.read_bytes()
     refused = run(16)
     assert refused.exit_code == 1
-    assert "out.jsonl holds 1 answers, 0 of them to these prompts" in refused.stderr
+    assert "out.jsonl has 1 answers, but 0 of them are to these prompts" in refused.stderr
     assert run(8).exit_code == 0
     assert output.read_bytes() == first
-    # What other processes are asked for: the file before weights are read, the policy after.
+    # Processes compare the file before weights are read, and the policy after.
     (early, late), (other_early, other_late), _ = (agreed[i : i + 2] for i in (0, 2, 4))
     assert {name for name in early if early[name] != other_early[name]} == {"--heads"}
     assert {name for name in late if late[name] != other_late[name]} == {"policy"}
+
+
+def test_a_prompt_that_the_model_cannot_take_gets_an_error_record(model, tmp_path):
+    """The others are answered as they would be beside any other prompt, and a second run has nothing to do."""
+    items = [{"id": i, "prompt": text} for i, text in enumerate(["a fox", [99999], "the dog"])]
+    good = [items[0], {"id": 1, "prompt": [0]}, items[2]]
+    outputs = []
+    for name, given in (("bad", items), ("good", good)):
+        prompts, output = write_lines(tmp_path / f"{name}.jsonl", given), tmp_path / f"{name}.out.jsonl"
+        options = ["--prompts", prompts, "--output", output, "--batch", 3, "--max-new-tokens", 2]
+        command = [str(option) for option in ("serve", "--model", model, *options)]
+        done = CliRunner().invoke(cli.app, command)
+        assert done.exit_code == 0, done.output
+        before = output.read_bytes()
+        assert CliRunner().invoke(cli.app, command).exit_code == 0
+        assert output.read_bytes() == before
+        outputs.append(read_lines(output))
+    bad, answered = outputs
+    assert bad[1]["line"] == 2
+    assert bad[1]["error"].startswith("has token id 99999, outside the vocabulary")
+    assert [line.get("tokens") for line in bad] == [answered[0]["tokens"], None, answered[2]["tokens"]]
 
 
 @pytest.mark.parametrize(
@@ -333,18 +354,21 @@ def test_a_resumed_run_keeps_to_its_policy(model, tmp_path, monkeypatch):
     [
         ('{"id": "a"', "line 2: "),
         ("[]", 'line 2: must be an object with an "id"'),
-        ('{"id": true, "prompt": "x"}', 'an "id", a string or a number'),
-        ('{"id": "q0", "prompt": "x"}', "id 'q0' stands in an earlier line"),
+        ('{"id": true, "prompt": "x"}', 'an "id" that is a string or a whole number'),
+        ('{"id": "q0", "prompt": "x"}', "id 'q0' is also in an earlier line"),
         ('{"id": 1, "prompt": "x", "temperature": 1}', "unknown field 'temperature': allowed are id, prompt"),
-        ('{"id": 1}', 'give "prompt" or "messages"'),
-        ('{"id": 1, "prompt": "x", "messages": []}', 'give "prompt" or "messages"'),
-        ('{"id": 1, "prompt": ""}', "not empty"),
-        ('{"id": 1, "messages": "hi"}', "a list of messages"),
-        ('{"id": 1, "messages": [1, 2]}', '"messages" is [1, 2]: must be a list of messages'),
+        ('{"id": 1}', 'give either "prompt" or "messages"'),
+        ('{"id": 1, "prompt": "x", "messages": []}', 'give either "prompt" or "messages"'),
+        ('{"id": 1, "prompt": ""}', "must be non-empty text"),
+        ('{"id": 1, "messages": "hi"}', "must be a non-empty list of"),
+        ('{"id": 1, "messages": [1, 2]}', '"messages" is [1, 2]: must be a non-empty list of'),
         ('{"id": 1, "messages": ["hi"]}', '"messages" is ["hi"]: must'),
         ('{"id": 1, "messages": [{"role": "user"}]}', '"messages" is [{"role": "user"}]: must'),
-        ('{"id": 1, "messages": [{"role": "user", "content": 5}]}', "must be a list of messages"),
-        ('{"id": 1, "prompt": ["a", "b"]}', '"prompt" is ["a", "b"]: must be text or a list of token ids'),
+        ('{"id": 1, "messages": [{"role": "user", "content": 5}]}', "must be a non-empty list of"),
+        (
+            '{"id": 1, "prompt": ["a", "b"]}',
+            '"prompt" is ["a", "b"]: must be non-empty text or a non-empty list of token ids',
+        ),
         ('{"id": 1, "prompt": [1.5, 2]}', '"prompt" is [1.5, 2]: must'),
         ('{"id": 1, "prompt": [true]}', '"prompt" is [true]: must'),
         ('{"id": 1, "prompt": [[1, 2], [3]]}', '"prompt" is [[1, 2], [3]]: must'),
@@ -365,7 +389,7 @@ def test_a_wrong_line_is_named_before_anything_is_written(line, said, tmp_path):
 
 def test_no_prompts(tmp_path):
     (tmp_path / "in.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match="holds no prompts"):
+    with pytest.raises(ValueError, match="has no prompts"):
         serve(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     with pytest.raises(FileNotFoundError):
         serve(tmp_path / "none.jsonl", tmp_path / "out.jsonl")

@@ -306,7 +306,7 @@ def test_wrong_policies_and_caches_are_named():
     with pytest.raises(ValueError, match="window=-3"):
         RazorConfig.compact(window=-3)
     with pytest.raises(ValueError, match="carry no head split"):
-        razor_jax.generate(razor_jax.with_heads(params, None), tiny.prompt(10))
+        razor_jax.generate(razor_jax.with_heads(params, None), tiny.prompt(10), razor=WINDOW)
     cache = razor_jax.prefill(params, tiny.prompt(60), razor=WINDOW)
     with pytest.raises(ValueError, match="differs from the policy"):
         razor_jax.generate(params, tiny.prompt(10), cache=cache, razor=None)

@@ -1,0 +1,61 @@
+"""`razor-jax cache`: what this package keeps in the user's cache folder, and how to clear it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import huggingface_hub.constants
+import jax
+import typer
+
+from ..compilation import track_compilation, user_cache
+from . import terminal
+from .options import JsonOption
+from .terminal import note, print_json
+
+app = typer.Typer(cls=terminal.Commands, no_args_is_help=True, help="Compiled programs, remembered heads, downloads.")
+
+
+@app.command("list")
+def list_caches(as_json: JsonOption = False) -> None:
+    """Show where compiled programs, remembered heads and Hub downloads are, and their size."""
+    found = {kind: {"folder": str(folder), "bytes": _size(folder)} for kind, folder in _folders().items()}
+    if as_json:
+        print_json(found)
+        return
+    for kind, about in found.items():
+        typer.echo(f"{kind:10s} {about['bytes'] / 2**20:10,.1f} MiB  {about['folder']}")
+
+
+@app.command()
+def clear(
+    what: Annotated[list[str] | None, typer.Argument(help="programs, heads; both by default.")] = None,
+) -> None:
+    """Delete compiled programs and remembered heads; both are made again when they are needed."""
+    folders = _folders()
+    for kind in what or ("programs", "heads"):
+        if kind == "downloads":
+            raise typer.BadParameter("downloads are shared with other programs: use `hf cache delete`")
+        if kind not in folders:
+            raise typer.BadParameter(f"{kind!r}: must be programs or heads")
+        size = _size(folders[kind])
+        shutil.rmtree(folders[kind], ignore_errors=True)
+        note(f"{kind}: freed {size / 2**20:,.1f} MiB in {folders[kind]}")
+
+
+def _folders() -> dict[str, Path]:
+    track_compilation()
+    programs = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    return {
+        "programs": Path(programs),
+        "heads": user_cache() / "heads",
+        "downloads": Path(huggingface_hub.constants.HF_HUB_CACHE),
+    }
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of all files in a folder, 0 for none; links are not followed."""
+    return sum((Path(root) / name).lstat().st_size for root, _, names in os.walk(folder) for name in names)

@@ -1,0 +1,52 @@
+"""Free memory of a device, and the check that a cache fits before anything is allocated."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .cache import CacheSpec
+
+
+def check_memory(spec: CacheSpec, batch: int, free: int | None = None) -> None:
+    """Raise MemoryError if a device has not enough free bytes for a new cache; nothing is allocated.
+
+    `free` are the free bytes of a device, None for those of the first device here.
+    """
+    mesh = None if spec.placement is None else spec.placement.mesh
+    devices = 1 if mesh is None else mesh.size
+    if free is None:
+        free = free_bytes((jax.local_devices() if mesh is None else mesh.local_devices)[0])
+
+    def needed(capacity: int, rows: int) -> int:
+        return dataclasses.replace(spec, capacity=capacity).kv_bytes(rows) // devices
+
+    if free is None or needed(spec.capacity, batch) <= free:
+        return
+    fits = bisect.bisect_right(range(1, spec.capacity), free, key=lambda capacity: needed(capacity, batch))
+    rows = free // max(1, needed(spec.capacity, 1))
+    ways = [f"{fits:,} tokens per row fit"] * (fits > 0) + [f"{rows:,} rows fit"] * (rows > 0)
+    if spec.dtype not in ("int8", "fp8"):
+        ways.append("kv_dtype='int8' takes about half")
+    if spec.razor is None:
+        ways.append("a RazorConfig takes less than dense attention")
+    raise MemoryError(
+        f"a cache of {batch:,} rows × {spec.capacity:,} tokens needs {needed(spec.capacity, batch) / 2**30:,.2f} GiB "
+        f"per device, and {free / 2**30:,.2f} GiB are free: {'; '.join(ways)}"
+    )
+
+
+def free_bytes(device: Any) -> int | None:
+    """Return the free bytes of a device, of this machine for a CPU; None where nobody can say."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,54 @@
+"""The user's JAX flags: wide types, strict promotion. Each runs in a process of its own, which must say the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import json, sys
+import jax
+if len(sys.argv) > 1:
+    jax.config.update(sys.argv[1], json.loads(sys.argv[2]))
+import razor_jax
+from razor_jax import RazorConfig, Sampling
+from tests.support import tiny
+
+params, razor = tiny.params(), RazorConfig.compact(window=24, sinks=2)
+sampled = Sampling.of(top_p=0.9, repetition_penalty=1.2)
+found = [razor_jax.generate(params, "a fox " * 20, max_new_tokens=5, razor=razor, seed=3, **options).tokens
+         for options in ({}, {"sampling": sampled, "stop": "zz"})]
+int8 = RazorConfig.compact(window=24, sinks=2, kv_dtype="int8")
+found.append(razor_jax.generate(params, tiny.prompt(300), max_new_tokens=5, razor=int8).tokens)
+found.append([round(float(x), 3) for x in razor_jax.score(params, "a fox " * 20, "the dog", razor=razor).logprobs])
+print(json.dumps(found))
+"""
+
+
+def said(*flag: str) -> list:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *flag], capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return said()
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ("jax_enable_x64", "true"),
+        ("jax_numpy_dtype_promotion", '"strict"'),
+        ("jax_numpy_rank_promotion", '"raise"'),
+    ],
+    ids=lambda flag: flag[0],
+)
+def test_the_same_tokens_under_the_users_flags(flag, expected):
+    assert said(*flag) == expected
