@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import baichuan, llama, mistral, qwen
+from . import baichuan, config_checks, llama, mistral, qwen
 from .config import ModelConfig, Rope
 from .huggingface import CheckpointTensor
 from .transformer import Block, Transformer
@@ -24,6 +24,8 @@ __all__ = [
 
 # Each family module has three functions: `config`, its inverse `fields`, and `names`.
 FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen, "baichuan": baichuan}
+# Language models saved without their output head; with tied embeddings the embedding serves as one.
+_BASE_MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "BaichuanModel")
 _SUPPORTED = (
     "llama (Llama 2, 3, 3.1, 3.2), mistral (full attention), qwen2 (Qwen1.5, 2, 2.5), qwen3 (dense) and baichuan (13B)"
 )
@@ -35,10 +37,11 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     Raises ValueError if an architecture or a field is not supported, with its value and the supported ones.
     """
     model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r} is not supported: use {_SUPPORTED}")
+    config_checks.check(hf)
     architectures = hf.get("architectures") or []
-    if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
+    if architectures and not any(name.endswith("ForCausalLM") or name in _BASE_MODELS for name in architectures):
         raise ValueError(f"architectures={architectures} is not a language model: use one that ends in ForCausalLM")
     return FAMILIES[model_type].config(hf)
 

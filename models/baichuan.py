@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from . import huggingface
+from . import config_checks, huggingface
 from .config import ModelConfig, Rope
 from .huggingface import CheckpointTensor
 
@@ -23,6 +23,7 @@ _ROTARY = ("max_position_embeddings", "rope_theta", "rope_scaling", "rope_parame
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """Return the config from the fields of config.json; refuse a model with rotary embedding (7B)."""
+    config_checks.check(hf, {"model_max_length": config_checks.COUNT})
     hf = {**_DEFAULTS, **hf}
     rotary = [field for field in _ROTARY if hf.get(field) is not None]
     if rotary or hf.get("hidden_size") == _WIDTH_7B:

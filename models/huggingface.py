@@ -19,7 +19,6 @@ import numpy as np
 from .config import ModelConfig, Rope
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_COUNTS = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 _ROPE_KINDS = ("default", "linear", "llama3", "yarn", "dynamic")
 # Fields of mixture-of-experts models, whose feed-forward differs if there is more than one expert.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -152,14 +151,10 @@ def decoder(
 
     Raises ValueError if a field is missing, wrong or not supported, with its value and the supported ones.
     """
-    missing = [field for field in _REQUIRED if hf.get(field) is None]
+    missing = [field for field in _REQUIRED if field not in hf]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     _refuse_unsupported(hf)
-    for field in (*_REQUIRED, *_COUNTS):
-        value = hf.get(field)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{field}={value!r} in config.json: must be a positive whole number")
     num_heads = hf["num_attention_heads"]
     num_kv_heads = num_heads if hf["num_key_value_heads"] is None else hf["num_key_value_heads"]
     head_dim = hf["hidden_size"] // num_heads if hf.get("head_dim") is None else hf["head_dim"]
@@ -229,15 +224,22 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
     for field in _EXPERTS:
         if (hf.get(field) or 0) > 1:
             raise ValueError(f"{field}={hf[field]}: mixture of experts is not supported: use a dense model")
-    if hf.get("quantization_config"):
-        method = dict(hf["quantization_config"]).get("quant_method", "unknown")
+    quantised = hf.get("quantization_config") or hf.get("quantization")
+    if quantised:
         raise ValueError(
-            f"quantization_config with quant_method={method!r} is not supported: use the "
-            "float32, bfloat16 or float16 checkpoint that it was made from"
+            f"these weights are quantised by another tool ({_quantiser(quantised)}), which is not supported: use the "
+            "bfloat16 or float16 checkpoint that they were made from; weights='int8' quantises it here"
         )
     other = sorted(set(hf.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
     if other:
         raise ValueError(f"layer_types has {', '.join(other)}, which is not supported: use full_attention")
+
+
+def _quantiser(fields: Mapping[str, Any]) -> str:
+    """Return the tool and the width of the weights; only MLX states no `quant_method`."""
+    method, bits = fields.get("quant_method"), fields.get("bits")
+    tool = "MLX" if method is None and bits is not None else f"quant_method={method!r}"
+    return tool if bits is None else f"{tool}, {bits} bits"
 
 
 def _read_rope(hf: Mapping[str, Any]) -> Rope:
@@ -250,6 +252,11 @@ def _read_rope(hf: Mapping[str, Any]) -> Rope:
     if (given["partial_rotary_factor"] or 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor={given['partial_rotary_factor']} is not supported: use 1.0")
     trained = hf["max_position_embeddings"]
+    if kind == "llama3" and _number(given, "low_freq_factor") >= _number(given, "high_freq_factor"):
+        raise ValueError(
+            f"high_freq_factor={given['high_freq_factor']} in config.json: must be above "
+            f"low_freq_factor={given['low_freq_factor']}"
+        )
     original = hf.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or trained
     rope = Rope(theta=float(given["rope_theta"] or 10_000.0), kind=kind)
     match kind:
@@ -296,7 +303,7 @@ def _attention_factor(given: Mapping[str, Any], factor: float) -> float:
 
 def _number(given: Mapping[str, Any], field: str) -> float:
     value = given.get(field)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if value is None:
         kind = given.get("rope_type", given.get("type"))
         raise ValueError(f"{field}={value!r} in config.json: rope type {kind!r} needs a number")
     return float(value)

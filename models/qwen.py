@@ -46,4 +46,4 @@ def _sliding_layers(hf: Mapping[str, Any]) -> bool:
     """Return whether any layer has a sliding window: by `layer_types`, otherwise from layer `max_window_layers` on."""
     if hf.get("layer_types"):
         return "sliding_attention" in hf["layer_types"]
-    return hf["max_window_layers"] < (hf.get("num_hidden_layers") or 0)
+    return (hf["max_window_layers"] or 0) < hf.get("num_hidden_layers", 0)

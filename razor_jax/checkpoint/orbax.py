@@ -17,7 +17,7 @@ from ..files import read_json, write_json
 from ..models import ModelConfig, Rope
 from ..params import Params
 from ..sharding import MeshLike
-from .loader import Loader, Progress, Weights, float_type
+from .loader import Loader, Progress, Weights, float_type, fold
 
 RECORD = "razor_model.json"
 _WEIGHTS = "weights"
@@ -107,7 +107,7 @@ def _check(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> 
         if name in stored and tuple(stored[name].shape) != tuple(x.shape)
     ]
     if problems:
-        raise _Misfit(f"the tensors in {path} do not fit its {RECORD}:\n  " + "\n  ".join(problems))
+        raise _Misfit(f"the tensors in {path} do not fit its {RECORD}:\n  " + fold(problems, "\n  "))
 
 
 def _restore(

@@ -34,7 +34,7 @@ from ..text.policy import Policy, choose_policy
 from ..text.prompts import capacity_bucket
 from ..text.result import KVReport, Result
 from ..text.scoring import score
-from .harness_requests import RequestOptions, RequestTokens, Tokens
+from .harness_requests import RequestOptions, RequestTokens, Tokens, check_batch_size
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +88,7 @@ class RazorLM(TemplateLM):
             raise ValueError("the harness works on text: give params with a tokenizer.json")
         self.params, self.assets = params, params.assets
         self.razor = choose_policy(params, razor)
-        if isinstance(batch_size, str) and batch_size.isdecimal():  # the harness's command line passes a string
-            batch_size = int(batch_size)
-        self.batch_size = check_int("batch_size", batch_size, 1)
+        self.batch_size = check_batch_size(batch_size)
         longest = params.config.max_position_embeddings
         self.max_length = check_int("max_length", longest if max_length is None else max_length, 2)
         self.max_gen_toks = check_int("max_gen_toks", max_gen_toks, 1)
@@ -118,6 +116,7 @@ class RazorLM(TemplateLM):
         loading, changes, own = ({name: args[name] for name in names if name in args} for names in (LOAD, POLICY, OWN))
         if dense and (changes or "heads" in loading):
             raise ValueError(f"model_args: dense=true has no cache policy: leave out {', '.join([*changes, 'heads'])}")
+        check_batch_size(own.get("batch_size", 1))  # Before gigabytes are read.
         params = load(pretrained, **({"heads": None} if dense else {}), **loading)
         policy = None if dense else dataclasses.replace(params.razor or RazorConfig(), **changes)
         return cls(params, razor=policy, **own)
@@ -233,7 +232,14 @@ class RazorLM(TemplateLM):
         answers, caches = [""] * len(requests), []
         for group in alike.values():
             given = arguments[group[0]][1]
-            options = RequestOptions.of(given, self.params, self.eot_token_id, self.max_length, self.max_gen_toks)
+            options = RequestOptions.of(
+                given,
+                self.params,
+                self.eot_token_id,
+                self.max_length,
+                self.max_gen_toks,
+                whole=self.question_tokens == 0,
+            )
             contexts = [self.tok_encode(arguments[index][0]) for index in group]
             rows = [RequestTokens.of(context[-options.room :], self.question_tokens) for context in contexts]
             self._warn_truncated([len(context) for context in contexts], [len(row.context) for row in rows])

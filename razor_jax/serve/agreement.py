@@ -21,7 +21,8 @@ _SAMPLES, _SAMPLE = 16, 512  # pieces of a weight file that are read, and their 
 _SIZE = 1 << 16  # bytes of a record, padded
 # Files that decide answers, whole; weights are too large for that.
 _TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "razor.json")
-_TEXTS += ("chat_template.jinja", "special_tokens_map.json", "razor_model.json", "model.safetensors.index.json")
+_TEXTS += ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "razor_model.json")
+_TEXTS += ("model.safetensors.index.json",)
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import tokenizers
 
+from .added_tokens import AddedTokens
 from .chat_template import Message, render
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # Decoders write it for bytes that are not (yet) UTF-8.
@@ -20,7 +21,8 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # One byte of a character that t
 UTF8_BYTES = 4  # Longest character in bytes, and therefore in tokens.
 MAX_PENDING = 16  # Number of delayed tokens above which a cut is searched for.
 TEMPLATE_FILE = "chat_template.jinja"
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_JSON_FILES = ("tokenizer_config", "special_tokens_map", "added_tokens", "generation_config", "config")
+TURN_ENDS = ("eos_token", "eot_token")  # Names of special tokens that end an answer.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class Assets:
     Reading a folder twice gives equal assets. As static data of a jit argument, they share one compilation.
 
     Attributes:
-      tokenizer_json: text of tokenizer.json. None if missing: prompts must then be token ids.
+      tokenizer_json: text of tokenizer.json with all added tokens. None if missing: prompts must then be token ids.
       chat_template: jinja template, None if the checkpoint has none.
       bos_id: beginning-of-text token, None if the checkpoint has none.
       eos_ids: tokens that end an answer.
@@ -76,29 +78,30 @@ class Assets:
         """Return the assets of a Hugging Face model folder. Any file may be missing.
 
         As in transformers, chat_template.jinja wins over the template in tokenizer_config.json,
-        generation_config.json over config.json, and tokenizer.json alone says whether a text gets a BOS
-        (its post-processor; `add_bos_token` in tokenizer_config.json is not read where it exists).
+        generation_config.json over config.json, tokens that only tokenizer_config.json or its legacy files name
+        are added (`AddedTokens`), and tokenizer.json alone says whether a text gets a BOS (its post-processor;
+        `add_bos_token` in tokenizer_config.json is not read where it exists). Unlike there, the end token that
+        tokenizer_config.json names ends an answer even if generation_config.json names another.
         """
         directory = pathlib.Path(directory)
-        texts = {
-            name: _text(directory / f"{name}.json")
-            for name in ("tokenizer_config", "special_tokens_map", "generation_config", "config")
-        }
+        texts = {name: _text(directory / f"{name}.json") for name in _JSON_FILES}
         parsed = {name: _parsed(text, directory / f"{name}.json") for name, text in texts.items()}
         config = parsed["tokenizer_config"]
-        assets = cls(
-            tokenizer_json=_text(directory / "tokenizer.json"),
+        try:
+            added = AddedTokens.of(config, parsed["special_tokens_map"], parsed["added_tokens"])
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
+        assets = dataclasses.replace(
+            cls(tokenizer_json=_text(directory / "tokenizer.json"), source=str(directory))._add(added),
             chat_template=_text(directory / TEMPLATE_FILE) or _default_template(config.get("chat_template")),
-            special_tokens=_special_tokens({**parsed["special_tokens_map"], **config}),
+            special_tokens=tuple((name, token.content) for name, token in added.named.items()),
             tokenizer_config=texts["tokenizer_config"],
             generation_config=texts["generation_config"],
-            source=str(directory),
         )
         configs = (parsed["generation_config"], parsed["config"])
-        bos = _token_ids(configs, "bos_token_id", assets)
-        return dataclasses.replace(
-            assets, bos_id=bos[0] if bos else None, eos_ids=_token_ids(configs, "eos_token_id", assets)
-        )
+        bos = _stated_ids(configs, "bos_token_id", directory) or assets._named_ids("bos_token")
+        eos = (*_stated_ids(configs, "eos_token_id", directory), *assets._named_ids(*TURN_ENDS))
+        return dataclasses.replace(assets, bos_id=bos[0] if bos else None, eos_ids=tuple(dict.fromkeys(eos)))
 
     def write(self, directory: str | pathlib.Path) -> None:
         """Write the files that `read` and transformers read. Reading them gives equal assets."""
@@ -174,6 +177,21 @@ class Assets:
         }
         where = f"chat template of {self.source}" if self.source else "chat template"
         return render(self.chat_template, messages, names, source=where)
+
+    def _add(self, added: AddedTokens) -> Assets:
+        """Return these assets with the tokens that tokenizer.json lacks."""
+        if self.tokenizer_json is None or not (missing := added.missing(self._backend)):
+            return self
+        tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer_json)
+        tokenizer.add_tokens(missing)
+        return dataclasses.replace(self, tokenizer_json=tokenizer.to_str())
+
+    def _named_ids(self, *names: str) -> tuple[int, ...]:
+        """Return the ids of special tokens by name, without those that the checkpoint lacks."""
+        if self.tokenizer_json is None:
+            return ()
+        ids = [self._backend.token_to_id(content) for name, content in self.special_tokens if name in names]
+        return tuple(i for i in ids if i is not None)
 
     @property
     def _backend(self) -> tokenizers.Tokenizer:
@@ -281,13 +299,6 @@ def _printable(assets: Assets, token: int) -> bool:
     return token not in _special_ids(assets) and assets._backend.id_to_token(token) is not None
 
 
-def _special_tokens(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Return the named special tokens. Each is a string or a dictionary with `content`."""
-    values = {name: config.get(name) for name in SPECIAL_NAMES}
-    contents = {name: value["content"] if isinstance(value, Mapping) else value for name, value in values.items()}
-    return tuple((name, str(content)) for name, content in contents.items() if content is not None)
-
-
 def _default_template(template: Any) -> str | None:
     """Return the template for conversations. A checkpoint may have several templates by name."""
     if isinstance(template, list):
@@ -297,19 +308,15 @@ def _default_template(template: Any) -> str | None:
     return template
 
 
-def _token_ids(configs: Iterable[Mapping[str, Any]], key: str, assets: Assets) -> tuple[int, ...]:
-    """Return the token ids under `key` in the first config that has it, otherwise the special token of that name."""
+def _stated_ids(configs: Iterable[Mapping[str, Any]], key: str, source: pathlib.Path) -> tuple[int, ...]:
+    """Return the token ids under `key` in the first config that has it."""
     for config in configs:
         if (value := config.get(key)) is not None:
             ids = value if isinstance(value, list) else [value]
             if not all(isinstance(i, int) and i >= 0 for i in ids):
-                raise ValueError(f"{assets.source}: {key}={value!r} must be a token id or a list of them")
+                raise ValueError(f"{source}: {key}={value!r} must be a token id or a list of them")
             return tuple(ids)
-    content = dict(assets.special_tokens).get(key.removesuffix("_id"))
-    if content is None or assets.tokenizer_json is None:
-        return ()
-    token = assets._backend.token_to_id(content)
-    return () if token is None else (token,)
+    return ()
 
 
 def _no_tokenizer(source: str) -> str:
@@ -330,6 +337,9 @@ def _parsed(text: str | None, path: pathlib.Path | str) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); it may be cut short: fetch it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    return value

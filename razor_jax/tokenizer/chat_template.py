@@ -1,21 +1,20 @@
-"""Conversion of chat messages to prompt text by a sandboxed jinja template, with the helpers of transformers."""
+"""Conversion of chat messages to prompt text by the jinja template of a checkpoint, with the helpers of transformers.
+
+A template is a program of a stranger: it runs in a process of its own under limits (`template_process`).
+"""
 
 from __future__ import annotations
 
-import datetime
-import functools
 import json
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
+from .template_process import PROCESS, Stopped
 
 Message = Mapping[str, Any]  # Role, content, and other fields that the template reads.
+# A text part that shows whether a template reads the text of parts, or prints parts as they are.
+_TEXT, _KEY = "razor-jax-text", "razor-jax-key"
+_PART = {"type": "text", "text": _TEXT, _KEY: _KEY}
 
 
 def render(
@@ -24,21 +23,50 @@ def render(
     """Return the text of a conversation: `template` rendered with `messages` and `variables`.
 
     `variables` are the special tokens (`bos_token`, …), `add_generation_prompt` and any other names that the
-    template reads. Raises ValueError with `source` (a name for the template) and the line, if the template is broken
-    or refuses the messages.
+    template reads, as plain JSON data. The text parts of a content are joined if the template reads strings only.
+    Raises ValueError with `source` (a name for the template) and the line, if the template is broken, refuses the
+    messages, or exceeds a limit on time, memory or length (`template_process`).
     """
     messages = check_messages(messages)
+    variables = {"tools": None, "documents": None, **variables}
     try:
-        compiled = _compile(template)
-        return compiled.render({"tools": None, "documents": None, **variables, "messages": messages})
-    except jinja2.TemplateSyntaxError as error:
-        raise _failure(source, error.lineno, f"is not valid jinja: {error.message}") from error
-    except _Refused as error:
-        raise ValueError(
-            f"{source}, line {_line(error)}: the template refuses these messages: {error.message}"
-        ) from error
-    except Exception as error:  # A template is a program and may raise any Python error.
-        raise _failure(source, _line(error), f"failed: {type(error).__name__}: {error}") from error
+        if any(isinstance(message.get("content"), list) for message in messages):
+            messages = _join_parts(template, messages, variables)
+        answer = PROCESS.render(template, {**variables, "messages": messages})
+    except Stopped as error:
+        raise _failure(source, 0, f"{error} and was stopped") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the variables of a chat template must be plain JSON data: {error}") from error
+    match answer.get("error"):
+        case None:
+            return answer["text"]
+        case "syntax":
+            raise _failure(source, answer["line"], f"is not valid jinja: {answer['message']}")
+        case "refused":
+            raise ValueError(
+                f"{source}, line {answer['line']}: the template refuses these messages: {answer['message']}"
+            )
+    raise _failure(source, answer["line"], f"failed: {answer['message']}")
+
+
+def _join_parts(template: str, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages with contents as strings, for each role of which the template does not read the parts."""
+    joined = [
+        {**message, "content": "".join(part["text"] for part in message["content"])}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+    reads_parts = {}
+    for index, message in enumerate(messages):
+        if isinstance(message.get("content"), list) and message["role"] not in reads_parts:
+            probe = [*joined[:index], {**message, "content": [_PART]}, *joined[index + 1 :]]
+            text = PROCESS.render(template, {**variables, "messages": probe}).get("text", "")
+            reads_parts[message["role"]] = _TEXT in text and _KEY not in text
+    return [
+        message if reads_parts.get(message["role"]) else string
+        for message, string in zip(messages, joined, strict=True)
+    ]
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -75,54 +103,8 @@ def _check_message(where: str, message: Any) -> None:
         )
 
 
-class _Refused(jinja2.TemplateError):
-    """Error that `raise_exception` raises inside a template."""
-
-
-class _Generation(jinja2.ext.Extension):
-    """Extension that renders `{% generation %} … {% endgeneration %}` (a training mark) as its body."""
-
-    tags = {"generation"}  # noqa: RUF012 — declared so by jinja
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Return JSON as transformers' `tojson` filter does. The filter of jinja escapes HTML, which changes prompts."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise _Refused(message)
-
-
-def _line(error: BaseException) -> int:
-    """Return the line of the template that raised the error, 0 if unknown."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return next((frame.lineno or 0 for frame in reversed(frames) if frame.filename == "<template>"), 0)
-
-
 def _failure(source: str, line: int, what: str) -> ValueError:
+    where = f"{source}, line {line}" if line else source
     return ValueError(
-        f"{source}, line {line}: the chat template {what}. Correct the template there, or pass a prompt "
-        "string instead of messages"
+        f"{where}: the chat template {what}. Correct the template there, or pass a prompt string instead of messages"
     )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import subprocess
 import sys
 import tracemalloc
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,56 +18,25 @@ import safetensors
 import safetensors.numpy
 import torch
 
+from razor_jax import functional
 from razor_jax.checkpoint import folder as checkpoint
 from razor_jax.config import HeadSplit
 from razor_jax.models import ModelConfig
 from razor_jax.params import Params, abstract_weights, with_heads
 
-from ..support import hf
-
-LLAMA: dict[str, Any] = {"num_key_value_heads": 4, "num_attention_heads": 8, "hidden_size": 128}
+from ..support import folders, hf
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A float32 Llama that no test changes."""
-    return hf.write(tmp_path_factory.mktemp("llama"), "llama", **LLAMA)
+    return hf.write(tmp_path_factory.mktemp("llama"), "llama", **folders.LLAMA)
 
 
 @pytest.fixture
 def copy(folder, tmp_path):
     """A copy of it to break."""
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
-
-
-def _stored(directory):
-    return {
-        name: x
-        for file in sorted(directory.glob("*.safetensors"))
-        for name, x in safetensors.numpy.load_file(file).items()
-    }
-
-
-def _edit(directory, change):
-    """Rewrite model.safetensors as `change` leaves its tensors."""
-    tensors = _stored(directory)
-    change(tensors)
-    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def _set(directory, **fields):
-    file = directory / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-
-
-def _assert_equal(a: Params, b: Params):
-    assert a.config == b.config
-    assert jax.tree.structure(a.weights) == jax.tree.structure(b.weights)
-    for x, y in zip(jax.tree.leaves(a.weights), jax.tree.leaves(b.weights), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
+    return folders.copy(folder, tmp_path)
 
 
 # Reading
@@ -78,7 +45,7 @@ def _assert_equal(a: Params, b: Params):
 def test_weights_fit_the_model(folder):
     params = checkpoint.read(folder)
     assert params.heads is None
-    _assert_equal(Params.from_flax(params.weights, params.config), params)
+    folders.assert_equal_params(Params.from_flax(params.weights, params.config), params)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -93,7 +60,7 @@ def test_weights_are_cast_as_torch_casts(tmp_path, stored, asked):
 
 
 def test_the_declared_type_wins_over_the_stored_one(copy):
-    _set(copy, dtype="bfloat16")
+    folders.set_config(copy, dtype="bfloat16")
     assert checkpoint.read(copy).dtype == jnp.bfloat16
     file = copy / "config.json"
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "dtype"}))
@@ -103,12 +70,12 @@ def test_the_declared_type_wins_over_the_stored_one(copy):
 def test_shards_read_like_one_file(folder, tmp_path):
     hf.oracle(folder).save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    _assert_equal(checkpoint.read(tmp_path), checkpoint.read(folder))
+    folders.assert_equal_params(checkpoint.read(tmp_path), checkpoint.read(folder))
 
 
 def test_buffers_of_old_checkpoints_are_ignored(copy, folder):
-    _edit(copy, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}))
-    _assert_equal(checkpoint.read(copy), checkpoint.read(folder))
+    folders.edit(copy, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}))
+    folders.assert_equal_params(checkpoint.read(copy), checkpoint.read(folder))
 
 
 @pytest.mark.parametrize("which", ["equal head", "head alone", "other head"])
@@ -121,7 +88,7 @@ def test_tied_embeddings_follow_transformers(tmp_path, which):
         if which == "head alone":
             del tensors["model.embed_tokens.weight"]
 
-    _edit(tmp_path, change)
+    folders.edit(tmp_path, change)
     differ = pytest.warns(UserWarning, match="ties the embeddings.* differ")
     with differ if which == "other head" else contextlib.nullcontext():
         params = checkpoint.read(tmp_path)
@@ -136,7 +103,7 @@ def test_tied_embeddings_follow_transformers(tmp_path, which):
 def test_progress_ends_at_the_total(folder):
     seen = []
     checkpoint.read(folder, progress=lambda done, total: seen.append((done, total)))
-    size = sum(x.nbytes for x in _stored(folder).values())
+    size = sum(x.nbytes for x in folders.stored(folder).values())
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (size, size)
 
@@ -151,7 +118,7 @@ def test_reading_needs_no_torch(folder):
 
 def test_host_memory_stays_near_the_weights_and_one_tensor(tmp_path):
     hf.write(tmp_path, "llama", num_hidden_layers=6, intermediate_size=4096, hidden_size=256, vocab_size=64)
-    sizes = [x.nbytes for x in _stored(tmp_path).values()]
+    sizes = [x.nbytes for x in folders.stored(tmp_path).values()]
     checkpoint.read(tmp_path)  # what imports and first calls keep
     tracemalloc.start()
     params = checkpoint.read(tmp_path)
@@ -162,14 +129,28 @@ def test_host_memory_stays_near_the_weights_and_one_tensor(tmp_path):
     assert peak < sum(sizes) + 3 * max(sizes)
 
 
+@pytest.mark.parametrize("family", list(hf.FAMILIES))
+def test_a_base_model_with_tied_embeddings_reads_like_transformers(tmp_path, family):
+    hf.write(tmp_path / "whole", family, tie_word_embeddings=True)
+    hf.oracle(tmp_path / "whole").model.save_pretrained(tmp_path / "base")
+    assert not any(name.startswith("model.") for name in folders.stored(tmp_path / "base"))
+    tokens = np.random.default_rng(0).integers(0, 101, 40, np.int32)
+    params = checkpoint.read(tmp_path / "base")
+    folders.assert_equal_params(params, checkpoint.read(tmp_path / "whole"))
+    cache = functional.init_cache(params, batch=1, capacity=64, razor=None)
+    ours, _ = functional.extend(params, cache, tokens[None], np.asarray([40]), logits="all")
+    theirs = hf.logits(hf.oracle(tmp_path / "base"), tokens)
+    np.testing.assert_allclose(np.asarray(ours)[0], theirs, rtol=0, atol=1e-4)
+
+
 # Writing
 
 
 def test_hugging_face_round_trip_is_exact(folder, tmp_path):
     params = checkpoint.read(folder)
     checkpoint.save(params, tmp_path / "out")
-    _assert_equal(checkpoint.read(tmp_path / "out"), params)
-    before, after = _stored(folder), _stored(tmp_path / "out")
+    folders.assert_equal_params(checkpoint.read(tmp_path / "out"), params)
+    before, after = folders.stored(folder), folders.stored(tmp_path / "out")
     assert before.keys() == after.keys()
     for name, x in before.items():
         np.testing.assert_array_equal(after[name], x)
@@ -205,7 +186,7 @@ def test_heads_are_saved_in_the_checkpoints_order(folder, tmp_path, format, dtyp
     params = checkpoint.read(folder, dtype)
     split = HeadSplit(retrieval=((3,), (1, 2)), num_kv_heads=4)
     checkpoint.save(with_heads(params, split), tmp_path / "out", format)
-    _assert_equal(checkpoint.read(tmp_path / "out"), params)
+    folders.assert_equal_params(checkpoint.read(tmp_path / "out"), params)
 
 
 def test_orbax_casts_at_load_and_keeps_any_config(tmp_path):
@@ -225,7 +206,7 @@ def test_orbax_casts_at_load_and_keeps_any_config(tmp_path):
     weights = jax.tree.map(lambda a: jnp.full(a.shape, 1.001, a.dtype), abstract_weights(config))
     params = Params.from_flax(weights, config)
     checkpoint.save(params, tmp_path / "out", "orbax")
-    _assert_equal(checkpoint.read(tmp_path / "out"), params)
+    folders.assert_equal_params(checkpoint.read(tmp_path / "out"), params)
     cast = checkpoint.read(tmp_path / "out", "bfloat16")
     np.testing.assert_array_equal(cast.weights["norm"]["scale"], np.full(8, 1.001, ml_dtypes.bfloat16))
 
@@ -248,7 +229,7 @@ def test_a_checkpoint_is_not_overwritten_unasked(folder, tmp_path):
     with pytest.raises(FileExistsError, match="overwrite=True"):
         checkpoint.save(params, tmp_path / "out")
     checkpoint.save(params, tmp_path / "out", "orbax", overwrite=True)
-    _assert_equal(checkpoint.read(tmp_path / "out"), params)
+    folders.assert_equal_params(checkpoint.read(tmp_path / "out"), params)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -277,137 +258,3 @@ def test_an_unknown_format_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"format='gguf'.*huggingface.*orbax"):
         checkpoint.save(checkpoint.read(folder), tmp_path / "out", "gguf")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
-
-
-# What can be wrong with a folder
-
-
-def test_a_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere.*does not exist"):
-        checkpoint.read(tmp_path / "nowhere")
-
-
-def test_a_file_for_a_folder(folder):
-    with pytest.raises(FileNotFoundError, match="is a file, not a folder"):
-        checkpoint.read(folder / "config.json")
-
-
-def test_an_empty_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
-        checkpoint.read(tmp_path)
-
-
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[1]", "JSON list, expected an object")])
-def test_a_broken_config(copy, text, message):
-    (copy / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        checkpoint.read(copy)
-
-
-def test_another_architecture_names_the_file(copy):
-    _set(copy, model_type="mixtral")
-    with pytest.raises(ValueError, match=r"config\.json: model_type='mixtral'"):
-        checkpoint.read(copy)
-
-
-@pytest.mark.parametrize("dtype", ["float64", "int8", np.int32])
-def test_an_unsupported_type(folder, dtype):
-    with pytest.raises(ValueError, match="float32, bfloat16, float16"):
-        checkpoint.read(folder, dtype)
-
-
-def test_pickles_are_not_opened(copy):
-    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin.*run any code.*save_pretrained"):
-        checkpoint.read(copy)
-
-
-def test_no_weights_at_all(copy):
-    (copy / "model.safetensors").rename(copy / "consolidated.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"neither.*consolidated\.safetensors is not"):
-        checkpoint.read(copy)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 300, -1])
-def test_truncated_weights(copy, keep):
-    file = copy / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"model\.safetensors is truncated"):
-        checkpoint.read(copy)
-
-
-def test_corrupt_weights(copy):
-    file = copy / "model.safetensors"
-    file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
-    with pytest.raises(ValueError, match="truncated or no safetensors file"):
-        checkpoint.read(copy)
-
-
-def test_a_git_lfs_pointer(copy):
-    (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(ValueError, match="git lfs pull"):
-        checkpoint.read(copy)
-
-
-def test_an_index_that_names_an_absent_file(folder, tmp_path):
-    hf.oracle(folder).save_pretrained(tmp_path, max_shard_size="100KB")
-    gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
-    gone.unlink()
-    with pytest.raises(FileNotFoundError, match=gone.name):
-        checkpoint.read(tmp_path)
-
-
-def test_an_index_without_a_map(copy):
-    (copy / "model.safetensors").rename(copy / "model-1.safetensors")
-    (copy / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="no weight_map"):
-        checkpoint.read(copy)
-
-
-def test_all_wrong_tensors_come_in_one_error(copy):
-    def change(tensors):
-        del tensors["model.norm.weight"]
-        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(128, np.float32)
-        tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((96, 127), np.float32)
-        tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.int8)
-
-    _edit(copy, change)
-    with pytest.raises(ValueError, match="do not fit") as error:
-        checkpoint.read(copy)
-    for problem in (
-        "missing model.norm.weight [128]",
-        "unexpected model.layers.0.self_attn.q_proj.bias [128]",
-        "model.layers.1.mlp.up_proj.weight has shape [96, 127], expected [96, 128]",
-        "lm_head.weight has type I8, expected F64, F32, F16, BF16",
-    ):
-        assert problem in str(error.value)
-
-
-def test_a_damaged_orbax_folder(folder, tmp_path):
-    checkpoint.save(checkpoint.read(folder), tmp_path / "out", "orbax")
-    record = tmp_path / "out" / "razor_model.json"
-    good = record.read_text()
-    record.write_text(json.dumps({**json.loads(good), "version": 99}))
-    with pytest.raises(ValueError, match="version 99, this razor_jax reads version 1"):
-        checkpoint.read(tmp_path / "out")
-    record.write_text(json.dumps({"version": 1}))
-    with pytest.raises(ValueError, match="damaged"):
-        checkpoint.read(tmp_path / "out")
-    record.write_text(json.dumps({**json.loads(good), "weights": "int4"}))
-    with pytest.raises(ValueError, match=r"damaged.*int4"):
-        checkpoint.read(tmp_path / "out")
-    config = {**json.loads(good)["config"], "hidden_size": 64}
-    record.write_text(json.dumps({**json.loads(good), "config": config}))
-    with pytest.raises(ValueError, match=r"embedding/embedding has shape \[\d+, 128\], expected \[\d+, 64\]"):
-        checkpoint.read(tmp_path / "out")
-    record.write_text(json.dumps({**json.loads(good), "config": {**config, "hidden_size": 128, "num_layers": 3}}))
-    with pytest.raises(ValueError, match=r"missing blocks_2/down/kernel"):
-        checkpoint.read(tmp_path / "out")
-    record.write_text(good)
-    data = max((file for file in (tmp_path / "out").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    whole = data.read_bytes()
-    for damaged in (whole[: len(whole) // 2], bytes(len(whole))):
-        data.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"Orbax cannot restore .*; copy it again, or save the model again"):
-            checkpoint.read(tmp_path / "out")
-    gc.collect()  # what readers left behind would be reported here, as a failure

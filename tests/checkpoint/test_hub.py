@@ -227,6 +227,7 @@ def test_hub_id_downloads_no_pickle(model, monkeypatch):
         "model.safetensors",
         "model-00001-of-00002.safetensors",
         "tokenizer.json",
+        "added_tokens.json",
         "razor.json",
     ]
     unwanted = ["pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors", "model.py"]
@@ -242,6 +243,59 @@ def test_hub_model_without_safetensors(model, monkeypatch):
     (model / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load("owner/old")
+
+
+def test_half_a_snapshot_offline_says_what_to_download(model, monkeypatch, tmp_path):
+    """The cache as an interrupted `hf download` leaves it: some shards that the index names were never fetched."""
+    repository = tmp_path / "hub" / "models--owner--half-1.5"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    transformers.LlamaForCausalLM.from_pretrained(model).save_pretrained(snapshot, max_shard_size="10KB")
+    first, *rest = sorted(snapshot.glob("model-*.safetensors"))
+    assert len(rest) > 1
+    for shard in rest:
+        shard.unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(FileNotFoundError, match=r"incomplete.* missing .*`hf download owner/half-1\.5`") as error:
+        load("owner/half-1.5")
+    assert "\n" not in str(error.value)
+    first.unlink()
+    with pytest.raises(FileNotFoundError, match=r"incomplete.*`hf download owner/half-1\.5`"):
+        load("owner/half-1.5")
+    (snapshot / "model.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"cut short: then `hf download owner/half-1\.5`"):
+        load("owner/half-1.5")
+
+
+def test_an_adapter_on_the_hub_says_what_it_is(model, monkeypatch):
+    asked = []
+    for file in model.iterdir():
+        file.unlink()
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/base"}')
+
+    def download(name, *, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ValueError, match=r"is a PEFT adapter \(LORA\) of 'owner/base'"):
+        load("owner/adapter")
+    assert "adapter_config.json" in asked
+
+
+@pytest.mark.parametrize("declared", ["float16", "bfloat16", None])
+def test_dtype_auto_is_the_type_that_the_config_declares(model, declared):
+    file = model / "config.json"
+    fields = {
+        name: value for name, value in json.loads(file.read_text()).items() if name not in ("dtype", "torch_dtype")
+    }
+    file.write_text(json.dumps({**fields, "torch_dtype": declared}))
+    params = load(model, dtype="auto", heads=None)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    assert str(params.dtype) == str(theirs.dtype).removeprefix("torch.")
 
 
 def hub_error(kind: type[Exception]) -> Exception:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -196,11 +197,66 @@ def test_bad_arguments_are_named(params):
         RazorLM.create_from_arg_obj({"window": 64})
     with pytest.raises(ValueError, match="leave out window"):
         RazorLM.create_from_arg_string("pretrained=razor-mini,dense=true,window=64")
-    with pytest.raises(ValueError, match="batch_size='auto'"):
-        RazorLM(params, batch_size="auto")
-    beams = [request("generate_until", "a b", {"num_beams": 4})]
-    with pytest.raises(ValueError, match="num_beams is unknown; allowed are until"):
-        RazorLM(params).generate_until(beams, disable_tqdm=True)
+    with pytest.raises(ValueError, match="seed_of_luck is unknown; allowed are until"):
+        RazorLM(params).generate_until([request("generate_until", "a b", {"seed_of_luck": 4})], disable_tqdm=True)
+
+
+@pytest.mark.parametrize("size", ["auto", "auto:4", "0", 0])
+def test_a_batch_size_that_is_no_number_is_refused_before_the_model_is_loaded(params, monkeypatch, size):
+    def load(*args, **kwargs):
+        raise AssertionError("loaded first")
+
+    monkeypatch.setattr("razor_jax.evals.harness.load", load)
+    with pytest.raises(ValueError, match=rf"batch_size='?{size}'?"):
+        RazorLM.create_from_arg_string("pretrained=razor-mini", {"batch_size": size, "max_batch_size": None})
+    with pytest.raises(ValueError, match=rf"batch_size='?{size}'?"):
+        RazorLM(params, batch_size=size)
+
+
+OFF = {"num_beams": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "use_cache": True, "min_new_tokens": 0}
+OFF |= {"repetition_penalty": 1.0, "length_penalty": 2.0, "early_stopping": True, "typical_p": 0.9, "top_k": 0}
+
+
+def test_arguments_that_are_off_change_nothing(params):
+    asked = {"until": ["x"], "max_gen_toks": 4}
+    plain, off = (RequestOptions.of(asked | more, params, 4, 4096, 256).sampling for more in ({}, OFF))
+    assert jax.tree.leaves(off) == jax.tree.leaves(plain)
+    assert jax.tree.structure(off) == jax.tree.structure(plain)
+    with pytest.raises(ValueError, match=r"typical_p=0\.9 is not supported: leave it out, or use 1"):
+        RequestOptions.of({**OFF, "do_sample": True, "temperature": 1.0}, params, 4, 4096, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_beams", 4),
+        ("num_return_sequences", 2),
+        ("no_repeat_ngram_size", 3),
+        ("penalty_alpha", 0.6),
+        ("min_new_tokens", 5),
+        ("use_cache", False),
+    ],
+)
+def test_arguments_of_the_hf_model_that_are_on_are_refused_by_name(params, name, value):
+    with pytest.raises(ValueError, match=rf"generation_kwargs: {name}={value} is not supported: leave it out"):
+        RazorLM(params).generate_until([request("generate_until", "a b", {name: value})], disable_tqdm=True)
+
+
+def test_a_repetition_penalty_answers_as_the_harness_own_model(tasks, hf):
+    """The penalty sees the whole context, so contexts have to be read whole."""
+    params = razor_jax.load(FOLDER, dtype="float32", heads=None)
+    options = {"until": ["<|eos|>"], "max_gen_toks": 16, "num_beams": 1}
+    texts = [phrase(seed, 12) for seed in range(3)]
+
+    def answers(model, penalty):
+        asked = [request("generate_until", text, {**options, "repetition_penalty": penalty}) for text in texts]
+        return model.generate_until(asked, disable_tqdm=True)
+
+    ours = RazorLM(params, razor=None, max_length=56, question_tokens=0)
+    assert answers(ours, 1.5) == answers(hf, 1.5)
+    assert answers(ours, 1.5) != answers(ours, 1.0)
+    with pytest.raises(ValueError, match=r"repetition_penalty=1\.5 does not see .* question_tokens=0"):
+        answers(RazorLM(params, razor=None), 1.5)
 
 
 @pytest.mark.slow

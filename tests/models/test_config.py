@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import transformers
@@ -148,7 +149,19 @@ REFUSED = {
     "no whole groups": (_llama(num_key_value_heads=5), r"num_attention_heads=32.*num_key_value_heads=5"),
     "an odd head": (_llama(head_dim=63), r"head_dim=63 must be even"),
     "experts": (_llama(num_local_experts=8), r"num_local_experts=8.*dense"),
-    "quantised": (_llama(quantization_config={"quant_method": "awq"}), r"'awq'.*bfloat16"),
+    "awq": (_llama(quantization_config={"quant_method": "awq", "bits": 4}), r"'awq', 4 bits.*bfloat16.*'int8'"),
+    "bitsandbytes": (_llama(quantization_config={"quant_method": "bitsandbytes"}), r"'bitsandbytes'\).*bfloat16"),
+    "mlx": (_llama(quantization={"group_size": 64, "bits": 4}), r"another tool \(MLX, 4 bits\).*bfloat16"),
+    "mlx, new": (_llama(quantization_config={"group_size": 64, "bits": 8}), r"another tool \(MLX, 8 bits\)"),
+    "another type for a type": (_llama(model_type=["llama"]), r"model_type=\['llama'\].*llama"),
+    "a factor of nothing": (
+        _llama(rope_scaling={"rope_type": "linear", "factor": 0}),
+        r"rope_scaling\.factor=0 in config\.json: must be a number above 0",
+    ),
+    "bands the wrong way round": (
+        _llama(rope_scaling={**PUBLISHED["llama 3.2"]["rope_scaling"], "high_freq_factor": 1.0}),
+        r"high_freq_factor=1\.0.*above low_freq_factor=1\.0",
+    ),
     "another activation": (_llama(hidden_act="gelu"), r"hidden_act='gelu'.*silu"),
     "longrope": (
         _llama(rope_scaling={"type": "longrope"}),
@@ -176,6 +189,84 @@ REFUSED = {
 def test_what_is_not_supported_is_refused_by_name(given, message):
     with pytest.raises(ValueError, match=message):
         read_config(given)
+
+
+# Each field with a value of a wrong type; null is among them where transformers refuses it.
+MISTYPED = [
+    *(
+        (field, value)
+        for field in ("vocab_size", "num_hidden_layers", "max_position_embeddings")
+        for value in (None, 0)
+    ),
+    *((field, value) for field in ("hidden_size", "num_attention_heads") for value in (True, 64.0, "64", [64])),
+    *((field, value) for field in ("num_key_value_heads", "head_dim") for value in (0, "8", False)),
+    ("intermediate_size", 2**70),
+    *(("rms_norm_eps", value) for value in (None, "1e-5", -1.0, float("nan"), [1e-5])),
+    *(("rope_theta", value) for value in (0, -1.0, "10000", float("inf"), True)),
+    *(("tie_word_embeddings", value) for value in (None, "false", 0)),
+    *((field, value) for field in ("attention_bias", "mlp_bias", "use_sliding_window") for value in ("no", 1)),
+    *(("hidden_act", value) for value in (None, ["silu"])),
+    *((field, value) for field in ("architectures", "layer_types") for value in ("LlamaForCausalLM", [1])),
+    *((field, value) for field in ("rope_scaling", "rope_parameters") for value in ("linear", [], 4)),
+    *((field, value) for field in ("torch_dtype", "dtype") for value in (16, ["bfloat16"])),
+    *((field, "8") for field in ("num_experts", "num_local_experts", "sliding_window", "max_window_layers")),
+    *((field, "awq") for field in ("quantization_config", "quantization")),
+    ("partial_rotary_factor", "half"),
+    ("original_max_position_embeddings", "8192"),
+]
+MISTYPED_ROPE = [
+    *(("factor", value) for value in (0, 0.0, -2.0, "4", True, float("nan"))),
+    *((field, value) for field in ("low_freq_factor", "high_freq_factor", "attention_factor") for value in (0, "1")),
+    *((field, value) for field in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim") for value in (-1, "32")),
+    *(("original_max_position_embeddings", value) for value in (0, 8192.5, "8192")),
+    *(("rope_type", value) for value in (None, 3, ["yarn"])),
+    ("rope_theta", 0),
+    ("truncate", "yes"),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("field", "value"), MISTYPED, ids=str)
+def test_mistyped_fields_are_named(family, field, value):
+    shown = "null" if value is None else repr(value)
+    with pytest.raises(ValueError, match=re.escape(f"{field}={shown} in config.json: must be ") + r"\w"):
+        read_config(_llama(model_type=family, **{field: value}))
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+@pytest.mark.parametrize(("field", "value"), MISTYPED_ROPE, ids=str)
+def test_mistyped_rope_fields_are_named(kind, field, value):
+    rope = {**PUBLISHED["llama 3.2"]["rope_scaling"], "rope_type": kind, field: value}
+    shown = "null" if value is None else repr(value)
+    with pytest.raises(ValueError, match=re.escape(f"rope_scaling.{field}={shown} in config.json: must be ") + r"\w"):
+        read_config(_llama(rope_scaling=rope))
+
+
+def test_all_mistyped_fields_come_in_one_error():
+    wrong = {"hidden_size": None, "rms_norm_eps": "small", "rope_scaling": {"rope_type": "linear", "factor": -1}}
+    with pytest.raises(ValueError, match=r"hidden_size=null .*; rms_norm_eps='small' .*; rope_scaling\.factor=-1"):
+        read_config(_llama(**wrong))
+
+
+NULLS = ("num_key_value_heads", "head_dim", "rope_scaling", "layer_types", "sliding_window")
+NULLS += ("architectures", "torch_dtype", "quantization_config")
+
+
+@pytest.mark.parametrize("field", NULLS)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_nulls_that_transformers_takes_are_defaults(family, field):
+    given = _llama(model_type=family, **{field: None})
+    theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(given)))
+    ours = read_config(given)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert (ours.num_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, head_dim)
+    rope = theirs.rope_parameters
+    assert (ours.rope.kind, ours.rope.theta) == (rope["rope_type"], rope["rope_theta"])
+
+
+@pytest.mark.parametrize("architecture", ["LlamaModel", "LlamaForCausalLM"])
+def test_a_base_model_is_a_language_model(architecture):
+    assert read_config(_llama(architectures=[architecture])) == read_config(_llama())
 
 
 def test_a_window_as_long_as_the_context_is_no_window():

@@ -111,9 +111,10 @@ def test_equal_content_shares_a_compilation(folder):
 @pytest.mark.parametrize(
     ("generation", "model", "bos", "eos"),
     [
-        ({"bos_token_id": 4, "eos_token_id": [5, 6]}, {"bos_token_id": 8, "eos_token_id": 9}, 4, (5, 6)),
-        ({"eos_token_id": 5}, {"bos_token_id": 8}, 8, (5,)),
-        ({}, {"eos_token_id": [9, 3]}, 0, (9, 3)),
+        ({"bos_token_id": 4, "eos_token_id": [5, 6]}, {"bos_token_id": 8, "eos_token_id": 9}, 4, (5, 6, 1)),
+        ({"eos_token_id": 5}, {"bos_token_id": 8}, 8, (5, 1)),
+        ({"eos_token_id": [1, 5]}, {"bos_token_id": 8}, 8, (1, 5)),
+        ({}, {"eos_token_id": [9, 3]}, 0, (9, 3, 1)),
         ({"eos_token_id": None}, {}, 0, (1,)),
         (None, None, 0, (1,)),
     ],
@@ -139,12 +140,14 @@ def test_bos_is_told():
     assert not dataclasses.replace(ASSETS["byte_level"], bos_id=0).add_bos
 
 
-def test_special_tokens_map_is_read(tmp_path):
-    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<a>"}, "eos_token": "<b>"}')
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<c>", "bos_token": null}')
-    assert Assets.read(tmp_path).special_tokens == (("eos_token", "<c>"),)
-    (tmp_path / "tokenizer_config.json").unlink()
-    assert Assets.read(tmp_path).special_tokens == (("bos_token", "<a>"), ("eos_token", "<b>"))
+def test_the_end_of_turn_that_tokenizer_config_names_ends_an_answer(tmp_path):
+    """A ChatML fine-tune whose generation config still names the base model's end of text."""
+    ASSETS["byte_level"].write(tmp_path)
+    config = {"eos_token": "<|im_end|>", "eot_token": "<|eot|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert Assets.read(tmp_path).eos_ids == (1, *tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot|>"]))
 
 
 @pytest.mark.parametrize(
@@ -290,6 +293,50 @@ def test_template_variables_and_text_parts():
     assets = Assets(chat_template="{{ messages[0].content[0].text }}{{ think }}{{ tools is none }}")
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi "}]}]
     assert assets.apply_chat(messages, variables={"think": False}) == "hi FalseTrue"
+
+
+PARTS = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
+READS_STRINGS = {
+    "printed": "{% for m in messages %}<{{ m.role }}>{{ m['content'] }}{% endfor %}",
+    "added": "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}",
+    "trimmed": "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}",
+    "qwen 3": "{% for m in messages %}{% if m.content is string %}{% set content = m.content %}{% else %}"
+    "{% set content = '' %}{% endif %}<{{ m.role }}>{{ content }}{% endfor %}",
+    "refusing": "{% for m in messages %}{% if m.content is not string %}{{ raise_exception('text only') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}",
+    "alternating": "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}",
+}
+READS_PARTS = {
+    "loop": "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{% if p.type == 'text' %}[{{ p.text }}]"
+    "{% endif %}{% endfor %}{% endfor %}",
+    "both": "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}[{{ p['text'] }}]{% endfor %}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", READS_STRINGS.values(), ids=READS_STRINGS.keys())
+def test_text_parts_are_joined_for_templates_that_read_strings(template):
+    assets = Assets(chat_template=template)
+    parts = [{"role": role, "content": PARTS} for role in ("user", "assistant", "user")]
+    strings = [{"role": role, "content": "Hi there"} for role in ("user", "assistant", "user")]
+    assert assets.apply_chat(parts) == assets.apply_chat(strings) == "<user>Hi there<assistant>Hi there<user>Hi there"
+    assert parts[0]["content"] is PARTS
+
+
+@pytest.mark.parametrize("template", READS_PARTS.values(), ids=READS_PARTS.keys())
+def test_templates_that_read_parts_get_them(template):
+    messages = [{"role": "user", "content": PARTS}]
+    assert Assets(chat_template=template).apply_chat(messages) == "<user>[Hi ][there]"
+    theirs = PreTrainedTokenizerFast(tokenizer_object=byte_level(), chat_template=template)
+    assert theirs.apply_chat_template(messages, tokenize=False) == "<user>[Hi ][there]"
+
+
+def test_parts_are_joined_by_role():
+    """Llama 3.2's kind: the user's parts are read, the system message has to be a string."""
+    template = "{{ messages[0].content | trim }}" + READS_PARTS["both"].replace("messages", "messages[1:]")
+    messages = [{"role": role, "content": PARTS} for role in ("system", "user")]
+    assert Assets(chat_template=template).apply_chat(messages) == "Hi there<user>[Hi ][there]"
 
 
 def test_no_tokenizer_names_the_command(tmp_path):
