@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from razor_jax.tokenizer.assets import Assets, Detokenizer, find_stop
-from tests.support.tokenizers import ASSETS, KINDS
+from tests.support.tokenizers import ASSETS, KINDS, byte_level
 
 TEXTS = [
     "Hello  world",
