@@ -169,9 +169,11 @@ def find(
     """Find a model's retrieval heads: the scores of every KV head, and which to keep."""
     budget.check()
     _check_method(method, preset)
-    _check_learning(method, budget, learn)
     learned = method in LEARNED
     measured = (learned or learn.target is not None) if learn.measure is None else learn.measure
+    _check_learning(method, budget, learn, asks=learned or measured)
+    if learned and seeds != 1:
+        raise typer.BadParameter(f"--seeds: --method {method} takes one set of documents")
     uses_policy = budget.size is not None or output.save_duo is not None or learned or measured
     if budget.window is not None and not uses_policy:
         raise typer.BadParameter(f"--window goes with --bytes, --save-duo, --measure, or --method {', '.join(LEARNED)}")
@@ -260,6 +262,8 @@ def report_heads(
     """Study a model's heads: stability, causal importance and pictures; minutes."""
     budget.check()
     _check_method(method, preset)
+    if method == "search":
+        raise typer.BadParameter("--method search finds the heads of one budget: a report compares rankings")
     if folder.is_file():
         raise typer.BadParameter(f"{folder} is a file: give a folder for the report")
     plots.require()
@@ -273,8 +277,8 @@ def report_heads(
         note(f"saved {path}")
 
 
-def _check_learning(method: str, budget: BudgetOptions, learn: LearnOptions) -> None:
-    """Raise BadParameter for options that this method or budget does not take."""
+def _check_learning(method: str, budget: BudgetOptions, learn: LearnOptions, *, asks: bool) -> None:
+    """Raise BadParameter for options that this method or budget does not take; `asks`: whether questions are asked."""
     if learn.state is not None and method not in ("gates", "search"):
         raise typer.BadParameter(f"--state resumes --method gates or search, not {method}")
     if learn.target is not None and dataclasses.replace(budget, window=None).given:
@@ -286,6 +290,11 @@ def _check_learning(method: str, budget: BudgetOptions, learn: LearnOptions) -> 
     if method == "search" and budget.share is None:
         raise typer.BadParameter(
             "--method search finds the best heads of one budget: give --share, such as --share 0.2"
+        )
+    if not asks and learn != LearnOptions(measure=learn.measure):
+        raise typer.BadParameter(
+            f"--method {method} asks no questions: leave out --documents, --held-out, --tokens and --text, or add "
+            "--measure"
         )
 
 
@@ -346,8 +355,6 @@ def _scores(
 ) -> HeadScores:
     options: dict[str, Any] = {}
     if method in LEARNED:
-        if seeds != 1:
-            raise typer.BadParameter(f"--seeds goes with methods that search, not --method {method}")
         options = {"razor": policy, "calibration": learn.calibration()}
         if method in ("gates", "search"):
             options["state"] = learn.state
