@@ -24,13 +24,14 @@ class KVReport:
       share: r, the share of KV heads that keep every token; 1 for dense attention.
       batch, capacity: rows, and capacity in tokens per row.
       allocated_bytes: bytes of the key, value and mean arrays.
-      same_type_bytes: bytes of a dense cache of the same type, batch and capacity, the baseline of `ratio`.
       dense_bytes: bytes of a dense bfloat16 cache with the same batch and capacity.
       dropped_tokens: tokens that each windowed head has dropped, one number per row.
       implementation: backend of attention and cache writes.
       devices: number of devices of the mesh; 1 without a mesh.
       device_bytes: bytes of the cache per device.
       layout: "slot" or "head" (see `mesh.MeshPlacement`), None without a mesh.
+      same_type_bytes: bytes of a dense cache of the same type, batch and capacity, the baseline of `ratio`; 0 if only
+        `dense_bytes` is known.
     """
 
     setting: str
@@ -39,13 +40,13 @@ class KVReport:
     capacity: int
     dtype: str
     allocated_bytes: int
-    same_type_bytes: int
     dense_bytes: int
     dropped_tokens: tuple[int, ...]
     implementation: str = "xla"
     devices: int = 1
     device_bytes: int = 0
     layout: str | None = None
+    same_type_bytes: int = 0
 
     @classmethod
     def of(cls, cache: KVCache, split: HeadSplit) -> KVReport:
@@ -76,7 +77,7 @@ class KVReport:
     @property
     def ratio(self) -> float:
         """Bytes of the dense cache of the same type over the allocated bytes."""
-        return self.same_type_bytes / self.allocated_bytes
+        return (self.same_type_bytes or self.dense_bytes) / self.allocated_bytes
 
     @property
     def engaged(self) -> bool:

@@ -26,9 +26,10 @@ def haystacks():
 
 
 def test_the_shipped_split_is_what_the_probe_finds():
+    """Four heads by induction and one by echo, the paper's two classes."""
     shipped = store.read(find("razor-mini"))
     scores = razor_jax.find_heads(mini(), seeds=(0, 1, 2), block=1023)
-    assert scores.select(share=shipped.split.share).retrieval == shipped.split.retrieval
+    assert scores.select(induction=4 / 32, echo=1 / 32).retrieval == shipped.split.retrieval
     assert mini().razor == shipped.recommended
 
 

@@ -129,7 +129,7 @@ def test_a_killed_process_costs_no_answer(killed, model, tmp_path):
     params = razor_jax.load(model)
     for first in range(0, 31, BATCH):
         texts = [line["prompt"] for line in lines(31)[first : first + BATCH]]
-        alone += razor_jax.generate(params, texts, max_new_tokens=NEW_TOKENS)
+        alone += razor_jax.generate(params, texts, max_new_tokens=NEW_TOKENS, raw=True)
     assert [tuple(answer["tokens"]) for answer in answers] == [result.tokens for result in alone]
     assert [answer["text"] for answer in answers] == [result.text for result in alone]
 
