@@ -35,7 +35,7 @@ def check_memory(spec: CacheSpec, batch: int, free: int | None = None) -> None:
     if spec.razor is None:
         ways.append("a RazorConfig takes less than dense attention")
     raise MemoryError(
-        f"a cache of {batch:,} rows × {spec.capacity:,} tokens needs {needed(spec.capacity, batch) / 2**30:,.2f} GiB "
+        f"a cache of {batch:,} × {spec.capacity:,} tokens needs {needed(spec.capacity, batch) / 2**30:,.2f} GiB "
         f"per device, and {free / 2**30:,.2f} GiB are free: {'; '.join(ways)}"
     )
 

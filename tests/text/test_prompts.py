@@ -68,7 +68,7 @@ def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(params):
     spec = spec_for(params, None, 1000)
     with pytest.raises(MemoryError) as refused:
         check_memory(spec, batch=4, free=spec.kv_bytes(2))
-    assert "a cache of 4 rows × 1,024 tokens needs" in str(refused.value)
+    assert "a cache of 4 × 1,024 tokens needs" in str(refused.value)
     assert "512 tokens per row fit; 2 rows fit; kv_dtype='int8'" in str(refused.value)
     check_memory(spec, batch=2, free=spec.kv_bytes(2))
     assert free_bytes(jax.devices()[0]) > 0
