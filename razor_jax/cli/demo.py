@@ -27,13 +27,13 @@ ANSWER_TOKENS = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """One way to hold the cache, and how it fared.
+class CacheResult:
+    """One cache policy and its answers.
 
     Attributes:
-      answers: one a fact, in order.
-      right: how many hold the fact's value.
-      kv: the cache, document and question in it.
+      answers: one per fact, in order.
+      right: number of answers with the fact's value.
+      kv: the cache, with document and question.
       tokens_per_second: decode rate, without compilation.
     """
 
@@ -46,12 +46,12 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All settings on the same document and questions; `policy` in words is that of the compressed ones."""
+    """All policies on the same document and questions; `policy` describes that of the compressed ones."""
 
     policy: str
     document_tokens: int
     facts: tuple[Fact, ...]
-    settings: tuple[Setting, ...]
+    settings: tuple[CacheResult, ...]
     seconds: float
 
     def table(self) -> Table:
@@ -137,7 +137,7 @@ def _ask(
     asked: DocumentAndQuestions,
     facts: tuple[Fact, ...],
     show: bool,
-) -> Setting:
+) -> CacheResult:
     """Compress the document, then put every question to a copy of its cache."""
     longest = max(len(question) for question in asked.questions)
     capacity = prompts.capacity_bucket(len(asked.document) + longest + ANSWER_TOKENS)
@@ -154,7 +154,7 @@ def _ask(
         if show:
             typer.echo("✓ right" if fact.value in results[-1].text else f"✗ it is {fact.value}")
     seconds = sum(result.timings.decode_seconds for result in results)
-    return Setting(
+    return CacheResult(
         name,
         tuple(result.text for result in results),
         sum(fact.value in result.text for fact, result in zip(facts, results, strict=True)),

@@ -136,7 +136,7 @@ def _show(made: Plan) -> None:
     console.print(_table(made))
     if made.layouts:
         sizes = "; ".join(f"by {name} {_gib(size)} GiB" for name, size in made.layouts.items())
-        console.print(f"KV cache on each device {sizes}{_balanced_note(made)}")
+        console.print(f"KV cache per device {sizes}{_balanced_note(made)}")
     for row in made.rows:
         for step, seen in row.compiled.items():
             console.print(f"{row.cache}, {step}: {_told(seen, row.error(step))}")
@@ -152,8 +152,8 @@ def _balanced_note(made: Plan) -> str:
 
 
 def _table(made: Plan) -> Table:
-    """Return one row a policy, GiB on each device."""
-    table = Table(box=box.SIMPLE, padding=(0, 1), caption="GiB on each device; left below 0: does not fit")
+    """Return one row per policy, GiB per device."""
+    table = Table(box=box.SIMPLE, padding=(0, 1), caption="GiB per device; left below 0: does not fit")
     for column in ("cache", "weights", "KV", "prefill", "decode", "left", "most rows", "most tokens"):
         table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=column == "cache")
     for row in made.rows:
@@ -177,7 +177,7 @@ def _told(seen: Compiled, error: float | None) -> str:
     if seen.collectives is None:
         said += "; it cannot print this program, so collectives are not known"
     else:
-        for looped, when in ((False, ""), (True, " a chunk of the prompt")):
+        for looped, when in ((False, ""), (True, " per chunk of the prompt")):
             found = [c for c in seen.collectives if c["in_loop"] == looped]
             total = sum(c["count"] * c["bytes"] for c in found) / 2**20
             said += f"; {sum(c['count'] for c in found)} collectives, {total:.2f} MiB{when}" if found else ""

@@ -1,7 +1,7 @@
-"""What the paper says (RazorAttention, arXiv 2407.15891), as claims with thresholds that no result can move.
+"""Claims of the paper (RazorAttention, arXiv 2407.15891), each with a fixed threshold.
 
-Figures are the paper's; thresholds were written down before anything was measured. Where the paper says "about" or
-shows one figure of one model, half of the effect is asked for. Differences of accuracies are in points.
+Figures are the paper's. Thresholds were written down before anything was measured. If the paper says "about", or shows
+one figure of one model, half of the effect confirms the claim. Differences of accuracies are in points.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ CLAIMS: dict[str, tuple[str, str, float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ClaimResult:
-    """A claim, what was measured, and what follows.
+    """A claim, its measurement and its verdict.
 
     Attributes:
-      measured: in the claim's unit, with its 95 % interval (low and high are it where there is nothing to draw from).
+      measured: in the claim's unit.
+      low, high: 95 % interval; equal to `measured` for a single measurement.
     """
 
     claim: str
@@ -60,7 +61,7 @@ def at_least(claim: str, measured: float, low: float | None = None, high: float 
     """
     says, measure, threshold = CLAIMS[claim]
     low, high = measured if low is None else low, measured if high is None else high
-    # "Worse" and "more than" are not met by nothing at all.
+    # "Worse" and "more than" need a difference: the threshold itself does not confirm them.
     strict = claim in ("chosen", "compensation", "saved")
     verdict: Verdict = "undecided"
     if low > threshold or (low == threshold and not strict):

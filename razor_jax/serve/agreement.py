@@ -42,7 +42,7 @@ def heads_file(path: str) -> str:
     """Return the digest of a razor.json that was named by its path."""
     file = Path(path).expanduser()
     file = file / store.NAME if file.is_dir() else file
-    # Where it lacks everywhere, `load` says so.
+    # If no process has the file, `load` reports it.
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no such file"
 
 
