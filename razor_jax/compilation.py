@@ -7,13 +7,11 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 import jax
 
-F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger("razor_jax")
 
 _COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -54,17 +52,6 @@ def track_compilation() -> None:
     jax.monitoring.register_event_duration_secs_listener(count)
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
-
-
-def promoting(function: F) -> F:
-    """Trace a function under JAX's default promotion of types and ranks, whatever the user's flags say."""
-
-    @functools.wraps(function)
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return function(*args, **kwargs)
-
-    return cast(F, traced)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,6 @@ from jaxtyping import Bool, Float32, Int
 from . import attention
 from . import cache as kv
 from .cache import AttentionMetadata, CacheSpec, Group, KVCache, make_spec
-from .compilation import promoting
 from .config import RazorConfig
 from .kernels.cache_write import ordered_after
 from .models import alibi, rope
@@ -26,10 +26,22 @@ if TYPE_CHECKING:
 
 Logits = Literal["last", "all", "none"]
 Ids = jax.Array | np.ndarray
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Tokens that pass through a layer together. A longer call goes layer by layer in chunks, so that it needs no more than
 # one layer's K/V and one chunk of activations above weights, cache and hidden states.
 CHUNK = 256
+
+
+def promoting(function: F) -> F:
+    """Trace a function under JAX's default promotion of types and ranks, whatever the user's flags say."""
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return cast(F, traced)
 
 
 @promoting

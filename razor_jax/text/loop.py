@@ -17,8 +17,7 @@ from jax import lax
 
 from .. import cache as kv
 from ..cache import CacheSpec, KVCache
-from ..compilation import promoting
-from ..functional import decode, extend, extend_known, placement_of
+from ..functional import decode, extend, extend_known, placement_of, promoting
 from ..params import Params
 from .sampling import Sampling, sample
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import compilation
 from ..cache import CacheSpec
-from ..functional import placement_of
+from ..functional import placement_of, promoting
 from ..params import Params, nonfinite
 from . import loop, prompts
 from .policy import Policy, choose_policy, padded_batch, prefill_chunk, spec_for
@@ -90,7 +90,7 @@ def score(
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "chunk"))
-@compilation.promoting
+@promoting
 def _score(params: Params, tokens, lengths, targets, target_lengths, *, spec: CacheSpec, chunk: int):
     """Return log-probabilities and greedy agreement [B, C] of targets int32 [B, C] after tokens int32 [B, T]."""
     placement = placement_of(spec)

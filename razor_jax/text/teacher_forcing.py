@@ -11,8 +11,7 @@ from jax import lax
 from jaxtyping import Bool, Float32, Int, Int32
 
 from ..cache import KVCache
-from ..compilation import promoting
-from ..functional import decode, extend
+from ..functional import decode, extend, promoting
 from ..params import Params
 
 
