@@ -63,7 +63,7 @@ def main(
             seconds, said = _run(command, environment)
             timings = json.loads(said)["results"][0]["timings"]
             rows.append({"run": name, "seconds": seconds, "compiling": round(timings["compile_seconds"], 2)})
-            print(f"{name:18s} {seconds:6.1f} s, of which compiling {timings['compile_seconds']:.1f} s", flush=True)
+            print(f"{name:18s} {seconds:6.1f} s ({timings['compile_seconds']:.1f} s of it compiling)", flush=True)
     path = find(model)
     folder, file = (path.parent, path.name) if path.is_file() else (path, "")
     peer, _ = _run([sys.executable, "-c", TRANSFORMERS, str(folder), file, PROMPT, str(tokens)], dict(os.environ))

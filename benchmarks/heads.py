@@ -18,8 +18,7 @@ from razor_jax import HeadScores, HeadSplit, RazorConfig, find_heads
 from razor_jax.evals.bench import machine
 from razor_jax.evals.provenance import provenance, write_json
 from razor_jax.heads import Calibration, measure
-
-LEARNED = ("gradient", "gates", "search")
+from razor_jax.heads.find import LEARNED
 
 
 def main(
@@ -48,8 +47,7 @@ def main(
             if label not in seconds:
                 seconds[label] = round(time.perf_counter() - start, 1)
                 print(f"{label}: {seconds[label]:.0f} s", flush=True)
-            paper = name == "probe" and count == round(0.3 * total)
-            rows.append((name, count, found.select() if paper else found.select(share=count / total)))
+            rows.append((name, count, found.select(share=count / total)))
     policy = RazorConfig.compact(window=window, kv_dtype=kv_dtype)
     promises = measure(
         params,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .cache import CacheSpec
 
@@ -15,7 +16,7 @@ from .cache import CacheSpec
 def check_memory(spec: CacheSpec, batch: int, free: int | None = None) -> None:
     """Raise MemoryError if a device has not enough free bytes for a new cache; nothing is allocated.
 
-    `free` are the free bytes of a device, None for those of the first device here.
+    `free`: free bytes per device; None to ask the first device of this process.
     """
     mesh = None if spec.placement is None else spec.placement.mesh
     devices = 1 if mesh is None else mesh.size
@@ -30,7 +31,7 @@ def check_memory(spec: CacheSpec, batch: int, free: int | None = None) -> None:
     fits = bisect.bisect_right(range(1, spec.capacity), free, key=lambda capacity: needed(capacity, batch))
     rows = free // max(1, needed(spec.capacity, 1))
     ways = [f"{fits:,} tokens per row fit"] * (fits > 0) + [f"{rows:,} rows fit"] * (rows > 0)
-    if spec.dtype not in ("int8", "fp8"):
+    if jnp.dtype(spec.dtype).itemsize > 1:
         ways.append("kv_dtype='int8' takes about half")
     if spec.razor is None:
         ways.append("a RazorConfig takes less than dense attention")
@@ -41,7 +42,7 @@ def check_memory(spec: CacheSpec, batch: int, free: int | None = None) -> None:
 
 
 def free_bytes(device: Any) -> int | None:
-    """Return the free bytes of a device, of this machine for a CPU; None where nobody can say."""
+    """Return the free bytes of a device, of the machine for a CPU; None if unknown."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

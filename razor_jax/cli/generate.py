@@ -74,7 +74,7 @@ def prefill(
         cache = razor_jax.prefill(params, list(read.rows[0]), razor=policy.policy(params), capacity=capacity)
     razor_jax.save_cache(cache, params, save)
     note(f"saved {save}: {KVReport.of(cache, params.heads_or_all)}")
-    note(f"ask with: razor-jax generate -m {model.model} --cache {save} -Q '…'")
+    note(f"ask with: razor-jax generate -m {model.model} --cache {save}{' --raw' if raw else ''} -Q '…'")
 
 
 @grouped

@@ -32,14 +32,13 @@ from razor_jax.heads import (
     store,
     study,
 )
-from razor_jax.heads.find import Method
+from razor_jax.heads.find import LEARNED, Method
 from razor_jax.params import architecture_fingerprint, weights_fingerprint
 
 app = typer.Typer(
     cls=terminal.Commands, no_args_is_help=True, help="Which KV heads keep everything: find, import, or study them."
 )
 
-LEARNED = ("gradient", "gates", "search")
 _WINDOW = 256  # of learned and measured heads where neither the model nor the caller names one
 
 Budget = partial(typer.Option, rich_help_panel="Budget")

@@ -14,6 +14,8 @@ from .search import search_heads
 
 Method = Literal["probe", "needle", "causal", "gradient", "gates", "search", "random"]
 
+LEARNED: tuple[Method, ...] = ("gradient", "gates", "search")  # they ask questions about documents
+
 _SCORERS = {
     "probe": probe_heads,
     "needle": needle_heads,

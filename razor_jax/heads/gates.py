@@ -92,11 +92,11 @@ def gate_heads(
     Memory: K/V of all documents, dense and windowed.
     """
     policy = razor or params.razor or RazorConfig()
-    tasks = calibration.tasks(params)
-    parts = readings(Ablation(params, tasks, policy))
+    # First of all: a state of another search is refused before minutes are spent.
+    saved = State(state, run_of(params, "gates", policy, calibration) | {"steps": steps})
+    parts = readings(Ablation(params, calibration.tasks(params), policy))
     dense = [_dense(reading) for reading in parts]
     shape = (params.config.num_layers, params.config.num_kv_heads)
-    saved = State(state, run_of(params, "gates", policy, calibration) | {"steps": steps})
     optimizer = optax.adam(RATE, b1=0.9, b2=0.95)
     gates = jnp.asarray(saved.arrays.get("gates", np.ones(shape, np.float32)))
     leaves, tree = jax.tree.flatten(optimizer.init(gates))

@@ -48,12 +48,14 @@ def search_heads(
       state: file to resume from and to save each round to.
       progress: called with (rounds done, most rounds).
 
-    Returns scores that are 1 above those of `start` for the heads found. Raises ValueError if `heads` leaves nothing to
-    choose. Memory: K/V of all documents, dense and windowed.
+    Returns scores of at least 1 for the heads found, and of at most 0.5, in the order of `start`, for others. Raises
+    ValueError if `heads` leaves nothing to choose. Memory: K/V of all documents, dense and windowed.
     """
     policy = razor or params.razor or RazorConfig()
     total = params.config.num_layers * params.config.num_kv_heads
     heads = check_int("heads", heads, 1, total - 1)
+    begun = "gradient" if start is None else start.describe()
+    saved = State(state, run_of(params, "search", policy, calibration) | {"heads": heads, "start": begun})
     if start is None:
         start = gradient_heads(params, razor=policy, calibration=calibration)
     ablation = Ablation(params, calibration.tasks(params), policy)
@@ -63,7 +65,6 @@ def search_heads(
     def loss_of(kept: np.ndarray) -> float:
         return float(ablation(kept).losses[known.reshape(-1)].mean())
 
-    saved = State(state, run_of(params, "search", policy, calibration) | {"heads": heads, "start": start.describe()})
     kept = np.asarray(saved.arrays.get("kept", mask_of(start.select(share=heads / total))))
     loss = loss_of(kept)
     first, done = float(saved.arrays.get("first", loss)), int(saved.arrays.get("done", 0))
@@ -74,8 +75,8 @@ def search_heads(
             progress(done, ROUNDS)
     if progress is not None:
         progress(ROUNDS, ROUNDS)
-    span = np.ptp(start.induction) or 1.0
-    scores = np.repeat(kept + 0.5 * (start.induction - start.induction.min()) / span, start.group_size, axis=1)
+    span = np.ptp(start.best) or 1.0
+    scores = np.repeat(kept + 0.5 * (start.best - start.best.min()) / span, start.group_size, axis=1)
     note = f"{heads} heads, {done} rounds from {start.meta.preset}, loss {first:.3f} → {loss:.3f} nats, {calibration}"
     meta = dataclasses.replace(start.meta, preset="search", note=f"{note}, {policy.describe()}")
     return HeadScores(scores, scores, start.num_kv_heads, meta)
@@ -91,7 +92,7 @@ def smallest_budget(
 ) -> HeadSplit:
     """Return the fewest heads of a ranking whose accuracy is at most `points` below dense attention's, by bisection.
 
-    Asked are calibration questions of the families that dense attention can do, of another seed than the ranking's.
+    It asks calibration questions of another seed than the ranking's, of the families that dense attention can do.
     Raises ValueError for points that are not between 0 and 100.
     """
     if not 0 <= points <= 100:

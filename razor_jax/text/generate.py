@@ -27,7 +27,7 @@ _ELSEWHERE = {
     "repetition_penalty": "sampling=Sampling.of(repetition_penalty=1.1, …)",
     **dict.fromkeys(("stop_strings", "stop_sequences"), "stop=[…]"),
     **dict.fromkeys(("past_key_values", "prompt_cache"), "cache=prefill(params, document)"),
-    **dict.fromkeys(("n", "num_return_sequences"), "a list of equal prompts, each row of which draws by itself"),
+    **dict.fromkeys(("n", "num_return_sequences"), "a list of n equal prompts: each row draws by itself"),
     "stream": "razor_jax.stream(…)",
 }
 

@@ -50,7 +50,7 @@ def render(
 
 
 def _join_parts(template: str, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the messages with contents as strings, for each role of which the template does not read the parts."""
+    """Return the messages; join the text parts of a role into one string if the template does not read its parts."""
     joined = [
         {**message, "content": "".join(part["text"] for part in message["content"])}
         if isinstance(message.get("content"), list)

@@ -95,7 +95,7 @@ def _limited(pieces: Iterator[str], characters: int) -> Iterator[str]:
 
 
 def _limit_cpu(seconds: int) -> None:
-    """End this process after so many further seconds of CPU, in case its parent is gone and cannot."""
+    """End this process after `seconds` more of CPU time, even if its parent is gone."""
     _set_limit("RLIMIT_CPU", int(time.process_time()) + seconds + 1)
 
 

@@ -174,6 +174,8 @@ def test_a_cache_from_the_shell_answers_as_the_document_does(run, model, tmp_pat
     read = run("generate", "-m", model, "--prompt-file", document, *options)
     first, second = (json.loads(each.stdout)["results"][0]["tokens"] for each in (cached, read))
     assert first == second
+    raw = run("prefill", "-m", model, document, "--raw", "--save", tmp_path / "raw").stderr
+    assert f"--cache {tmp_path / 'raw'} --raw -Q" in " ".join(raw.split())
     assert "leave out --dense" in run("generate", "-m", model, "--cache", book, "--dense", "-Q", "where?").stderr
     assert "ask about it with -Q" in run("generate", "-m", model, "--cache", book).stderr
 

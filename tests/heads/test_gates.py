@@ -17,6 +17,8 @@ from razor_jax.heads.promise import Promise, measure
 from razor_jax.needles.tasks import FAMILIES, make_tasks
 from tests.support import tiny
 
+pytestmark = pytest.mark.usefixtures("long_answers")
+
 RAZOR = RazorConfig.compact(window=24, sinks=2)
 DOCUMENTS, TOKENS = 2, 960
 CALIBRATION = gates.Calibration(DOCUMENTS, TOKENS)
@@ -25,14 +27,6 @@ CALIBRATION = gates.Calibration(DOCUMENTS, TOKENS)
 @pytest.fixture(scope="module")
 def params():
     return tiny.params()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def long_answers():
-    """A character is a token here, so that answers are longer than those of a real tokenizer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gates, "_ANSWER", 24)
-        yield
 
 
 @pytest.fixture(scope="module")

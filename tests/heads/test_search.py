@@ -13,17 +13,11 @@ from razor_jax.heads.causal import Ablation
 from razor_jax.heads.scores import HeadScores, ProbeMeta
 from tests.support import tiny
 
+pytestmark = pytest.mark.usefixtures("long_answers")
+
 RAZOR = RazorConfig.compact(window=24, sinks=2)
 CALIBRATION = Calibration(2, 960)
 ALL = np.ones((2, 2), bool)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def long_answers():
-    """A character is a token here, so that answers are longer than those of a real tokenizer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gates, "_ANSWER", 24)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,11 @@ def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(params):
     assert "a cache of 4 × 1,024 tokens needs" in str(refused.value)
     assert "512 tokens per row fit; 2 rows fit; kv_dtype='int8'" in str(refused.value)
     check_memory(spec, batch=2, free=spec.kv_bytes(2))
+    for kind in ("int8", "fp8"):  # there is no smaller type to advise
+        small = spec_for(params, RazorConfig.compact(window=24, kv_dtype=kind), 1000)
+        with pytest.raises(MemoryError) as refused:
+            check_memory(small, batch=1, free=1)
+        assert "kv_dtype" not in str(refused.value)
     assert free_bytes(jax.devices()[0]) > 0
     with pytest.raises(MemoryError, match=r"GiB are free: .* tokens per row fit"):
         razor_jax.generate(params, "fox", max_new_tokens=2_000_000_000, razor=None)
