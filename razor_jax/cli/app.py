@@ -52,6 +52,7 @@ def main() -> None:
     """Run the `razor-jax` program."""
     warnings.showwarning = lambda message, *place: terminal.warn(str(message))
     logging.getLogger("razor_jax").propagate = False  # libraries set up the root logger: no line twice
+    terminal.watch_interrupts()
     app()
 
 

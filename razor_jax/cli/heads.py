@@ -159,7 +159,7 @@ def find(
     method: MethodOption = "probe",
     preset: Preset = "paper",
     seeds: Seeds = 1,
-    dtype: Dtype = None,
+    dtype: Dtype = "auto",
     *,
     budget: BudgetOptions,
     learn: LearnOptions,
@@ -215,7 +215,7 @@ def import_heads(
     numbered: Annotated[
         Literal["query", "kv"] | None, typer.Option(help="What a vendor's JSON numbers: query heads or KV heads.")
     ] = None,
-    dtype: Dtype = None,
+    dtype: Dtype = "auto",
     *,
     budget: BudgetOptions,
     output: SaveOptions,
@@ -254,7 +254,7 @@ def report_heads(
     method: MethodOption = "probe",
     preset: Preset = "paper",
     seeds: Seeds = 4,
-    dtype: Dtype = None,
+    dtype: Dtype = "auto",
     *,
     budget: BudgetOptions,
 ) -> None:

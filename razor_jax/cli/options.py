@@ -33,8 +33,8 @@ ModelName = Annotated[
     ),
 ]
 Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    Model(help="Type of the weights; the checkpoint's type by default."),
+    Literal["auto", "float32", "bfloat16", "float16"],
+    Model(help="Type of the weights; auto: the checkpoint's."),
 ]
 
 
@@ -79,7 +79,7 @@ class ModelOptions:
     heads: Annotated[
         str, Model(help="A razor.json; auto: the one beside the model, otherwise found once and remembered.")
     ] = "auto"
-    dtype: Dtype = None
+    dtype: Dtype = "auto"
     weights: Annotated[
         Literal["int8"] | None, Model(help="int8: kernels in half of bfloat16's bytes; --dtype's type by default.")
     ] = None

@@ -29,7 +29,7 @@ def reproduce(
     ] = "quick",
     tokens: Annotated[int | None, typer.Option(min=256, help="Tokens of a document, instead of the preset's.")] = None,
     documents: Annotated[int | None, typer.Option(min=1, help="Documents, instead of the preset's.")] = None,
-    dtype: Dtype = None,
+    dtype: Dtype = "auto",
     output: Annotated[
         Path, typer.Option(help="JSON; records beside it, from which a run that was stopped goes on.")
     ] = Path("reproduce.json"),

@@ -6,7 +6,10 @@ import contextlib
 import difflib
 import json
 import logging
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +25,7 @@ from ..text.session import Piece
 
 EVERY = 5.0  # seconds between lines of progress in a log
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells write it
+PATIENCE = 2.0  # seconds from Ctrl-C to the end of the program
 
 _UNITS = {
     "read": "bytes",
@@ -79,6 +83,10 @@ class Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             console.print()
+            # Threads of libraries must not delay the end.
+            timer = threading.Timer(PATIENCE, os._exit, (INTERRUPTED,))
+            timer.daemon = True
+            timer.start()
             raise typer.Exit(INTERRUPTED) from None
         except (typer.Abort, BrokenPipeError):
             raise
@@ -88,6 +96,32 @@ class Commands(typer.core.TyperGroup):
                 raise
             fail(_sentence(error))
             raise typer.Exit(1) from error
+
+
+def watch_interrupts() -> None:
+    """Make Ctrl-C end the program within `PATIENCE` seconds, also in the middle of a compilation.
+
+    Python raises KeyboardInterrupt between two of its own steps, so a call into a compiler delays it to its end. A
+    thread ends the program if nothing has handled the signal by then.
+    """
+    raised = threading.Event()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def interrupt(*_: Any) -> None:
+        raised.set()
+        raise KeyboardInterrupt
+
+    def watch() -> None:
+        while signals := os.read(reader, 1):
+            if signals[0] == signal.SIGINT:
+                if not raised.wait(PATIENCE):
+                    os._exit(INTERRUPTED)
+                raised.clear()
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True, name="interrupts").start()
 
 
 def _sentence(error: Exception) -> str:

@@ -1,0 +1,42 @@
+"""Ctrl-C ends the program within a stated time, whatever the main thread does."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from razor_jax.cli.terminal import INTERRUPTED, PATIENCE
+
+BUSY = {
+    "a long call outside Python": "hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**9)",
+    "Python": "[time.sleep(0.05) for _ in range(10**6)]",
+    "a thread that never ends": "threading.Thread(target=lambda: time.sleep(600)).start() or time.sleep(600)",
+}
+PROGRAM = """
+import hashlib, threading, time
+from razor_jax.cli import app, terminal
+
+@app.app.command()
+def busy():
+    print("busy", flush=True)
+    {}
+
+app.main()
+"""
+
+
+@pytest.mark.parametrize("work", BUSY.values(), ids=BUSY)
+def test_ctrl_c_ends_the_program_in_time(work):
+    command = [sys.executable, "-c", PROGRAM.format(work), "busy"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stdout.readline() == "busy\n"
+            time.sleep(0.3)
+            program.send_signal(signal.SIGINT)
+            assert program.wait(timeout=30 * PATIENCE) == INTERRUPTED  # the work takes many minutes
+        finally:
+            program.kill()
