@@ -23,6 +23,7 @@ from .params import Params
 
 if TYPE_CHECKING:
     from .mesh.placement import MeshPlacement
+    from .models.config import ModelConfig
 
 Logits = Literal["last", "all", "none"]
 Ids = jax.Array | np.ndarray
@@ -125,39 +126,87 @@ def extend(
 
 @promoting
 def extend_known(
-    params: Params, cache: KVCache, tokens: Ids, lengths: Ids, logits: Logits, *, fresh: bool
+    params: Params,
+    cache: KVCache,
+    tokens: Ids,
+    lengths: Ids,
+    logits: Logits,
+    *,
+    fresh: bool,
+    in_place: bool = False,
 ) -> tuple[jax.Array | None, KVCache]:
-    """Run `extend`; `fresh` (static) says that every row is empty, so only the call is attended to."""
+    """Run `extend`; `fresh` (static) says that every row is empty, so only the call is attended to.
+
+    `in_place` writes into the arrays of `cache`, which are of no use after. It is for calls from the host.
+    """
     _check_call(cache, tokens, lengths, logits)
     check_cache(params, cache)
-    T = tokens.shape[1]
-    run = _layer_at_once if T <= CHUNK else _layer_in_chunks
+    T, config = tokens.shape[1], params.config
+    meta, cache = _begin_call(cache, lengths, T, fresh)
+    ends = {name: weight for name, weight in params.weights.items() if not name.startswith("blocks_")}
+    x = _embed(config, ends, tokens, placement=cache.spec.placement)
+    run = _layer_in_place if in_place else _layer
+    layers = list(cache.layers)
+    for index, layer in enumerate(layers):
+        # Only `layers` holds the arrays of a layer that is written in place.
+        x, layers[index] = run(config, params.weights[f"blocks_{index}"], _slopes(params, index), x, layer, meta)
+    cache = placement_of(cache.spec).pin_cache(cache.replace(layers=tuple(layers)))
+    return (None if logits == "none" else _logits(config, ends, x, meta, T, logits)), cache
+
+
+# A call is these programs, one after the other. Under the caller's jit they are parts of one program. From the host,
+# layers of the same shapes share one compiled program; under jit they share one trace.
+
+
+@functools.partial(jax.jit, static_argnames=("T", "fresh"))
+def _begin_call(cache: KVCache, lengths: Ids, T: int, fresh: bool) -> tuple[AttentionMetadata, KVCache]:
+    return kv.begin(cache, lengths, T, fresh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "placement"))
+def _embed(config: ModelConfig, weights: Any, tokens: Ids, *, placement: MeshPlacement | None) -> jax.Array:
+    """Return the hidden states [B, T, D] of tokens int32 [B, T], T padded to whole chunks if it exceeds one."""
     tokens = jnp.asarray(tokens, jnp.int32)
-    if T > CHUNK:
-        tokens = jnp.pad(tokens, ((0, 0), (0, -T % CHUNK)))
-    meta, cache = kv.begin(cache, lengths, T, fresh)
-    model, placement = Transformer(params.config), placement_of(cache.spec)
+    if tokens.shape[1] > CHUNK:
+        tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % CHUNK)))
 
     def embed(tokens):
-        return cast(jax.Array, model.apply({"params": params.weights}, tokens, method="embed"))
+        return cast(jax.Array, Transformer(config).apply({"params": weights}, tokens, method="embed"))
 
-    x = placement.embed(embed, tokens, CHUNK)
-    layers = []
-    for index, layer in enumerate(cache.layers):
-        with jax.named_scope(f"layer_{index}"):
-            x, layer = run(params, index, x, layer, meta)
-            layers.append(layer)
-    cache = placement.pin_cache(cache.replace(layers=tuple(layers)))
+    return (placement or _ONE_DEVICE).embed(embed, tokens, CHUNK)
 
-    if logits == "none":
-        return None, cache
+
+def _run_layer(
+    config: ModelConfig,
+    weights: Any,
+    slopes: np.ndarray | None,
+    x: jax.Array,
+    layer: tuple[Group, ...],
+    meta: AttentionMetadata,
+) -> tuple[jax.Array, tuple[Group, ...]]:
+    """Run one layer over x [B, T, D]: return the new x and the layer with the call's tokens written.
+
+    `slopes` float32 [K, G] in the order of the weights, None without ALiBi.
+    """
+    run = _layer_at_once if x.shape[1] <= CHUNK else _layer_in_chunks
+    return run(config, weights, slopes, x, layer, meta)
+
+
+_layer = jax.jit(_run_layer, static_argnames=("config",))
+# From the host only: under jit the caller's donation decides.
+_layer_in_place = jax.jit(_run_layer, static_argnames=("config",), donate_argnames=("x", "layer"))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "T", "logits"))
+def _logits(config: ModelConfig, weights: Any, x: jax.Array, meta: AttentionMetadata, T: int, logits: Logits):
+    """Return the logits that `extend` returns, from hidden states x [B, ≥ T, D]."""
+    placement = placement_of(meta.spec)
     if logits == "last":
         last = jnp.clip(meta.new - 1, 0, x.shape[1] - 1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-    out = placement.by_rows(cast(jax.Array, model.apply({"params": params.weights}, x[:, :T], method="logits")))
-    if logits == "all":
-        return out, cache
-    return jnp.where((meta.new > 0)[:, None], out[:, 0], 0.0), cache
+    out = Transformer(config).apply({"params": weights}, x[:, :T], method="logits")
+    out = placement.by_rows(cast(jax.Array, out))
+    return out if logits == "all" else jnp.where((meta.new > 0)[:, None], out[:, 0], 0.0)
 
 
 def decode(
@@ -213,13 +262,13 @@ def check_cache(params: Params, cache: KVCache) -> None:
         )
 
 
-def _block(params: Params, index: int, *args: Any, method: str) -> Any:
-    return Block(params.config).apply({"params": params.weights[f"blocks_{index}"]}, *args, method=method)
+def _block(config: ModelConfig, weights: Any, *args: Any, method: str) -> Any:
+    return Block(config).apply({"params": weights}, *args, method=method)
 
 
-def _tables(params: Params, meta: AttentionMetadata, start: jax.Array | int, T: int) -> rope.Tables:
+def _tables(config: ModelConfig, meta: AttentionMetadata, start: jax.Array | int, T: int) -> rope.Tables:
     positions = meta.length[:, None] + start + jnp.arange(T, dtype=jnp.int32)
-    return rope.tables(params.config.rope, params.config.head_dim, positions, meta.length + meta.new)
+    return rope.tables(config.rope, config.head_dim, positions, meta.length + meta.new)
 
 
 def _slopes(params: Params, index: int) -> np.ndarray | None:
@@ -230,40 +279,33 @@ def _slopes(params: Params, index: int) -> np.ndarray | None:
     return alibi.slopes(c.num_heads).reshape(c.num_kv_heads, c.group_size)[list(params.order(index))]
 
 
-def _layer_at_once(params: Params, index: int, x: jax.Array, layer: tuple[Group, ...], meta: AttentionMetadata):
-    """Run one layer over x [B, T, D]: return the new x and the layer with the call's tokens written."""
+def _layer_at_once(config: ModelConfig, weights, slopes, x: jax.Array, layer: tuple[Group, ...], meta):
     placement = placement_of(meta.spec)
 
     def attend(q, k, v, state):
-        return placement.attend_and_write(q, k, v, state, meta, _slopes(params, index))
+        return placement.attend_and_write(q, k, v, state, meta, slopes)
 
-    x, layer = _block(params, index, x, _tables(params, meta, 0, x.shape[1]), attend, layer, method="__call__")
+    tables = _tables(config, meta, 0, x.shape[1])
+    x, layer = _block(config, weights, x, tables, attend, layer, method="__call__")
     return placement.by_rows(x), layer
 
 
-def _layer_in_chunks(params: Params, index: int, x: jax.Array, layer: tuple[Group, ...], meta: AttentionMetadata):
-    """Run one layer over x [B, T, D], T a multiple of CHUNK.
+def _layer_in_chunks(config: ModelConfig, weights, slopes, x: jax.Array, layer: tuple[Group, ...], meta):
+    """Run a layer over T tokens, a multiple of CHUNK.
 
     Keys and values of all tokens come first, then attention and MLP chunk by chunk in place, then the cache write.
     Chunks past the longest row cost nothing.
     """
-    config, placement = params.config, placement_of(meta.spec)
-    name, slopes = f"blocks_{index}", _slopes(params, index)
+    placement = placement_of(meta.spec)
     # A compiler that changes the layout of a loop's weights (seen for TPU 7x) would do so for all layers at once.
-    weights, x = lax.optimization_barrier((params.weights[name], x))
-    params = params.replace(weights={name: weights})
+    weights, x = lax.optimization_barrier((weights, x))
     B, T, _ = x.shape
     chunks = (jnp.max(meta.new) + CHUNK - 1) // CHUNK
 
     def project(chunk, kv_):
         start = chunk * CHUNK
-        new = _block(
-            params,
-            index,
-            placement.take(x, start, CHUNK),
-            _tables(params, meta, start, CHUNK),
-            method="keys_values",
-        )
+        part, tables = placement.take(x, start, CHUNK), _tables(config, meta, start, CHUNK)
+        new = _block(config, weights, part, tables, method="keys_values")
         return tuple(lax.dynamic_update_slice_in_dim(a, b, start, axis=2) for a, b in zip(kv_, new, strict=True))
 
     empty = placement.zeros(x, (B, config.num_kv_heads, T, config.head_dim), meta)
@@ -272,9 +314,9 @@ def _layer_in_chunks(params: Params, index: int, x: jax.Array, layer: tuple[Grou
     def attend_chunk(chunk, x):
         start = chunk * CHUNK
         x_chunk = placement.take(x, start, CHUNK)
-        q = _block(params, index, x_chunk, _tables(params, meta, start, CHUNK), method="queries")
+        q = _block(config, weights, x_chunk, _tables(config, meta, start, CHUNK), method="queries")
         out = placement.attend(q, k, v, layer, meta, start=start, group_size=config.group_size, slopes=slopes)
-        return placement.put(x, _block(params, index, x_chunk, out, method="output_and_mlp"), start)
+        return placement.put(x, _block(config, weights, x_chunk, out, method="output_and_mlp"), start)
 
     x = lax.fori_loop(0, chunks, attend_chunk, x)
     return placement.write_after(x, k, v, layer, meta)

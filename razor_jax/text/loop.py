@@ -1,7 +1,7 @@
-"""The two compiled programs of generation: read the prompt and choose a token; decode a block of tokens.
+"""The compiled programs of generation: read the prompt layer by layer; choose a token; decode a block of tokens.
 
-Only shapes are static. Sampling numbers, stop ids, limits and lengths are traced: a session costs two
-compilations, and a later call with the same padded shapes costs none.
+Only shapes are static. Sampling numbers, stop ids, limits and lengths are traced: a later call with the same padded
+shapes compiles nothing. Reading takes one program per kind of layer, so that a model of 80 layers compiles a few.
 
 On a mesh, the arrays that the host reads (tokens, counts, flags) are replicated, so every process can read them.
 """
@@ -13,11 +13,12 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .. import cache as kv
 from ..cache import CacheSpec, KVCache
-from ..functional import decode, extend, extend_known, placement_of, promoting
+from ..functional import Ids, decode, extend, extend_known, placement_of, promoting
 from ..params import Params
 from .sampling import Sampling, sample
 
@@ -46,24 +47,70 @@ class LoopState(flax.struct.PyTreeNode):
 
 
 @promoting
-def _begin(
+def begin(
     params: Params,
     source: KVCache | None,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    stop_ids: jax.Array,
-    limit: jax.Array,
+    tokens: Ids,
+    lengths: Ids,
+    stop_ids: Ids,
+    limit: Ids,
     sampling: Sampling,
-    seed: jax.Array,
+    seed: np.uint32,
     *,
     spec: CacheSpec,
     chunk: int | None,
+    in_place: bool = False,
 ) -> LoopState:
-    """Read prompts int32 [B, T] into a new cache, or a copy of `source`, and choose each row's first token."""
-    B = tokens.shape[0]
+    """Read prompts int32 [B, T] into a new cache, a copy of `source`, or `in_place` into `source` itself, and choose
+    each row's first token."""
+    if source is None:
+        logits, cache = prefill(params, tokens, lengths, spec=spec, chunk=chunk)
+    else:
+        source = source if in_place else _copy(source, batch=tokens.shape[0], capacity=spec.capacity)
+        logits, cache = _read(params, source, tokens, lengths, chunk, fresh=False)
+    return _first(cache, logits, tokens, lengths, stop_ids, limit, sampling, seed)
+
+
+def prefill(
+    params: Params, tokens: Ids, lengths: Ids, *, spec: CacheSpec, chunk: int | None
+) -> tuple[jax.Array, KVCache]:
+    """Read prompts int32 [B, T] into a new cache. Return float32 logits [B, V] after each prompt, and the cache."""
+    empty = _empty(lengths, spec=spec)
+    return _read(params, empty, tokens, lengths, chunk, fresh=True)
+
+
+@functools.partial(jax.jit, static_argnames=("spec",))
+@promoting
+def _empty(lengths: Ids, *, spec: CacheSpec) -> KVCache:
     placement = placement_of(spec)
-    cache = placement.init(spec, B, lengths) if source is None else placement.broadcast(source, B, spec.capacity)
-    logits, cache = read_prompt(params, cache, tokens, lengths, chunk, fresh=source is None)
+    return placement.pin_cache(placement.init(spec, lengths.shape[0], lengths))
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "capacity"))
+@promoting
+def _copy(source: KVCache, *, batch: int, capacity: int) -> KVCache:
+    placement = placement_of(source.spec)
+    return placement.pin_cache(placement.broadcast(source, batch, capacity))
+
+
+def _read(params: Params, cache: KVCache, tokens, lengths, chunk: int | None, *, fresh: bool):
+    """Run `read_prompt` from the host, in place: streaming prefill as one program, exact prefill layer by layer."""
+    if chunk is not None and chunk < tokens.shape[1]:
+        return _stream(params, cache, tokens, lengths, chunk)
+    return extend_known(params, cache, tokens, lengths, "last", fresh=fresh, in_place=True)
+
+
+@functools.partial(jax.jit, static_argnames=("chunk",), donate_argnames=("cache",))
+@promoting
+def _stream(params: Params, cache: KVCache, tokens, lengths, chunk: int):
+    return read_prompt(params, cache, tokens, lengths, chunk, fresh=False)
+
+
+@jax.jit
+@promoting
+def _first(cache: KVCache, logits, tokens, lengths, stop_ids, limit, sampling: Sampling, seed) -> LoopState:
+    """Choose each row's first token."""
+    B = tokens.shape[0]
     seen = _seen(tokens, lengths, logits.shape[-1]) if sampling.penalised else None
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(B, dtype=jnp.int32))
     zeros = jnp.zeros((B,), jnp.int32)
@@ -71,24 +118,9 @@ def _begin(
     return _choose(state, cache, logits, stop_ids, limit, sampling)
 
 
-begin = jax.jit(_begin, static_argnames=("spec", "chunk"))
-# The same program with `source` donated: the cache is written in place.
-resume = jax.jit(_begin, static_argnames=("spec", "chunk"), donate_argnames=("source",))
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "chunk"))
 @promoting
-def prefill(
-    params: Params, tokens: jax.Array, lengths: jax.Array, *, spec: CacheSpec, chunk: int | None
-) -> tuple[jax.Array, KVCache]:
-    """Read prompts int32 [B, T] into a new cache. Return float32 logits [B, V] after each prompt, and the cache."""
-    return read_prompt(
-        params, placement_of(spec).init(spec, tokens.shape[0], lengths), tokens, lengths, chunk, fresh=True
-    )
-
-
 def read_prompt(
-    params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array, chunk: int | None, *, fresh: bool
+    params: Params, cache: KVCache, tokens: Ids, lengths: Ids, chunk: int | None, *, fresh: bool
 ) -> tuple[jax.Array, KVCache]:
     """Read prompts int32 [B, T] into `cache`: exact prefill if `chunk` is None, otherwise streaming prefill, `chunk`
     tokens per step.
@@ -114,7 +146,7 @@ def read_prompt(
     return lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, body, (logits, cache))
 
 
-@functools.partial(jax.jit, static_argnames=("keep",), donate_argnames=("state",))
+@functools.partial(jax.jit, donate_argnames=("state",))
 @promoting
 def decode_block(
     params: Params,
@@ -123,22 +155,19 @@ def decode_block(
     limit: jax.Array,
     steps: jax.Array,
     sampling: Sampling,
-    *,
-    keep: bool,
-) -> tuple[LoopState, jax.Array, LoopState | None]:
+) -> tuple[LoopState, jax.Array, LoopState]:
     """Run up to `steps` ≤ BLOCK decode steps. A row stops at a stop token or after `limit` [B] tokens.
 
-    Returns the state, the new tokens int32 [B, BLOCK], and with `keep` a state for `rewind`, otherwise None. Row b
-    has as many new tokens as its `count` grew; the rest of the row is padding.
+    Returns the state, the new tokens int32 [B, BLOCK], and a state for `rewind`. Row b has as many new tokens as its
+    `count` grew; the rest of the row is padding.
     """
-    # Full groups are append-only, so only the windowed ones need a copy.
-    saved = None
-    if keep:
-        layers = tuple(
-            tuple(g if g.windowed else g.map_slots(lambda x, axis: lax.slice_in_dim(x, 0, 0, axis=axis)) for g in layer)
-            for layer in state.cache.layers
-        )
-        saved = state.replace(cache=state.cache.replace(layers=layers))
+    # Full groups are append-only, so only the windowed ones need a copy. It is made without stop strings too: they
+    # would be a second program.
+    layers = tuple(
+        tuple(g if g.windowed else g.map_slots(lambda x, axis: lax.slice_in_dim(x, 0, 0, axis=axis)) for g in layer)
+        for layer in state.cache.layers
+    )
+    saved = state.replace(cache=state.cache.replace(layers=layers))
     # The host lowers the limit of a row that ended at a stop string.
     state = state.replace(done=state.done | (state.count >= limit))
     out = jnp.zeros((state.token.shape[0], BLOCK), jnp.int32)
@@ -157,7 +186,7 @@ def decode_block(
     return (
         _with_sharding(state),
         placement_of(state.cache.spec).replicated(out),
-        None if saved is None else _with_sharding(saved),
+        _with_sharding(saved),
     )
 
 

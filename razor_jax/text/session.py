@@ -141,18 +141,18 @@ class Session:
         tokens, lengths = padded_batch(self.prompts.rows, self.spec)
         # A cache that must grow cannot be written in place.
         in_place = self._owns_source and self.source is not None and self.source.spec == self.spec
-        program = loop.resume if in_place else loop.begin
+        source, self.source = self.source, None
         with self._timed("prefill"):
-            self.state = program(
+            self.state = loop.begin(
                 self.params,
-                self.source,
+                source,
                 *placement_of(self.spec).to_devices((tokens, lengths, self._stop_ids, self._limits)),
                 self.sampling,
                 self.seed,
                 spec=self.spec,
                 chunk=prefill_chunk(self.spec.razor),
+                in_place=in_place,
             )
-            self.source = None
             self._collect()
         self._replay(loop.BLOCK)
 
@@ -169,7 +169,6 @@ class Session:
             self._live,
             *placement_of(self.spec).to_devices((self._stop_ids, self._limits, np.int32(steps))),
             self.sampling,
-            keep=bool(self.stop),
         )
         (self.state, self._unread, self._saved), self._before = out, before
 

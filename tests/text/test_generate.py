@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 
@@ -11,7 +12,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import razor_jax
-from razor_jax import Greedy, RazorConfig, Temperature, TopP, compilation
+from razor_jax import Greedy, HeadSplit, Params, RazorConfig, Temperature, TopP, compilation
 from razor_jax.heads import store
 from razor_jax.text.session import Session
 from tests.support import tiny
@@ -122,11 +123,20 @@ def test_second_call_in_a_bucket_compiles_nothing():
     assert compilation.totals()[0] == before
 
 
-def test_a_session_compiles_at_most_three_programs():
-    jax.clear_caches()
-    before = compilation.totals()[0]
-    generate(tiny.prompt(100))
-    assert 2 <= compilation.totals()[0] - before <= 3
+@pytest.mark.parametrize("length", [100, 300])
+def test_a_deeper_model_compiles_no_more_programs(length):
+    def programs(layers: int) -> int:
+        config = dataclasses.replace(tiny.CONFIG, num_layers=layers)
+        weights = {name: x for name, x in tiny.params(text=False).weights.items() if not name.startswith("blocks_")}
+        weights |= {f"blocks_{i}": tiny.params(text=False).weights[f"blocks_{i % 2}"] for i in range(layers)}
+        params = Params.from_flax({"params": weights}, config)
+        params = razor_jax.with_heads(params, HeadSplit(tiny.SPLIT.retrieval * (layers // 2), 2))
+        jax.clear_caches()
+        before = compilation.totals()[0]
+        razor_jax.generate(params, tiny.prompt(length), razor=WINDOW, max_new_tokens=4)
+        return compilation.totals()[0] - before
+
+    assert 4 <= programs(2) == programs(8) <= 9
 
 
 def test_tracing_counts_as_compilation_and_counts_once():
