@@ -8,7 +8,7 @@ change lines and write the tiles back over themselves (`input_output_aliases`):
 
 XLA folds the means, from the evicted line or by sums over the tokens that leave, exactly as the reference does.
 
-With a block table the token kernel looks its tile up in the pool, and a row of count 0 rewrites a tile of the last page,
+With a block table the token kernel looks its tile up in the pool. A row of count 0 rewrites a tile of the last page,
 which belongs to no row. A chunk in pages runs on XLA: it is written once per prompt.
 
 Slots are on the sublanes of a tile for H = 128. They are on its lanes for H = 64, where the compiler stores [B,K,S,64]
@@ -163,7 +163,8 @@ def _write_token(call: CacheWrite, interpret: Any) -> GroupArrays:
 def _token_kernel(slot, *refs, lanes: list[bool], scalars: int):
     """Write one row: copy its tiles to `out` with the tokens at the slot, and the lines that were there to `evicted`.
 
-    The first `scalars` arguments are prefetched; then come tokens, tiles, `out` and `evicted`. Tokens and evicted lines are [K,1,H], or [·,K] with slots on the lanes.
+    The first `scalars` arguments are prefetched; then come tokens, tiles, `out` and `evicted`.
+    Tokens and evicted lines are [K,1,H], or [·,K] with slots on the lanes.
     """
     tokens, tiles, out, evicted = refs[scalars - 1 :]
     at = slot[pl.program_id(0)]
