@@ -4,12 +4,13 @@
     engine.start()                              # compiles, then runs ticks on its own thread
     engine.submit(generation, listener)
 
-A tick drops what was cancelled, asks the scheduler for a plan, runs one chunk of prefill, then one block of decode steps
-over all slots. So the longest gap between two tokens of an answer is one chunk and one block, whatever arrives.
+A tick drops what was cancelled, asks the scheduler for a plan, runs one chunk of prefill, then one block of decode
+steps over all slots. So the longest gap between two tokens of an answer is one chunk and one block, whatever arrives.
 
-**An answer depends on its request alone.** Chunks are cut by the request, a row's draws by its seed and token count, and
-rows of a program do not see each other. Checkpoints cut the prompt into segments: each is one call of the library, so an
-answer with `checkpoints=(n,)` is that of `generate(params, rest, cache=prefill(params, prompt[:n]))`.
+**An answer depends on its request alone.** The request cuts its chunks, its seed and token count choose the draws of
+its row, and rows of a program do not see each other. Checkpoints cut the prompt into segments. Each segment is one call
+of the library, so an answer with `checkpoints=(n,)` is that of
+`generate(params, prompt[n:], cache=prefill(params, prompt[:n]))`.
 
 While an answer with a grammar runs, a block is one step, because the host must see each token before the next mask.
 """
@@ -452,7 +453,7 @@ class RazorEngine:
         if allowed is None:
             return
         token, failed, scores = self._start(slot, seen, bias, allowed, logits)
-        tokens = np.asarray(token)
+        tokens, failed = np.asarray(token), np.asarray(failed)
         self._receive(answer, tokens[: int(not failed[0])], tuple(np.asarray(x) for x in scores), bool(failed[0]))
 
     def _mask(self, answer: _Answer) -> np.ndarray | None:

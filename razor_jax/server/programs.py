@@ -5,11 +5,10 @@
     start_row        choose a row's first token, and set its state
     decode_block     decode steps of all rows
     set_allowed      set which tokens a row may choose
-    copy_prefix      copy pages and compensation tokens between a row and the store of prefixes
 
-**Prefill in chunks is exact.** A segment of a prompt is one call of the library: its tokens see the cache as it was before
-the segment, and the segment's own tokens, unrounded. So the segment's keys and values wait in a dense *staging* buffer
-until its last chunk has run, and are written together.
+**Prefill in chunks is exact.** A segment of a prompt is one call of the library: its tokens see the cache as it was
+before the segment, and the segment's own tokens, unrounded. So the segment's keys and values wait in a dense *staging*
+buffer until its last chunk has run, and are written together.
 
 Every small number of a row is an argument (`Rows`), decided by the host. Only what is large stays on the device.
 """

@@ -22,8 +22,8 @@ memory and is never preempted. `release` frees slot and pages at once: the next 
 
 No request starves: running requests have bounded length, and a request that does not fit an empty cache is refused.
 
-**Answers do not depend on load.** A prompt is cut into segments, and each segment into chunks from its start. Both depend
-on the request alone.
+**Answers do not depend on load.** A prompt is cut into segments, and each segment into chunks from its start. Both
+depend on the request alone.
 
 **Reuse.** A waiting request may start behind tokens that somebody else keeps (`reuse`), on pages that it does not own.
 """
