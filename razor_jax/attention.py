@@ -113,7 +113,7 @@ def _part(
     alibi = None
     if slopes is not None:
         alibi = kernel.Alibi(jnp.asarray(slopes, jnp.float32), positions, kv.positions(group, meta))
-    return kernel.Part(q, group.k, group.v, meta.valid(group), state, group.k_scale, group.v_scale, alibi=alibi)
+    return kernel.Part(q, group.k, group.v, meta.valid(group), state, group.k_scale, group.v_scale, group.table, alibi)
 
 
 def attend_and_write(

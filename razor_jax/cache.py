@@ -198,6 +198,8 @@ class Group(flax.struct.PyTreeNode):
       windowed: keep sinks and a ring; False keeps every token.
       k_scale, v_scale: float32 [B, K_group, 1, S] of an int8 cache, or None.
       scope: tokens that a ring of an ALiBi model keeps, 0 for other models.
+      table: int32 [B, pages] of a group in pages, None for others. With it k and v are pools [P, K_group, page, H] and
+        scales [P, K_group, 1, page], as in `kernels.attention.Part`; means stay [B, …].
     """
 
     k: jax.Array
@@ -208,6 +210,7 @@ class Group(flax.struct.PyTreeNode):
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
     scope: int = flax.struct.field(pytree_node=False, default=0)
+    table: jax.Array | None = None
 
     @property
     def arrays(self) -> GroupArrays:
@@ -356,7 +359,9 @@ def write_group(
     """Write `new` int32 [B] tokens k, v [B, K_group, T, H] to rows that have seen `length` tokens."""
     (new_k, k_scale), (new_v, v_scale) = (quantize(x, group.k.dtype) for x in (k, v))
     tokens = GroupArrays(new_k, new_v, k_scale, v_scale)
-    arrays = cache_write.write(group.arrays, tokens, length, new, window, sinks, implementation=spec.kernels)
+    arrays = cache_write.write(
+        group.arrays, tokens, length, new, window, sinks, group.table, implementation=spec.kernels
+    )
     return group.replace(**arrays._asdict())
 
 

@@ -17,13 +17,12 @@ from .state import NEG, State, empty, finish
 _BLOCK_FEW_ROWS = 2048
 _BLOCK_MANY_ROWS = 256
 _FEW_ROWS = 32
+_PAGED_SLOTS = 512  # Pages are copied before they are read, so a short step keeps the copy in cache.
 
 
 def attend(part: Part, *, scale: float, return_state: bool = False) -> Float[jax.Array, "B K R H"] | State:
     """Attend to slots [0, lengths[b]); see `Part`."""
     alibi = part.alibi
-    if part.block_table is not None:
-        part = _gather_pages(part, part.block_table)
 
     def bias(slots):
         return None if alibi is None else alibi.bias(jnp.take(alibi.keys, slots, axis=1))
@@ -57,12 +56,15 @@ def attend_causal(
     return state if return_state else finish(state, part.q.dtype)
 
 
-def _gather_pages(part: Part, table: jax.Array) -> Part:
-    """Return the part with its pools gathered into rows: k and v [B,K,S,H], scales [B,K,1,S]."""
+def _gather_pages(part: Part, table: jax.Array, start: jax.Array | int) -> Part:
+    """Return the part with pages of its pools gathered into rows: k and v [B,K,s,H], scales [B,K,1,s].
+
+    `table` int32 [B, pages] has the pages of slots from `start` on.
+    """
     page = part.k.shape[2]
 
     def gather(pool: jax.Array) -> jax.Array:
-        valid = jnp.arange(table.shape[1], dtype=jnp.int32) * page < part.lengths[:, None]
+        valid = start + jnp.arange(table.shape[1], dtype=jnp.int32) * page < part.lengths[:, None]
         rows = jnp.moveaxis(pool[jnp.where(valid, table, 0)], 1, 2)  # [B,K,pages,page,H]
         B, K, pages, first, last = rows.shape
         if first == 1:
@@ -81,8 +83,11 @@ def _scan(part: Part, visible, bias, end, scale: float) -> State:
     what is added to the logits, float32 [B or 1, K, R, s], or None.
     """
     initial = empty(part.q) if part.state is None else part.state
-    S, few = part.k.shape[2], part.q.shape[2] <= _FEW_ROWS
+    page, table = part.k.shape[2], part.block_table
+    S, few = page if table is None else page * table.shape[1], part.q.shape[2] <= _FEW_ROWS
     block = min(S, _BLOCK_FEW_ROWS if few else _BLOCK_MANY_ROWS)
+    if table is not None:
+        block = page * max(1, min(block, _PAGED_SLOTS) // page)
 
     def fold(block: Part, slots, state, unfolded=True, mask_values=True):
         valid = (slots[None, :] < part.lengths[:, None]) & unfolded
@@ -98,7 +103,7 @@ def _scan(part: Part, visible, bias, end, scale: float) -> State:
         return fold(_slice(part, start, block), slots, state, unfolded=slots >= index * block)
 
     def by_blocks(state):
-        if block == S:
+        if block == S and table is None:
             return fold_all(state, mask_values=True)
         return lax.fori_loop(0, (end + block - 1) // block, body, state)
 
@@ -110,13 +115,18 @@ def _scan(part: Part, visible, bias, end, scale: float) -> State:
         return lax.cond(jnp.all(jnp.isfinite(new[0])), lambda: new, lambda: by_blocks(state))
 
     # 8-bit caches go by blocks: at once, all of a cache would be widened at once.
-    if not few or S <= _BLOCK_MANY_ROWS or part.k.dtype in EIGHT_BIT:
+    # Pages go by blocks too: at once, all of them would be gathered.
+    if not few or S <= _BLOCK_MANY_ROWS or part.k.dtype in EIGHT_BIT or table is not None:
         return by_blocks(initial)
     return lax.cond(2 * end > S, at_once, by_blocks, initial)
 
 
 def _slice(part: Part, start, size: int) -> Part:
-    """Return the part with slots [start, start + size) only."""
+    """Return the part with slots [start, start + size) only, both multiples of the page if it has pages."""
+    if part.block_table is not None:
+        page = part.k.shape[2]
+        table = lax.dynamic_slice_in_dim(part.block_table, start // page, size // page, axis=1)
+        return _gather_pages(part, table, start)
 
     def of(x, axis: int):
         return x if x is None else lax.dynamic_slice_in_dim(x, start, size, axis)

@@ -45,6 +45,11 @@ class CacheWrite(NamedTuple):
       counts: int32 [B], tokens to append; a row of count 0 stays bit-identical.
       window: int32 [B], W of each row, 0 before a row's first tokens; None for a full group.
       sinks: N0, an int, or an int32 scalar if it is known at run time only. 0 for a full group.
+      block_table: int32 [B, pages], or None. With a table k and v of the group are pools [P, K, page, H], its scales
+        [P, K, 1, page], its means stay [B, K, 1, H]; slot s of row b is slot s % page of page
+        block_table[b, s // page]. Entries past a row's last valid page are never followed. No two rows with a count
+        share a page that they write. Page P - 1 belongs to no row: the TPU kernel writes it back unchanged for rows of
+        count 0.
     """
 
     group: GroupArrays
@@ -53,3 +58,4 @@ class CacheWrite(NamedTuple):
     counts: jax.Array
     window: jax.Array | None
     sinks: jax.Array | int = 0
+    block_table: jax.Array | None = None

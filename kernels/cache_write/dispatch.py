@@ -19,6 +19,7 @@ def write(
     counts: Int[jax.Array, " B"],
     window: Int[jax.Array, " B"] | None,
     sinks: jax.Array | int = 0,
+    block_table: Int[jax.Array, "B pages"] | None = None,
     *,
     implementation: Implementation | None = None,
 ) -> GroupArrays:
@@ -30,7 +31,7 @@ def write(
     Raises:
       ValueError: shapes or types disagree, or a forced backend cannot run.
     """
-    call = CacheWrite(group, tokens, lengths, counts, window, sinks)
+    call = CacheWrite(group, tokens, lengths, counts, window, sinks, block_table)
     _check(call)
     if implementation != "xla":
         implementation = choose(implementation, lambda name: unsupported(name, group))
@@ -55,14 +56,17 @@ def _check(call: CacheWrite) -> None:
         if cached is None:
             continue
         axis = 2 if name in "kv" else 3
-        cached_shape, new_shape = (x.shape[:axis] + x.shape[axis + 1 :] for x in (cached, new))
+        first = 0 if call.block_table is None else 1  # A pool has pages where a cache has rows.
+        cached_shape, new_shape = (x.shape[first:axis] + x.shape[axis + 1 :] for x in (cached, new))
         if cached.dtype != new.dtype or cached_shape != new_shape:
             raise ValueError(
                 f"new {name} is {new.dtype}{list(new.shape)}, the cache {cached.dtype}{list(cached.shape)}: types and "
                 "all axes but the slots must agree"
             )
-    B = call.group.k.shape[0]
+    B = call.tokens.k.shape[0]
     for name in ("lengths", "counts", "window"):
         x = getattr(call, name)
         if x is not None and x.shape != (B,):
             raise ValueError(f"{name} {list(x.shape)} must be [B] with the cache's B = {B}")
+    if call.block_table is not None and (call.block_table.ndim != 2 or call.block_table.shape[0] != B):
+        raise ValueError(f"block_table {list(call.block_table.shape)} must be [B, pages] with the cache's B = {B}")

@@ -8,6 +8,9 @@ change lines and write the tiles back over themselves (`input_output_aliases`):
 
 XLA folds the means, from the evicted line or by sums over the tokens that leave, exactly as the reference does.
 
+With a block table the token kernel looks its tile up in the pool. A row of count 0 rewrites a tile of the last page,
+which belongs to no row. A chunk in pages runs on XLA: it is written once per prompt.
+
 Slots are on the sublanes of a tile for H = 128. They are on its lanes for H = 64, where the compiler stores [B,K,S,64]
 as if it were [B,K,64,S] (see `kernels/attention/tpu.py`), and for scales [B,K,1,S].
 """
@@ -65,6 +68,8 @@ def _write(call: CacheWrite, sinks: int | None, block: int | None, interpret: An
     T = call.tokens.k.shape[2]
     if T == 1:
         return _write_token(call, interpret)
+    if call.block_table is not None:
+        return xla.write(call)
     return _write_chunk(call, block or min(_LONGEST, max(_LANES, pl.next_power_of_2(T))), interpret)
 
 
@@ -98,11 +103,17 @@ def _from_kernel_layout(arrays: Sequence[jax.Array], lanes: list[bool]) -> Group
 
 def _write_token(call: CacheWrite, interpret: Any) -> GroupArrays:
     """Write one token per row."""
-    group, new, lengths, counts, window, sinks = call
+    group, new, lengths, counts, window, sinks, table = call
     slot = lengths if window is None else xla.ring_slot(lengths, window, sinks)
-    slot = jnp.where((counts > 0) & (slot < group.k.shape[2]), slot, -1)
+    slot = jnp.where((counts > 0) & (slot < xla.row_slots(call)), slot, -1)
+    pages: list[jax.Array] = []
+    if table is not None:
+        size = group.k.shape[2]
+        own = jnp.take_along_axis(table, (jnp.maximum(slot, 0) // size)[:, None], axis=1)[:, 0]
+        pages = [jnp.where(slot < 0, len(group.k) - 1, own)]
+        slot = jnp.where(slot < 0, -1, slot % size)
     arrays, tokens, lanes = _to_kernel_layout(group), _to_kernel_layout(new), _slots_on_lanes(group)
-    B, K = group.k.shape[:2]
+    B, K = new.k.shape[:2]
     folds = group.k_mean is not None
     # A token on the lanes is one line of [B,·,K] for all heads: [B,K,·,1] would take 128 times its size.
     tokens = [x[..., 0].swapaxes(1, 2) if lane else x for x, lane in zip(tokens, lanes, strict=True)]
@@ -112,14 +123,14 @@ def _write_token(call: CacheWrite, interpret: Any) -> GroupArrays:
         tile = _tile(x, lane)
         shape = (None, K, x.shape[2], tile) if lane else (None, K, tile, x.shape[3])
 
-        def at(b, slot):
-            index = jnp.maximum(slot[b], 0) // tile
-            return (b, 0, 0, index) if lane else (b, 0, index, 0)
+        def at(b, slot, *page):
+            row, index = page[0][b] if page else b, jnp.maximum(slot[b], 0) // tile
+            return (row, 0, 0, index) if lane else (row, 0, index, 0)
 
         return pl.BlockSpec(shape, at)
 
     def whole(x) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *x.shape[1:]), lambda b, slot: (b, *(0,) * (x.ndim - 1)))
+        return pl.BlockSpec((None, *x.shape[1:]), lambda b, *_: (b, *(0,) * (x.ndim - 1)))
 
     blocks = [block(x, lane) for x, lane in zip(arrays, lanes, strict=True)]
     lines = [whole(x) for x in tokens]
@@ -128,20 +139,20 @@ def _write_token(call: CacheWrite, interpret: Any) -> GroupArrays:
     n = len(arrays)
     moved = sum(t.size * _tile(x, lane) * x.dtype.itemsize for t, x, lane in zip(tokens, arrays, lanes, strict=True))
     written, evicted = pl.pallas_call(
-        functools.partial(_token_kernel, lanes=lanes),
+        functools.partial(_token_kernel, lanes=lanes, scalars=1 + len(pages)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=1 + len(pages),
             grid=(B,),
             in_specs=(lines, blocks),
             out_specs=(blocks, lines if folds else []),
         ),
         out_shape=(shapes, old),
-        input_output_aliases={1 + n + i: i for i in range(n)},
+        input_output_aliases={1 + len(pages) + n + i: i for i in range(n)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         cost_estimate=_copy_cost(2 * moved),
         interpret=interpret,
         name="razor_write_token",
-    )(slot, tokens, [keep_in_hbm(x, interpret) for x in arrays])
+    )(slot, *pages, tokens, [keep_in_hbm(x, interpret) for x in arrays])
     k_mean, v_mean = group.k_mean, group.v_mean
     if window is not None and folds:
         evicted = [x.swapaxes(1, 2)[..., None] if lane else x for x, lane in zip(evicted, lanes, strict=True)]
@@ -149,11 +160,13 @@ def _write_token(call: CacheWrite, interpret: Any) -> GroupArrays:
     return _from_kernel_layout(written, lanes)._replace(k_mean=k_mean, v_mean=v_mean)
 
 
-def _token_kernel(slot, tokens, tiles, out, evicted, *, lanes: list[bool]):
+def _token_kernel(slot, *refs, lanes: list[bool], scalars: int):
     """Write one row: copy its tiles to `out` with the tokens at the slot, and the lines that were there to `evicted`.
 
+    The first `scalars` arguments are prefetched; then come tokens, tiles, `out` and `evicted`.
     Tokens and evicted lines are [K,1,H], or [·,K] with slots on the lanes.
     """
+    tokens, tiles, out, evicted = refs[scalars - 1 :]
     at = slot[pl.program_id(0)]
     for i, lane in enumerate(lanes):
         K = tiles[i].shape[0]
@@ -242,7 +255,7 @@ def _steps(runs, block: int, most: int) -> tuple[_Steps, jax.Array]:
 
 def _write_chunk(call: CacheWrite, block: int, interpret: Any) -> GroupArrays:
     """Write T tokens per row."""
-    group, new, lengths, counts, window, sinks = call
+    group, new, lengths, counts, window, sinks = call[:6]
     (B, K, S, _), T = group.k.shape, new.k.shape[2]
     runs = _runs(lengths, counts, window, sinks, S)
     # A run of n slots touches at most one block more than n slots need.

@@ -15,7 +15,9 @@ def write(call: CacheWrite) -> GroupArrays:
     """Append tokens to a head group; see `CacheWrite`."""
     if call.window is None:
         return _write_full(call)
-    return _write_ring_token(call) if call.tokens.k.shape[2] == 1 else _write_ring_chunk(call)
+    if call.tokens.k.shape[2] == 1:
+        return _write_ring_token(call)
+    return _write_ring_chunk(call) if call.block_table is None else _write_ring_chunk_in_pages(call)
 
 
 def dropped(lengths: jax.Array, window: jax.Array, sinks: jax.Array | int) -> jax.Array:
@@ -36,31 +38,86 @@ def _ring(call: CacheWrite) -> tuple[jax.Array, jax.Array | int]:
 
 
 def _write_full(call: CacheWrite) -> GroupArrays:
-    T, S = call.tokens.k.shape[2], call.group.k.shape[2]
+    T, S = call.tokens.k.shape[2], row_slots(call)
     index = jnp.arange(T, dtype=jnp.int32)
     # Invalid tokens aim past the end, each at another slot, and are ignored.
     slots = jnp.where(index < call.counts[:, None], call.lengths[:, None], S) + index
-    return _scatter(call.group, slots, call.tokens)
+    return _scatter(call.group, slots, call.tokens, call.block_table)
 
 
 def _write_ring_token(call: CacheWrite) -> GroupArrays:
     """Write one token per row: read its slot, fold the evicted token into the means, overwrite the slot."""
     group, tokens, lengths, counts = call[:4]
     window, sinks = _ring(call)
-    S = group.k.shape[2]
+    S = row_slots(call)
     slot = ring_slot(lengths, window, sinks)
-    at = jnp.minimum(slot, S - 1)[:, None, None, None]
 
     if group.k_mean is not None:
-        k, v = (jnp.take_along_axis(x, at, axis=2) for x in (group.k, group.v))
-        scales = (None if x is None else jnp.take_along_axis(x, at, axis=3) for x in (group.k_scale, group.v_scale))
-        k_mean, v_mean = fold_token(call, GroupArrays(k, v, *scales))
+        k_mean, v_mean = fold_token(call, _read_slot(call, jnp.minimum(slot, S - 1)))
         group = group._replace(k_mean=k_mean, v_mean=v_mean)
         tokens = tokens._replace(k=ordered_after(tokens.k, k_mean, lengths), v=ordered_after(tokens.v, v_mean, lengths))
         if tokens.k_scale is not None and tokens.v_scale is not None:
             scales = (ordered_after(x, k_mean, lengths) for x in (tokens.k_scale, tokens.v_scale))
             tokens = GroupArrays(tokens.k, tokens.v, *scales)
-    return _scatter(group, jnp.where(counts > 0, slot, S)[:, None], tokens)
+    return _scatter(group, jnp.where(counts > 0, slot, S)[:, None], tokens, call.block_table)
+
+
+def row_slots(call: CacheWrite) -> int:
+    """Return the slots of a row."""
+    slots = call.group.k.shape[2]
+    return slots if call.block_table is None else slots * call.block_table.shape[1]
+
+
+def _read_slot(call: CacheWrite, slot: jax.Array) -> GroupArrays:
+    """Return the token in one slot of each row, int32 [B], as [B,K,1,H] with scales [B,K,1,1]."""
+    group, table = call.group, call.block_table
+    if table is not None:
+        # Pages become rows: then the slot is that inside its page.
+        page, slot = jnp.divmod(slot, group.k.shape[2])
+        page = jnp.take_along_axis(table, page[:, None], axis=1)[:, 0]
+        page = jnp.clip(page, 0, len(group.k) - 1)  # A row without tokens may have any table.
+        scales = (None if x is None else x[page, :, :, slot, None] for x in (group.k_scale, group.v_scale))
+        return GroupArrays(group.k[page, :, slot, None], group.v[page, :, slot, None], *scales)
+    at = slot[:, None, None, None]
+    k, v = (jnp.take_along_axis(x, at, axis=2) for x in (group.k, group.v))
+    scales = (None if x is None else jnp.take_along_axis(x, at, axis=3) for x in (group.k_scale, group.v_scale))
+    return GroupArrays(k, v, *scales)
+
+
+def _write_ring_chunk_in_pages(call: CacheWrite) -> GroupArrays:
+    """Write T tokens per row: gather its pages, write the row, and put its pages back."""
+    group, table = call.group, call.block_table
+    window, sinks = _ring(call)
+    assert table is not None
+    page, B = group.k.shape[2], table.shape[0]
+    last = jnp.minimum(call.lengths + call.counts, sinks + window)
+    valid = (jnp.arange(table.shape[1], dtype=jnp.int32) * page < last[:, None]) & (call.counts > 0)[:, None]
+    # Pages that the row does not have are read from page 0, and not put back.
+    source, target = jnp.where(valid, table, 0), jnp.where(valid, table, len(group.k))
+
+    def row(pool, axis: int):
+        return None if pool is None else jnp.moveaxis(pool[source], 1, axis).reshape(_row_shape(pool, table, axis))
+
+    def put(pool, x, axis: int):
+        if pool is None:
+            return None
+        pages = x.reshape(*x.shape[:axis], table.shape[1], page, *x.shape[axis + 1 :])
+        pages = jnp.moveaxis(pages, axis, 1).reshape(B * table.shape[1], *pool.shape[1:])
+        return pool.at[target.reshape(-1)].set(pages, mode="drop")
+
+    rows = GroupArrays(row(group.k, 2), row(group.v, 2), row(group.k_scale, 3), row(group.v_scale, 3), *group[4:])
+    rows = _write_ring_chunk(call._replace(group=rows, block_table=None))
+    k, v, k_scale, v_scale = (
+        put(pool, x, axis) for pool, x, axis in zip(group[:4], rows[:4], (2, 2, 3, 3), strict=True)
+    )
+    return GroupArrays(k, v, k_scale, v_scale, *rows[4:])
+
+
+def _row_shape(pool: jax.Array, table: jax.Array, axis: int) -> tuple[int, ...]:
+    """Return the shape of rows [B,K,S,H] or [B,K,1,S] whose slots, on `axis`, are in pages of a pool."""
+    shape = [table.shape[0], *pool.shape[1:]]
+    shape[axis] *= table.shape[1]
+    return tuple(shape)
 
 
 def _write_ring_chunk(call: CacheWrite) -> GroupArrays:
@@ -140,9 +197,14 @@ def _per_row(x: jax.Array) -> jax.Array:
     return x[:, None, None, None]
 
 
-def _scatter(group: GroupArrays, slots: jax.Array, tokens: GroupArrays) -> GroupArrays:
+def _scatter(group: GroupArrays, slots: jax.Array, tokens: GroupArrays, table: jax.Array | None) -> GroupArrays:
     """Write the tokens to slots [B,T], distinct within a row. Slots past S are ignored."""
     batch = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+    if table is not None:
+        # Pages become rows: then the slot is that inside its page. Past the end of the table is past the pool.
+        index, slots = jnp.divmod(slots, group.k.shape[2])
+        page = jnp.take_along_axis(table, jnp.minimum(index, table.shape[1] - 1), axis=1)
+        batch = jnp.where(index < table.shape[1], page, len(group.k))
 
     def rows(x, new):
         return x.at[batch, :, slots].set(new.transpose(0, 2, 1, 3), mode="drop", unique_indices=True)

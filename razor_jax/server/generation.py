@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from ..text.sampling import Sampling
 
 
+@runtime_checkable
 class Grammar(Protocol):
     """A constraint on the tokens of one answer. The engine calls it from its own thread."""
 
@@ -148,6 +149,7 @@ class EngineStats:
     dropped_tokens: int = 0
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What the HTTP application needs from an engine. Every method may be called from any thread."""
 

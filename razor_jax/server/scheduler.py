@@ -14,18 +14,24 @@ memory and is never preempted. `release` frees slot and pages at once: the next 
 
 - Admission: the earliest arrival goes first. A later request that fits may pass earlier ones that do not fit yet. At
   most K requests pass a waiting request; then nobody may pass it until it is admitted.
-- Prefill: the prompt with the fewest chunks left goes first, ties by arrival. At most K chunks in a row pass the
-  earliest arrival; then it runs one. So a request runs its last chunk within (K + 1) · C ticks of its admission, where
-  C counts its own chunks and those of earlier arrivals.
+- Prefill: the prompt with the fewest chunks left goes first, ties by admission. At most K chunks in a row pass the
+  earliest admission; then it runs one. So a request runs its last chunk within (K + 1) · C ticks of its admission,
+  where C counts its own chunks and those of earlier admissions.
+- At most `prefills` prompts are under way, because each holds memory of its own. One place is always left for the
+  earliest admission.
 
 No request starves: running requests have bounded length, and a request that does not fit an empty cache is refused.
 
-**Answers do not depend on load.** Chunk boundaries are multiples of `chunk` in the prompt of each request.
+**Answers do not depend on load.** A prompt is cut into segments, and each segment into chunks from its start. Both
+depend on the request alone.
+
+**Reuse.** A waiting request may start behind tokens that somebody else keeps (`reuse`), on pages that it does not own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Literal
@@ -42,19 +48,31 @@ class Request:
       id: unique among live requests.
       prompt_tokens: length of the prompt, at least 1.
       max_tokens: most tokens to generate, at least 1.
+      cuts: ends of the prompt's segments but the last, ascending, each within 1 … prompt_tokens - 1.
     """
 
     id: str
     prompt_tokens: int
     max_tokens: int
+    cuts: tuple[int, ...] = ()
 
     def __post_init__(self):
         _check_fields(self, "prompt_tokens", "max_tokens")
+        if list(self.cuts) != sorted(set(self.cuts)) or not all(0 < cut < self.prompt_tokens for cut in self.cuts):
+            raise ValueError(
+                f"cuts={self.cuts}: must be distinct, ascending and within 1 … {self.prompt_tokens - 1}, the prompt's "
+                "tokens less one"
+            )
 
     @property
     def tokens(self) -> int:
         """Most tokens that the request can hold."""
         return self.prompt_tokens + self.max_tokens
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """Start and stop of each segment of the prompt."""
+        return tuple(itertools.pairwise((0, *self.cuts, self.prompt_tokens)))
 
     def __str__(self) -> str:
         return f"a prompt of {self.prompt_tokens:,} tokens and max_tokens={self.max_tokens:,}"
@@ -95,6 +113,7 @@ class SchedulerConfig:
       pools: one pool of pages per head group.
       capacity: most tokens of one request, prompt and output.
       chunk: prompt tokens per prefill step.
+      prefills: most prompts whose prefill is under way.
       max_waiting: most requests in the queue.
       max_passes: K of the fairness rules.
     """
@@ -105,9 +124,10 @@ class SchedulerConfig:
     chunk: int
     max_waiting: int = 1024
     max_passes: int = 8
+    prefills: int = 2
 
     def __post_init__(self):
-        _check_fields(self, "slots", "capacity", "chunk", "max_waiting")
+        _check_fields(self, "slots", "capacity", "chunk", "max_waiting", "prefills")
         check_int("max_passes", self.max_passes, 0)
         if not self.pools:
             raise ValueError("pools=(): give one PagePool per head group")
@@ -121,12 +141,22 @@ class Waiting:
       arrival: number of requests accepted before it.
       needs: pages per pool that it can need at most.
       passed: later arrivals that were admitted before it.
+      reused: prompt tokens that it may start behind.
+      shared: pages per pool, of somebody else, that hold its first tokens; it needs fewer of its own.
     """
 
     request: Request
     arrival: int
     needs: tuple[int, ...]
     passed: int = 0
+    reused: int = 0
+    shared: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def own_needs(self) -> tuple[int, ...]:
+        """Pages per pool that it must get for itself."""
+        shared = map(len, self.shared) if self.shared else (0 for _ in self.needs)
+        return tuple(map(operator.sub, self.needs, shared))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +166,9 @@ class Running:
     Attributes:
       arrival: number of requests accepted before it.
       slot: from 0 to slots - 1.
-      pages: page ids per pool, in the order of the tokens.
+      pages: page ids per pool that it owns, in the order of the tokens.
       prefilled: prompt tokens that have run; all of them once the request decodes.
+      reused, shared: as in `Waiting`; shared pages come before its own.
     """
 
     request: Request
@@ -145,11 +176,28 @@ class Running:
     slot: int
     pages: tuple[tuple[int, ...], ...]
     prefilled: int = 0
+    reused: int = 0
+    shared: tuple[tuple[int, ...], ...] = ()
 
     @property
     def prompt_left(self) -> int:
         """Prompt tokens that have not run."""
         return self.request.prompt_tokens - self.prefilled
+
+    @property
+    def started(self) -> bool:
+        """Whether its prefill is under way."""
+        return self.reused < self.prefilled < self.request.prompt_tokens
+
+    def next_stop(self, chunk: int) -> int:
+        """Return the end of its next chunk."""
+        start, stop = next(each for each in self.request.segments if each[1] > self.prefilled)
+        return min(stop, start + ((self.prefilled - start) // chunk + 1) * chunk)
+
+    def chunks_left(self, chunk: int) -> int:
+        """Return how many chunks of its prompt have not run."""
+        left = ((max(start, self.prefilled), stop) for start, stop in self.request.segments)
+        return sum(_ceil_div(max(0, stop - start), chunk) for start, stop in left)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +206,10 @@ class State:
 
     Attributes:
       free_pages: page ids per pool that no running request has.
-      waiting, running: in the order of arrival.
+      waiting: in the order of arrival.
+      running: in the order of admission.
       arrivals: number of requests accepted so far.
-      chunks_past_first: chunks in a row that passed the earliest arrival.
+      chunks_past_first: chunks in a row that passed the earliest admission.
     """
 
     config: SchedulerConfig
@@ -249,6 +298,18 @@ def _refused_now(state: State, request: Request) -> Refusal | None:
     return None
 
 
+def reuse(state: State, id: str, tokens: int, shared: tuple[tuple[int, ...], ...]) -> State:
+    """Let a waiting request start behind `tokens` tokens, one of its cuts, or 0 for its start.
+
+    `shared` are pages per pool that hold the first of them. The caller keeps these pages until the request is released.
+    """
+    waiting = tuple(
+        dataclasses.replace(each, reused=tokens, shared=shared) if each.request.id == id else each
+        for each in state.waiting
+    )
+    return dataclasses.replace(state, waiting=waiting)
+
+
 def release(state: State, id: str) -> State:
     """Remove a request that finished, was cancelled, or failed, and free its slot and pages.
 
@@ -289,14 +350,18 @@ def _admit(state: State) -> tuple[State, tuple[Running, ...]]:
         if not slots or (left and left[0].passed >= config.max_passes):
             left.extend(state.waiting[index:])
             break
-        if all(map(operator.le, waiting.needs, map(len, free_pages))):
-            pages = tuple(free[:need] for need, free in zip(waiting.needs, free_pages, strict=True))
-            free_pages = tuple(free[need:] for need, free in zip(waiting.needs, free_pages, strict=True))
-            admitted.append(Running(waiting.request, waiting.arrival, slots.pop(0), pages))
+        needs = waiting.own_needs
+        if all(map(operator.le, needs, map(len, free_pages))):
+            pages = tuple(free[:need] for need, free in zip(needs, free_pages, strict=True))
+            free_pages = tuple(free[need:] for need, free in zip(needs, free_pages, strict=True))
+            reused = waiting.reused
+            admitted.append(
+                Running(waiting.request, waiting.arrival, slots.pop(0), pages, reused, reused, waiting.shared)
+            )
             left = [dataclasses.replace(each, passed=each.passed + 1) for each in left]
         else:
             left.append(waiting)
-    running = tuple(sorted((*state.running, *admitted), key=lambda each: each.arrival))
+    running = (*state.running, *admitted)
     state = dataclasses.replace(state, free_pages=free_pages, waiting=tuple(left), running=running)
     return state, tuple(admitted)
 
@@ -308,11 +373,14 @@ def _next_chunk(state: State) -> tuple[State, Chunk | None]:
     if not prefilling:
         return state, None
     first = prefilling[0]
-    chosen = min(prefilling, key=lambda each: _ceil_div(each.prompt_left, config.chunk))
+    started = sum(each.started for each in prefilling)
+    may_start = started + (not first.started) < config.prefills
+    allowed = [each for each in prefilling if each is first or each.started or may_start]
+    chosen = min(allowed, key=lambda each: each.chunks_left(config.chunk))
     if state.chunks_past_first >= config.max_passes:
         chosen = first
     begin = chosen.prefilled
-    stop = min(begin + config.chunk, chosen.request.prompt_tokens)
+    stop = chosen.next_stop(config.chunk)
     after = dataclasses.replace(chosen, prefilled=stop)
     state = dataclasses.replace(
         state,
@@ -343,6 +411,7 @@ __all__: Sequence[str] = (
     "State",
     "Waiting",
     "release",
+    "reuse",
     "start",
     "submit",
     "tick",

@@ -34,6 +34,7 @@ class LoopState(flax.struct.PyTreeNode):
       done: bool [B], rows that reached a stop token or their limit, or failed.
       failed: bool [B], rows whose logits were not finite; they get no further token.
       seen: bool [B, V], tokens that occur in prompt or output; None without a repetition penalty.
+      counts: int32 [B, V], how often each token occurs in the output; None without a presence or frequency penalty.
       keys: PRNG keys [B], folded with `count` at each draw, so that a replay draws the same.
     """
 
@@ -43,6 +44,7 @@ class LoopState(flax.struct.PyTreeNode):
     done: jax.Array
     failed: jax.Array
     seen: jax.Array | None
+    counts: jax.Array | None
     keys: jax.Array
 
 
@@ -112,9 +114,10 @@ def _first(cache: KVCache, logits, tokens, lengths, stop_ids, limit, sampling: S
     """Choose each row's first token."""
     B = tokens.shape[0]
     seen = _seen(tokens, lengths, logits.shape[-1]) if sampling.penalised else None
+    counts = jnp.zeros((B, logits.shape[-1]), jnp.int32) if sampling.counted else None
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(B, dtype=jnp.int32))
     zeros = jnp.zeros((B,), jnp.int32)
-    state = LoopState(cache, zeros, zeros, zeros > 0, zeros > 0, seen, keys)
+    state = LoopState(cache, zeros, zeros, zeros > 0, zeros > 0, seen, counts, keys)
     return _choose(state, cache, logits, stop_ids, limit, sampling)
 
 
@@ -211,15 +214,18 @@ def _choose(state: LoopState, cache: KVCache, logits, stop_ids, limit, sampling:
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
     failed = state.failed | (~state.done & ~jnp.isfinite(logits).all(axis=-1))
     ended = state.done | failed
-    token = jnp.where(ended, state.token, sample(sampling, logits, keys, state.seen))
+    token = jnp.where(ended, state.token, sample(sampling, logits, keys, state.seen, state.counts))
     count = state.count + ~ended
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(token.shape[0], dtype=jnp.int32), token].set(True)
+    counts = state.counts
+    if counts is not None:
+        counts = counts.at[jnp.arange(token.shape[0], dtype=jnp.int32), token].add((~ended).astype(jnp.int32))
     stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=1)
     done = ended | stopped | (count >= limit) | cache.overflow
     replicated = placement_of(cache.spec).replicated
-    new = {"token": token, "count": count, "done": done, "failed": failed, "seen": seen}
+    new = {"token": token, "count": count, "done": done, "failed": failed, "seen": seen, "counts": counts}
     return state.replace(cache=cache, **{name: x if x is None else replicated(x) for name, x in new.items()})
 
 

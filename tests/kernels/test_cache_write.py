@@ -270,3 +270,66 @@ def test_unsupported_groups_have_a_reason(H, dtype, reason):
     x = jax.ShapeDtypeStruct((1, 1, 32, H), dtype)
     said = tpu.unsupported(GroupArrays(x, x))
     assert said is reason is None or reason in said
+
+
+def in_pages(group: GroupArrays, page: int):
+    """Return the rows of a group as pools of shuffled pages, and their block table.
+
+    The pools have two pages more than the rows: the last belongs to no row, the other is free.
+    """
+    B, pages = group.k.shape[0], group.k.shape[2] // page
+    order = np.random.default_rng(5).permutation(B * pages + 1).astype(np.int32)
+    table = order[: B * pages].reshape(B, pages)
+
+    def pool(x, axis):
+        if x is None:
+            return None
+        rows = np.moveaxis(np.asarray(x), axis, 2).reshape(B, K, pages, page, -1)
+        out = poison((B * pages + 2, K, page, rows.shape[-1]), np.asarray(x).dtype.name)
+        out[table] = rows.swapaxes(1, 2)
+        return jnp.asarray(np.moveaxis(out, 2, axis))
+
+    shape = (pool(group.k, 2), pool(group.v, 2), pool(group.k_scale, 3), pool(group.v_scale, 3))
+    return GroupArrays(*shape, group.k_mean, group.v_mean), table
+
+
+def paged_writes_are_those_of_rows(write, name, dtype, H, page):
+    (group, *rest), _ = arguments(RAGGED[name], dtype, H)
+    want, table = in_pages(reference(group, *rest), page)
+    pools, _ = in_pages(group, page)
+    # Entries that no token reaches name no page, and a row without tokens may have the pages of any other.
+    lengths, counts, window, sinks = rest[1:]
+    S = group.k.shape[2]
+    last = np.minimum(np.asarray(lengths + counts), S if window is None else np.asarray(window) + sinks)
+    given = np.where(np.arange(table.shape[1]) * page < last[:, None], table, 10**6)
+    given[np.asarray(counts) == 0] = table[0]
+    got = write(pools, *rest, jnp.asarray(given))
+    same_bits(got, want)
+    same_means(got, want, 1e-6)
+
+
+def with_table(write):
+    def run(group, tokens, lengths, counts, window, sinks, table):
+        return write(CacheWrite(group, tokens, lengths, counts, window, sinks, table))
+
+    return jax.jit(run, static_argnames="sinks")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in RAGGED), ("token", "int8"), ("chunk", "int8")]
+)
+def test_pages_hold_what_rows_hold(name, dtype):
+    paged_writes_are_those_of_rows(with_table(xla.write), name, dtype, H=8, page=16)
+
+
+@pytest.mark.parametrize("H", [128, 64])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", ["token", "token, no sinks", "full, token"])
+def test_the_kernel_writes_a_token_to_its_page(name, dtype, H):
+    # A page is whole tiles, also where slots are on the lanes.
+    (group, *given), _ = arguments((384, *RAGGED[name][1:]), dtype, H)
+    want, table = in_pages(reference(group, *given), 128)
+    pools, _ = in_pages(group, 128)
+    got = with_table(functools.partial(tpu.write, interpret=True))(pools, *given, jnp.asarray(table))
+    same_bits(got, want)
+    same_means(got, want, 1e-6)

@@ -25,6 +25,7 @@ SMALL = SchedulerConfig(
     max_passes=2,
 )
 REQUESTS = {"prompt_tokens": st.integers(1, 30), "max_tokens": st.integers(1, 10)}
+CUTS = st.sets(st.integers(1, 29), max_size=3)
 
 
 def submit_all(config: SchedulerConfig, *requests: Request) -> State:
@@ -70,11 +71,13 @@ class Events(RuleBasedStateMachine):
         self.requests: dict[str, Request] = {}  # live ones, in the order of arrival
         self.passed: dict[str, int] = {}
         self.chunks: dict[str, list[tuple[int, int]]] = {}
+        self.order: dict[str, int] = {}  # of admission
         self.prefill_ticks: dict[str, list[int]] = {}  # ticks since admission, and the most that the rule allows
 
-    @rule(**REQUESTS)
-    def submit(self, prompt_tokens, max_tokens):
-        request = Request(str(next(self.names)), prompt_tokens, max_tokens)
+    @rule(**REQUESTS, cuts=CUTS)
+    def submit(self, prompt_tokens, max_tokens, cuts):
+        cuts = tuple(sorted(cut for cut in cuts if cut < prompt_tokens))
+        request = Request(str(next(self.names)), prompt_tokens, max_tokens, cuts)
         before = self.state
         self.state, refusal = scheduler.submit(before, request)
         fits = request.tokens <= SMALL.capacity and all(pool.pages_for(request) <= pool.pages for pool in SMALL.pools)
@@ -131,6 +134,7 @@ class Events(RuleBasedStateMachine):
         assert all(self.passed[id] <= SMALL.max_passes for id in self.requests)
         for id in admitted:
             self.prefill_ticks[id] = [0, 0]
+            self.order[id] = len(self.order)
             self.chunks[id] = []
 
     def check_chunk(self, chunk):
@@ -144,13 +148,14 @@ class Events(RuleBasedStateMachine):
         solo = solo_chunks(SMALL, self.requests[chunk.id])
         assert self.chunks[chunk.id] == solo[: len(self.chunks[chunk.id])]
         assert chunk.last == (self.chunks[chunk.id] == solo)
-        # A chunk of an earlier arrival, or of its own, allows a request max_passes further ticks.
+        # A chunk of an earlier admission, or of its own, allows a request max_passes further ticks.
         for id in prefilling:
-            self.prefill_ticks[id][1] += int(id) >= int(chunk.id)
+            self.prefill_ticks[id][1] += self.order[id] >= self.order[chunk.id]
             ticks, turns = self.prefill_ticks[id]
             assert ticks <= (SMALL.max_passes + 1) * (turns + 1)
         if chunk.last:
             del self.prefill_ticks[chunk.id]
+        assert sum(each.started for each in self.state.running) <= SMALL.prefills
 
     def prefilled(self, id):
         return self.chunks[id][-1][1] if self.chunks[id] else 0
@@ -165,7 +170,7 @@ class Events(RuleBasedStateMachine):
 
     def teardown(self):
         """Drain: every request finishes, and all pages come back."""
-        chunks = sum(math.ceil(request.prompt_tokens / SMALL.chunk) for request in self.requests.values())
+        chunks = sum(len(solo_chunks(SMALL, request)) for request in self.requests.values())
         for _ in range(chunks + len(self.requests)):
             self.tick()
             self.nothing_is_lost_or_shared()
@@ -267,7 +272,7 @@ def test_a_short_prompt_passes_a_long_one_and_a_flood_of_them_does_not_stop_it()
     assert order == ["short", "short", "long"] * 9 + ["long"]
 
 
-def test_an_earlier_arrival_that_was_passed_in_the_queue_is_first_among_the_prompts():
+def test_prompts_go_in_the_order_of_admission_also_if_one_was_passed_in_the_queue():
     config = SchedulerConfig(slots=3, pools=(PagePool(15, 4),), capacity=60, chunk=4, max_passes=2)
     state = submit_all(config, Request("hog", 1, 31), Request("early", 32, 1), Request("late", 20, 1))
     state, plan = scheduler.tick(state)
@@ -276,7 +281,32 @@ def test_an_earlier_arrival_that_was_passed_in_the_queue_is_first_among_the_prom
     for _ in range(7):
         state, plan = scheduler.tick(state)
         order.append(plan.chunk.id)
-    assert order == ["late", "late", "early", "late", "late", "early", "late"]
+    assert order == ["late"] * 5 + ["early"] * 2
+
+
+def test_chunks_start_again_at_each_segment():
+    request = Request("a", 20, 1, cuts=(6, 7))
+    assert solo_chunks(SMALL, request) == [(0, 4), (4, 6), (6, 7), (7, 11), (11, 15), (15, 19), (19, 20)]
+
+
+def test_reuse_skips_chunks_and_takes_fewer_pages():
+    state = submit_all(SMALL, Request("a", 20, 4, cuts=(9,)))
+    state, plan = scheduler.tick(scheduler.reuse(state, "a", 9, ((90, 91), ())))
+    (running,) = plan.admitted
+    assert [len(pages) for pages in running.pages] == [4, 2]
+    assert running.shared == ((90, 91), ())
+    assert (plan.chunk.start, plan.chunk.stop) == (9, 13)
+    state = scheduler.release(state, "a")
+    check_pages_and_slots(state)
+
+
+def test_one_prompt_at_a_time_goes_in_the_order_of_admission():
+    config = SchedulerConfig(slots=4, pools=(PagePool(100, 4),), capacity=100, chunk=4, max_passes=2, prefills=1)
+    state, order = submit_all(config, Request("long", 40, 1), Request("short", 4, 1)), []
+    for _ in range(11):
+        state, plan = scheduler.tick(state)
+        order.append(plan.chunk.id)
+    assert order == ["long"] * 10 + ["short"]
 
 
 def test_a_running_answer_waits_for_one_chunk_at_most():
@@ -312,6 +342,7 @@ def test_the_same_events_give_the_same_plans(sizes):
     [
         (lambda: Request("a", 0, 1), "prompt_tokens=0: must be an integer, at least 1"),
         (lambda: Request("a", 1, 0), "max_tokens=0: must be an integer, at least 1"),
+        (lambda: Request("a", 8, 1, cuts=(8,)), r"cuts=\(8,\): must be distinct, ascending and within 1 … 7"),
         (lambda: PagePool(0, 1), "pages=0"),
         (lambda: PagePool(1, 0), "page_tokens=0"),
         (lambda: dataclasses.replace(SMALL, slots=0), "slots=0"),

@@ -1,0 +1,337 @@
+"""The compiled programs of the engine. Each has one shape, so that all of them compile before the first request.
+
+    prefill_chunk    a chunk of one prompt through all layers; its keys and values join the staging buffer
+    write_segment    the staged keys and values of one row go to its pages: evict, fold, store
+    start_row        choose a row's first token, and set its state
+    decode_block     decode steps of all rows
+    set_allowed      set which tokens a row may choose
+
+**Prefill in chunks is exact.** A segment of a prompt is one call of the library: its tokens see the cache as it was
+before the segment, and the segment's own tokens, unrounded. So the segment's keys and values wait in a dense *staging*
+buffer until its last chunk has run, and are written together.
+
+Every small number of a row is an argument (`Rows`), decided by the host. Only what is large stays on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .. import attention
+from .. import cache as kv
+from ..cache import AttentionMetadata, CacheSpec, Group, KVCache
+from ..functional import decode, promoting
+from ..models import rope
+from ..models.transformer import Block, Transformer
+from ..params import Params
+from ..text.sampling import Sampling, logprobs, sample_rows
+from .pages import Layers, kinds
+
+TOP_LOGPROBS = 20  # most alternatives that a request can ask for
+_LOGITS_AT_ONCE = 32  # prompt tokens whose logits are in memory together
+
+Tables = tuple[jax.Array, ...]  # block table of each pool, int32 [rows, pages]
+Staging = tuple[tuple[jax.Array, jax.Array], ...]  # k, v [1, K, T, H] of each layer
+TopLogprobs = tuple[jax.Array, jax.Array, jax.Array]  # of the chosen tokens [n], and the likeliest ones [n, 20]
+
+
+class Vocabulary(flax.struct.PyTreeNode):
+    """What each row knows about each token, [B, V].
+
+    Attributes:
+      seen: bool, it occurs in prompt or output.
+      counts: int32, how often it occurs in the output.
+      bias: float32, added to its logit.
+      allowed: bool, it may be chosen next.
+    """
+
+    seen: jax.Array
+    counts: jax.Array
+    bias: jax.Array
+    allowed: jax.Array
+
+    @classmethod
+    def init(cls, rows: int, vocabulary: int) -> Vocabulary:
+        """Return the state of rows without a request."""
+        shape = (rows, vocabulary)
+        return cls(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.ones(shape, bool))
+
+
+class Rows(flax.struct.PyTreeNode):
+    """The numbers of all rows, [B], or of one row, [1].
+
+    Attributes:
+      length: tokens in the cache. window: W.
+      token: newest token, which the cache lacks. count: tokens generated. limit: most tokens to generate.
+      live: the row decodes.
+      stop_ids: int32 [B, n], tokens that end it, padded with -1.
+      seed: uint32, of its draws.
+      sampling, greedy: its rule; see `sampling.rules`.
+    """
+
+    length: Any
+    window: Any
+    token: Any
+    count: Any
+    limit: Any
+    live: Any
+    stop_ids: Any
+    seed: Any
+    sampling: Sampling
+    greedy: Any
+
+
+class BlockOutput(flax.struct.PyTreeNode):
+    """What a block of decode steps adds to each row.
+
+    Attributes:
+      tokens: int32 [B, steps]; a row has as many as its count grew.
+      count: int32 [B].
+      failed: bool [B], the row's logits were not finite; it has no token for them.
+      logprobs: of the tokens, [B, steps] and [B, steps, 20]; zeros if nobody asked.
+    """
+
+    tokens: jax.Array
+    count: jax.Array
+    failed: jax.Array
+    logprobs: TopLogprobs
+
+
+def init_staging(params: Params, tokens: int) -> Staging:
+    """Return an empty staging buffer for `tokens` tokens of one prompt."""
+    config = params.config
+    shape = (1, config.num_kv_heads, tokens, config.head_dim)
+    return tuple((jnp.zeros(shape, params.dtype), jnp.zeros(shape, params.dtype)) for _ in range(config.num_layers))
+
+
+def staging_bytes(params: Params, tokens: int) -> int:
+    """Return the bytes of a staging buffer."""
+    config = params.config
+    return config.num_layers * config.num_kv_heads * tokens * config.head_dim * 2 * params.dtype.itemsize
+
+
+def _with_tables(layers: Layers, tables: Tables, spec: CacheSpec) -> Layers:
+    pools = dict(zip(kinds(spec), tables, strict=True))
+    return tuple(tuple(group.replace(table=pools[group.windowed]) for group in layer) for layer in layers)
+
+
+def _without_tables(layers: Layers) -> Layers:
+    return tuple(tuple(group.replace(table=None) for group in layer) for layer in layers)
+
+
+def _map_means(layers: Layers, change: Any, *others: Layers) -> Layers:
+    """Return the layers with `change` applied to the means of every group, and of the same groups of `others`."""
+
+    def mapped(group: Group, *same: Group) -> Group:
+        if group.k_mean is None:
+            return group
+        k_mean = change(group.k_mean, *(each.k_mean for each in same))
+        return group.replace(k_mean=k_mean, v_mean=change(group.v_mean, *(each.v_mean for each in same)))
+
+    return tuple(tuple(map(mapped, *groups)) for groups in zip(layers, *others, strict=True))
+
+
+def _row(layers: Layers, slot: jax.Array, tables: Tables, spec: CacheSpec) -> Layers:
+    """Return the layers as a cache of one row, whose block tables are `tables`."""
+    one = _map_means(layers, lambda x: lax.dynamic_slice_in_dim(x, slot, 1, axis=0))
+    return _with_tables(one, tables, spec)
+
+
+@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("staging",))
+@promoting
+def prefill_chunk(
+    params: Params,
+    layers: Layers,
+    staging: Staging,
+    tables: Tables,
+    slot: jax.Array,
+    tokens: jax.Array,
+    targets: jax.Array,
+    numbers: jax.Array,
+    score: jax.Array,
+    *,
+    spec: CacheSpec,
+) -> tuple[jax.Array, TopLogprobs, Staging]:
+    """Run a chunk of a segment through all layers.
+
+    Args:
+      layers: the cache; the row holds what came before the segment.
+      tables: block tables of the row, int32 [1, pages].
+      tokens: int32 [1, chunk], padded.
+      targets: int32 [chunk], the token after each, for log probabilities.
+      numbers: int32 [5]: tokens before the segment, W, tokens of the segment, tokens of it before the chunk, tokens of
+        the chunk.
+      score: bool, whether log probabilities of the targets are wanted.
+
+    Returns:
+      float32 logits [1, V] after the chunk's last token, the log probabilities, zeros if not wanted, and the staging
+      buffer.
+    """
+    before, window, segment, start, count = (numbers[i] for i in range(5))
+    config, T = params.config, tokens.shape[1]
+    # Slots past the chunk hold another prompt's tokens: they must count as invalid, because 0 × NaN is NaN.
+    meta = AttentionMetadata(before[None], (start + count)[None], window[None], spec)
+    positions = before + start + jnp.arange(T, dtype=jnp.int32)[None]
+    tables_ = rope.tables(config.rope, config.head_dim, positions, (before + segment)[None])
+    row = _row(layers, slot, tables, spec)
+    x = Transformer(config).apply({"params": params.weights}, tokens, method="embed")
+    new = []
+    for index, (layer, (k, v)) in enumerate(zip(row, staging, strict=True)):
+        block = functools.partial(Block(config).apply, {"params": params.weights[f"blocks_{index}"]})
+        added = block(x, tables_, method="keys_values")
+        k, v = (lax.dynamic_update_slice_in_dim(a, b, start, axis=2) for a, b in zip((k, v), added, strict=True))
+        q = block(x, tables_, method="queries")
+        out = attention.attend(q, k, v, layer, meta, start=start, group_size=config.group_size)
+        x = block(x, out, method="output_and_mlp")
+        new.append((k, v))
+
+    def logits(x: jax.Array) -> jax.Array:
+        return Transformer(config).apply({"params": params.weights}, x, method="logits")  # pyright: ignore[reportReturnType]
+
+    last = lax.dynamic_slice_in_dim(x, count - 1, 1, axis=1)  # pyright: ignore[reportArgumentType]
+
+    def scored() -> TopLogprobs:
+        size = min(_LOGITS_AT_ONCE, T)
+        pad = -T % size
+        parts = jnp.pad(x[0], ((0, pad), (0, 0))).reshape(-1, size, x.shape[2])
+        aims = jnp.pad(targets, (0, pad)).reshape(-1, size)
+        found = lax.map(lambda part: logprobs(logits(part[0][None])[0], part[1], TOP_LOGPROBS), (parts, aims))
+        return tuple(a.reshape(-1, *a.shape[2:])[:T] for a in found)  # pyright: ignore[reportReturnType]
+
+    return logits(last)[:, 0], lax.cond(score, scored, lambda: _no_logprobs(T, config.vocab_size)), tuple(new)
+
+
+def _no_logprobs(rows: int, vocabulary: int) -> TopLogprobs:
+    top = (rows, min(TOP_LOGPROBS, vocabulary))
+    return jnp.zeros((rows,)), jnp.zeros(top, jnp.int32), jnp.zeros(top)
+
+
+@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("layers",))
+@promoting
+def write_segment(
+    layers: Layers, staging: Staging, tables: Tables, slot: jax.Array, numbers: jax.Array, *, spec: CacheSpec
+) -> Layers:
+    """Write a staged segment to the pages of its row; `numbers` int32 [3]: tokens before the segment, W, its tokens."""
+    before, window, segment = (numbers[i][None] for i in range(3))
+    meta = AttentionMetadata(before, segment, window, spec)
+    row = _row(layers, slot, tables, spec)
+    written = tuple(kv.write(layer, k, v, meta) for layer, (k, v) in zip(row, staging, strict=True))
+    means = _map_means(
+        layers, lambda all_rows, one: lax.dynamic_update_slice_in_dim(all_rows, one, slot, axis=0), written
+    )
+    return tuple(
+        tuple(group.replace(k_mean=own.k_mean, v_mean=own.v_mean, table=None) for group, own in zip(*pair, strict=True))
+        for pair in zip(written, means, strict=True)
+    )
+
+
+@functools.partial(jax.jit, donate_argnames=("vocabulary",))
+@promoting
+def start_row(
+    vocabulary: Vocabulary,
+    rows: Rows,
+    slot: jax.Array,
+    seen: jax.Array,
+    bias: jax.Array,
+    allowed: jax.Array,
+    logits: jax.Array,
+) -> tuple[Vocabulary, jax.Array, jax.Array, TopLogprobs]:
+    """Choose a row's first token from logits [1, V]; `rows` are the numbers of this row, `seen`, `bias` and `allowed`
+    [V] are what it knows about the tokens.
+
+    Returns the vocabulary's state, the token int32 [1], whether the logits were not finite, bool [1], and the log
+    probabilities.
+    """
+    fresh = Vocabulary(seen[None], jnp.zeros(seen.shape, jnp.int32)[None], bias[None], allowed[None])
+    token, failed, fresh = _choose(fresh, rows, rows.live, logits)
+    vocabulary = jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, slot, axis=0), vocabulary, fresh)
+    return vocabulary, token, failed, logprobs(logits, token, TOP_LOGPROBS)
+
+
+def _choose(
+    vocabulary: Vocabulary, rows: Rows, live: jax.Array, logits: jax.Array
+) -> tuple[jax.Array, jax.Array, Vocabulary]:
+    """Return the next token int32 [B] of live rows, the newest one of others; the live rows that failed, bool [B]; and
+    the vocabulary's state with the tokens counted."""
+    failed = live & ~jnp.isfinite(logits).all(axis=-1)
+    chooses = live & ~failed
+    logits = jnp.where(chooses[:, None], logits, 0.0)
+    # Row 0 of the batch with the same seed: a request draws as `generate` does for one prompt.
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(rows.seed)
+    keys = jax.vmap(jax.random.fold_in)(keys, rows.count)
+    chosen = sample_rows(
+        rows.sampling,
+        rows.greedy,
+        logits,
+        keys,
+        vocabulary.seen,
+        vocabulary.counts,
+        vocabulary.bias,
+        vocabulary.allowed,
+    )
+    token = jnp.where(chooses, chosen, rows.token)
+    each = jnp.arange(token.shape[0], dtype=jnp.int32)
+    counts = vocabulary.counts.at[each, token].add(chooses.astype(jnp.int32))
+    seen = vocabulary.seen.at[each, token].max(chooses)
+    return token, failed, vocabulary.replace(seen=seen, counts=counts)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "block"), donate_argnames=("layers", "vocabulary"))
+@promoting
+def decode_block(
+    params: Params,
+    layers: Layers,
+    vocabulary: Vocabulary,
+    rows: Rows,
+    tables: Tables,
+    steps: jax.Array,
+    score: jax.Array,
+    *,
+    spec: CacheSpec,
+    block: int,
+) -> tuple[Layers, Vocabulary, BlockOutput]:
+    """Run up to `steps` ≤ `block` decode steps of the live rows. `score`: bool, log probabilities are wanted."""
+    B, V = vocabulary.seen.shape
+    cache = KVCache(_with_tables(layers, tables, spec), rows.length, rows.window, jnp.zeros((B,), bool), spec)
+    empty = tuple(jnp.zeros((B, block, *x.shape[1:]), x.dtype) for x in _no_logprobs(B, V))
+    out = BlockOutput(jnp.zeros((B, block), jnp.int32), rows.count, jnp.zeros((B,), bool), empty)
+
+    def going(carry):
+        index, _, _, rows, _ = carry
+        return (index < steps) & jnp.any(rows.live)
+
+    def step(carry):
+        index, cache, vocabulary, rows, out = carry
+        logits, cache = decode(params, cache, rows.token, rows.live)
+        token, failed, vocabulary = _choose(vocabulary, rows, rows.live, logits)
+        found = lax.cond(score, lambda: logprobs(logits, token, TOP_LOGPROBS), lambda: _no_logprobs(B, V))
+        count = rows.count + (rows.live & ~failed)
+        stopped = jnp.any(token[:, None] == rows.stop_ids, axis=1) | (count >= rows.limit) | failed
+        rows = rows.replace(token=token, count=count, live=rows.live & ~stopped)
+
+        def put(x, new):
+            return lax.dynamic_update_slice_in_dim(x, new[:, None], index, axis=1)
+
+        tokens, scores = put(out.tokens, token), tuple(map(put, out.logprobs, found))
+        return index + 1, cache, vocabulary, rows, BlockOutput(tokens, count, out.failed | failed, scores)
+
+    _, cache, vocabulary, _, out = lax.while_loop(going, step, (jnp.int32(0), cache, vocabulary, rows, out))
+    return _without_tables(cache.layers), vocabulary, out
+
+
+@functools.partial(jax.jit, donate_argnames=("vocabulary",))
+def set_allowed(vocabulary: Vocabulary, slot: jax.Array, allowed: jax.Array) -> Vocabulary:
+    """Set which tokens a row may choose, bool [V]."""
+    return vocabulary.replace(allowed=lax.dynamic_update_slice_in_dim(vocabulary.allowed, allowed[None], slot, axis=0))
+
+
+def as_int32(*numbers: int) -> np.ndarray:
+    """Return numbers as an int32 array, the form that every program takes."""
+    return np.asarray(numbers, np.int32)
