@@ -81,6 +81,12 @@ class Job:
     def records(self) -> Path | None:
         return None if self.out is None else self.out / "records.jsonl"
 
+    def require_positions(self, option: str, tokens: int) -> None:
+        """Raise ValueError for sequences longer than the model was trained for: its answers would say nothing."""
+        most = self.params.config.max_position_embeddings
+        if tokens > most:
+            raise ValueError(f"{option}: {tokens:,} tokens, but the model has {most:,} positions: give fewer")
+
     def table(self, name: str, systems: Sequence[System], examples: Sequence[Example], **options: Any) -> Table:
         """Run one table, with a progress bar."""
         with _bar(name) as progress:
@@ -123,6 +129,7 @@ def needle(
         plots.require()
     variants = variant or ["single"]
     job = prepare(model, policy, rows, run)
+    job.require_positions("--lengths", max(grid.lengths))
     text, tables = Haystack.load(run.haystack), []
     for name in variants:
         made = needles.examples(job.params, name, grid, haystack=text, form=form)  # type: ignore[arg-type]
@@ -163,6 +170,7 @@ def ruler_command(
             raise typer.BadParameter(f"{name!r}: use {', '.join(ruler.TASKS)}", param_hint="--tasks")
     sizes = _numbers("--lengths", lengths)
     job = prepare(model, policy, rows, run)
+    job.require_positions("--lengths", max(sizes))
     chosen: Form = form or ("user" if job.params.assets and job.params.assets.chat_template else "raw")
     text, tables = Haystack.load(run.haystack), []
     for name in names:
@@ -191,6 +199,7 @@ def conversation_command(
     """Ask a document's facts in one growing conversation, and each of a fresh copy of its cache."""
     grid = needles.Grid((tokens,), documents=documents, facts=facts, seed=run.seed)
     job = prepare(model, policy, rows, run)
+    job.require_positions("--tokens", tokens)
     made = needles.examples(job.params, "facts", grid, haystack=Haystack.load(run.haystack))
     turns = [conversation.Conversation(row) for row in job.rows]
     tables = [
@@ -216,6 +225,7 @@ def long_generation_command(
 ) -> None:
     """Decode thousands of tokens, ask for facts on the way; then free-running output, token by token."""
     job = prepare(model, policy, rows, run)
+    job.require_positions("--tokens and --new-tokens", tokens + new_tokens)
     text = Haystack.load(run.haystack)
     made = long_generation.examples(
         job.params,
@@ -254,6 +264,7 @@ def agreement_command(
     something.
     """
     job = prepare(model, policy, rows, run)
+    job.require_positions("--tokens and --new-tokens", tokens + new_tokens)
     text = Haystack.load(run.haystack)
     passages = agreement.text_passages(
         job.params, text, prompt=tokens, following=new_tokens, count=documents, seed=run.seed
