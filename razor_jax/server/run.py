@@ -1,0 +1,106 @@
+"""Run the application in this process until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from .service import Service
+
+_log = logging.getLogger(__name__)
+_CLOSE_SECONDS = 5.0  # For the last bytes of responses, after the answers have ended.
+
+
+def run(
+    service: Service, app: Starlette, host: str, port: int, drain_seconds: float, on_listening: Callable[[str], None]
+) -> int:
+    """Start the engine, serve HTTP, and return the exit code: 0 after SIGTERM or SIGINT.
+
+    The server listens while the engine compiles: /health answers, and /ready says when it takes requests. A signal ends
+    that: running answers finish within `drain_seconds`. A second signal ends them at once.
+
+    Args:
+      port: 0 for any free port.
+      on_listening: called with the address.
+    """
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(_CLOSE_SECONDS),
+    )
+    listener = _listen(host, port)
+    address = listener.getsockname()
+    shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+    on_listening(f"http://{shown}:{address[1]}")
+    server = _Server(config, service, drain_seconds)
+    with listener:
+        server.run(sockets=[listener])
+    service.tokenizer.close()
+    return 1 if server.failed else 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises OSError that names the address."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port} ({error}): choose another --host or --port") from error
+
+
+class _Server(uvicorn.Server):
+    """A server that starts the engine, and drains it before it closes connections."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float):
+        super().__init__(config)
+        self.failed = False
+        self._service, self._drain_seconds = service, drain_seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._draining = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and start the engine in a thread meanwhile."""
+        await super().startup(sockets=sockets)
+        self._loop = asyncio.get_running_loop()
+        self._tasks.append(asyncio.create_task(self._start()))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain at the first signal, and end at the second.
+
+        uvicorn's own handler raises the signal again at the end, and the exit code would not be 0.
+        """
+        if self._draining or self._loop is None:
+            self.force_exit = self._draining
+            self.should_exit = True
+            return
+        self._draining = True
+        name = signal.Signals(sig).name
+        _log.info("%s: running answers have %g seconds to finish", name, self._drain_seconds)
+        self._loop.call_soon_threadsafe(lambda: self._tasks.append(asyncio.create_task(self._drain())))
+
+    async def _start(self) -> None:
+        try:
+            await asyncio.to_thread(self._service.engine.start)
+        except Exception:
+            _log.exception("the engine did not start")
+            self.failed = self.should_exit = True
+
+    async def _drain(self) -> None:
+        try:
+            if not await asyncio.to_thread(self._service.engine.drain, self._drain_seconds):
+                _log.warning("answers were cut off after %g seconds", self._drain_seconds)
+        finally:
+            self.should_exit = True
