@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..tokenizer.assets import Assets
 from .generation import Delta, Finished, TokenLogprob
@@ -16,6 +16,7 @@ from .tokenize import token_text
 _LEAST = -9999.0  # Log probability of a token that cannot come; JSON has no infinity.
 
 
+@runtime_checkable
 class Choice(Protocol):
     """An answer of a response."""
 

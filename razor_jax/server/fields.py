@@ -10,7 +10,14 @@ from typing import Any
 from .errors import ApiError
 
 # Fields of OpenAI's API that change nothing about an answer.
-WITHOUT_EFFECT = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user")
+WITHOUT_EFFECT = (
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "user",
+)
 # Fields of OpenAI's API that are not implemented, with the values that ask for nothing.
 NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),

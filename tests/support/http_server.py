@@ -28,16 +28,12 @@ class Running:
     url: str
     engine: Any
     service: Service
-
-    @property
-    def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20, trust_env=False)
+    http: httpx.Client
 
     def openai(self, **options: Any) -> openai.OpenAI:
-        client = httpx.Client(trust_env=False)
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "http_client": client} | options
-        )
+        """A client whose connections are those of `http`."""
+        known = {"api_key": "none", "max_retries": 0, "http_client": self.http}
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{**known, **options})
 
     def wait_until(self, holds: Any, seconds: float = 10.0) -> None:
         """Wait until `holds()`; fail after some seconds."""
@@ -53,16 +49,29 @@ class Running:
 
 
 @contextlib.contextmanager
-def serve(engine: Any, assets: Assets, vocab_size: int, max_model_len: int = 4096, **options: Any) -> Iterator[Running]:
-    """Serve an engine that has started; it is drained at the end. Options are those of Service and make_app."""
+def serve(
+    engine: Any,
+    assets: Assets,
+    vocab_size: int,
+    max_model_len: int = 4096,
+    *,
+    send_buffer: int | None = None,
+    **options: Any,
+) -> Iterator[Running]:
+    """Serve an engine that has started; it is drained at the end. Options are those of Service and make_app.
+
+    `send_buffer`: bytes that the kernel holds of each response.
+    """
     of_app = {name: options.pop(name) for name in ("api_key", "origins") if name in options}
     service = Service(engine, assets, "scripted", vocab_size, max_model_len, **options)
     config = uvicorn.Config(make_app(service, **of_app), log_level="error", lifespan="off", ws="none", loop="asyncio")
     server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener, _client(listener) as client:
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # Connections inherit it.
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        running = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, service)
+        running = Running(str(client.base_url), engine, service, client)
         try:
             running.wait_until(lambda: server.started)
             yield running
@@ -72,6 +81,10 @@ def serve(engine: Any, assets: Assets, vocab_size: int, max_model_len: int = 409
             thread.join(10)
             service.tokenizer.close()
     assert not thread.is_alive()
+
+
+def _client(listener: socket.socket) -> httpx.Client:
+    return httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=20, trust_env=False)
 
 
 @contextlib.contextmanager
