@@ -1,4 +1,4 @@
-"""`razor-jax serve`: many prompts, or a person's, answered by one process or by many at once."""
+"""`razor-jax serve`: many prompts, or a person's, answered by one process or by many at once; or HTTP."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from razor_jax import Params, Result
 from razor_jax.checkpoint import hub
 from razor_jax.cli import terminal
 from razor_jax.cli.options import ModelOptions, NewTokens, PolicyOptions, SamplingOptions, grouped
+from razor_jax.cli.serve_http import HttpOptions, refuse, serve_http
 from razor_jax.cli.terminal import note
 from razor_jax.launch import worker
 from razor_jax.serve import agreement, batch, interactive
 from razor_jax.text.prompts import encode
+
+_BATCH = 8
 
 
 @grouped
@@ -33,16 +36,23 @@ def serve(
     interactively: Annotated[
         bool, typer.Option("--interactive", help="Read prompts from stdin, of process 0, until /exit.")
     ] = False,
-    rows: Annotated[int, typer.Option("--batch", min=1, help="Prompts that are answered together.")] = 8,
+    rows: Annotated[int, typer.Option("--batch", min=1, help="Prompts that are answered together.")] = _BATCH,
     max_new_tokens: NewTokens = 256,
     *,
+    http: HttpOptions,
     model: ModelOptions,
     policy: PolicyOptions,
     draws: SamplingOptions,
 ) -> None:
-    """Answer a file of prompts, or a person; over many hosts with `python -m razor_jax.launch`."""
+    """Serve HTTP (--port); or answer a file of prompts, or a person, over many hosts (`python -m razor_jax.launch`)."""
+    if http.port is not None:
+        _refuse_files(prompts, output, interactively, rows, model, draws)
+        serve_http(http, model, policy, max_new_tokens)
+        return
+    if http.given:
+        raise typer.BadParameter(f"{', '.join(http.given)}: only HTTP has it, give --port")
     if interactively == (prompts is not None) or (prompts is None) != (output is None):
-        raise typer.BadParameter("give --prompts FILE and --output FILE, or --interactive")
+        raise typer.BadParameter("give --port PORT, --prompts FILE and --output FILE, or --interactive")
     decisive = _decisive(model, policy, draws)
     shape = {
         "batch": rows,
@@ -77,6 +87,25 @@ def serve(
         if jax.process_count() == 1:
             raise
         raise typer.Exit(worker.exit_code(error)) from None
+
+
+def _refuse_files(
+    prompts: Path | None,
+    output: Path | None,
+    interactively: bool,
+    rows: int,
+    model: ModelOptions,
+    draws: SamplingOptions,
+) -> None:
+    """Raise BadParameter for options that HTTP does not have."""
+    files = {"prompts": (prompts, None), "output": (output, None), "interactive": (interactively, False)}
+    refuse("not with --port, which serves HTTP", files)
+    refuse("HTTP has --slots instead", {"batch": (rows, _BATCH)})
+    refuse("HTTP is served on one device", {"mesh": (model.mesh, None)})
+    plain = SamplingOptions()
+    names = [field.name for field in dataclasses.fields(draws)]
+    given = {name: (getattr(draws, name) or None, getattr(plain, name) or None) for name in names}
+    refuse("over HTTP each request brings its own", given)
 
 
 def _decisive(model: ModelOptions, policy: PolicyOptions, draws: SamplingOptions) -> dict[str, Any]:

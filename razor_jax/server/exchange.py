@@ -47,6 +47,9 @@ class Exchange:
         except Refused as refused:
             self._cancel()
             raise from_refusal(refused) from None
+        except ValueError as error:  # What only the engine knows, such as the most log probabilities.
+            self._cancel()
+            raise ApiError(str(error), code="invalid_value") from None
 
     async def __aenter__(self) -> Exchange:
         return self

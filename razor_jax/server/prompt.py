@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from .tokenize import Tokenizer
 
 # Two texts that end a common start: one of them differs from whatever follows it.
 _PROBES = ("0", "x")
+# A shorter system prompt is cheaper to read again than to keep, and would fix the window of a long prompt behind it.
+MIN_SYSTEM_TOKENS = 256
 _ROLES = ("system", "user", "assistant", "tool")
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
@@ -57,7 +59,10 @@ class Prompts:
         except ValueError as error:
             raise ApiError(str(error), param="messages") from None
         prompt = self._checked(tokens, "messages")
-        ends = {self._common_start(text, tokens, start, variables) for start in _starts(messages)}
+        system, marked = _starts(messages)
+        ends = {self._common_start(text, tokens, start, variables) for start in marked}
+        if system and (end := self._common_start(text, tokens, system, variables)) >= MIN_SYSTEM_TOKENS:
+            ends.add(end)
         return dataclasses.replace(prompt, checkpoints=tuple(sorted(ends - {0, len(prompt.tokens)})))
 
     def of_completion(self, prompt: Any) -> list[Prompt]:
@@ -189,16 +194,18 @@ def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _starts(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield the starts whose cache is worth keeping: the system messages, and up to each marked part."""
-    system = next((index for index, each in enumerate(messages) if each["role"] != "system"), len(messages))
-    if system:
-        yield [*messages[:system], {"role": "user", "content": ""}]
-    for index, message in enumerate(messages):
-        parts = message["content"] if isinstance(message["content"], list) else []
-        for end, part in enumerate(parts, start=1):
-            if part.get("cache") or part.get("cache_control"):
-                yield [*messages[:index], {**message, "content": parts[:end]}]
+def _starts(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+    """Return the starts worth keeping: the system messages ([] without them), and up to each marked part."""
+    first = next((index for index, each in enumerate(messages) if each["role"] != "system"), len(messages))
+    system = [*messages[:first], {"role": "user", "content": ""}] if first else []
+    marked = [
+        [*messages[:index], {**message, "content": message["content"][: end + 1]}]
+        for index, message in enumerate(messages)
+        if isinstance(message["content"], list)
+        for end, part in enumerate(message["content"])
+        if part.get("cache") or part.get("cache_control")
+    ]
+    return system, marked
 
 
 def _with_text(start: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

@@ -186,12 +186,15 @@ def test_the_system_prompt_and_marked_parts_are_checkpoints(server):
         {"type": "text", "text": " and more", "cache_control": {"type": "ephemeral"}},
         {"type": "text", "text": "0 the question"},
     ]
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": parts}]
+    messages = [{"role": "system", "content": "be brief " * 40}, {"role": "user", "content": parts}]
     assert server.http.post("/v1/chat/completions", json={"messages": messages}).status_code == 200
     seen = server.engine.seen[-1]
     text = [tiny.assets().decode(seen.prompt[:length], skip_special=False) for length in seen.checkpoints]
-    begin = "<s><|system|>be brief<|end|><|user|>"
+    begin = f"<s><|system|>{'be brief ' * 40}<|end|><|user|>"
     assert text == [begin, begin + "a document", begin + "a document and more"]
+    messages[0]["content"] = "be brief"
+    assert server.http.post("/v1/chat/completions", json={"messages": messages}).status_code == 200
+    assert len(server.engine.seen[-1].checkpoints) == 2  # A short system prompt is read again.
 
 
 def test_models_and_tokenize_answer(server):
