@@ -35,7 +35,7 @@ class Running:
         known = {"api_key": "none", "max_retries": 0, "http_client": self.http}
         return openai.OpenAI(base_url=f"{self.url}/v1", **{**known, **options})
 
-    def wait_until(self, holds: Any, seconds: float = 10.0) -> None:
+    def wait_until(self, holds: Any, seconds: float = 60.0) -> None:
         """Wait until `holds()`; fail after some seconds."""
         deadline = time.monotonic() + seconds
         while not holds():
@@ -78,13 +78,13 @@ def serve(
         finally:
             engine.drain(5)
             server.should_exit = True
-            thread.join(10)
+            thread.join(60)
             service.tokenizer.close()
     assert not thread.is_alive()
 
 
 def _client(listener: socket.socket) -> httpx.Client:
-    return httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=20, trust_env=False)
+    return httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60, trust_env=False)
 
 
 @contextlib.contextmanager
