@@ -20,7 +20,8 @@ QWEN = """{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% e
 </tool_call>{% endfor %}<|end|>{% endfor %}<|assistant|>"""
 LLAMA = """{% if tools %}{{ tools[0] | tojson }} {"name": function name, "parameters": dictionary}{% endif %}
 {%- for m in messages %}<|{{ m.role }}|>{{ m.content }}
-{%- for call in m.tool_calls %}{"name": "{{ call.function.name }}", "parameters": {{ call.function.arguments | tojson }}}
+{%- for call in m.tool_calls %}
+{%- set f = call.function %}{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}
 {%- endfor %}<|end|>{% endfor %}<|assistant|>"""
 TEMPLATES = {"hermes": QWEN, "llama3": LLAMA}
 CITY = {
