@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -45,9 +47,14 @@ def run(
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     on_listening(f"http://{shown}:{address[1]}")
     server = _Server(config, service, drain_seconds)
+    # The program may watch signals by its own file descriptor; here the server handles them.
+    watched = signal.set_wakeup_fd(-1)
     with listener:
         server.run(sockets=[listener])
+    signal.set_wakeup_fd(watched)
     service.tokenizer.close()
+    if server.starting.is_alive():
+        os._exit(0)  # Nothing else ends a compilation.
     return 1 if server.failed else 0
 
 
@@ -66,16 +73,17 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float):
         super().__init__(config)
         self.failed = False
+        self.starting = threading.Thread(target=self._start, name="razor-jax-start", daemon=True)
         self._service, self._drain_seconds = service, drain_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._drained: asyncio.Task[None] | None = None
         self._draining = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and start the engine in a thread meanwhile."""
         await super().startup(sockets=sockets)
         self._loop = asyncio.get_running_loop()
-        self._tasks.append(asyncio.create_task(self._start()))
+        self.starting.start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal, and end at the second.
@@ -89,11 +97,14 @@ class _Server(uvicorn.Server):
         self._draining = True
         name = signal.Signals(sig).name
         _log.info("%s: running answers have %g seconds to finish", name, self._drain_seconds)
-        self._loop.call_soon_threadsafe(lambda: self._tasks.append(asyncio.create_task(self._drain())))
+        self._loop.call_soon_threadsafe(self._begin_to_drain)
 
-    async def _start(self) -> None:
+    def _begin_to_drain(self) -> None:
+        self._drained = asyncio.create_task(self._drain())
+
+    def _start(self) -> None:
         try:
-            await asyncio.to_thread(self._service.engine.start)
+            self._service.engine.start()
         except Exception:
             _log.exception("the engine did not start")
             self.failed = self.should_exit = True
