@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -109,9 +110,7 @@ def figures(records: Sequence[Record], seconds: float) -> dict[str, Any]:
     """Return throughput and latencies of finished requests."""
     finished = [record for record in records if record.outcome in ("stop", "length")]
     first = [record.times[0] - record.begin for record in finished if record.times]
-    gaps = [
-        later - sooner for record in finished for sooner, later in zip(record.times, record.times[1:], strict=False)
-    ]
+    gaps = [later - sooner for record in finished for sooner, later in itertools.pairwise(record.times)]
     outcomes = [record.outcome for record in records]
     return {
         "seconds": round(seconds, 2),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
@@ -53,8 +52,8 @@ def run(
         server.run(sockets=[listener])
     signal.set_wakeup_fd(watched)
     service.tokenizer.close()
-    if server.starting.is_alive():
-        os._exit(0)  # Nothing else ends a compilation.
+    if server.busy:
+        os._exit(0)  # Nothing else ends a program that runs or compiles.
     return 1 if server.failed else 0
 
 
@@ -73,34 +72,31 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float):
         super().__init__(config)
         self.failed = False
-        self.starting = threading.Thread(target=self._start, name="razor-jax-start", daemon=True)
         self._service, self._drain_seconds = service, drain_seconds
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._drained: asyncio.Task[None] | None = None
-        self._draining = False
+        self._starting = threading.Thread(target=self._start, name="razor-jax-start", daemon=True)
+        self._draining = threading.Thread(target=self._drain, name="razor-jax-drain", daemon=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine still compiles, or runs answers that a second signal cut off."""
+        return self._starting.is_alive() or self._draining.is_alive()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and start the engine in a thread meanwhile."""
         await super().startup(sockets=sockets)
-        self._loop = asyncio.get_running_loop()
-        self.starting.start()
+        self._starting.start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal, and end at the second.
 
         uvicorn's own handler raises the signal again at the end, and the exit code would not be 0.
         """
-        if self._draining or self._loop is None:
-            self.force_exit = self._draining
-            self.should_exit = True
-            return
-        self._draining = True
-        name = signal.Signals(sig).name
-        _log.info("%s: running answers have %g seconds to finish", name, self._drain_seconds)
-        self._loop.call_soon_threadsafe(self._begin_to_drain)
-
-    def _begin_to_drain(self) -> None:
-        self._drained = asyncio.create_task(self._drain())
+        if self._draining.ident is None:
+            name = signal.Signals(sig).name
+            _log.info("%s: running answers have %g seconds to finish", name, self._drain_seconds)
+            self._draining.start()
+        else:
+            self.should_exit = self.force_exit = True
 
     def _start(self) -> None:
         try:
@@ -109,9 +105,9 @@ class _Server(uvicorn.Server):
             _log.exception("the engine did not start")
             self.failed = self.should_exit = True
 
-    async def _drain(self) -> None:
+    def _drain(self) -> None:
         try:
-            if not await asyncio.to_thread(self._service.engine.drain, self._drain_seconds):
+            if not self._service.engine.drain(self._drain_seconds):
                 _log.warning("answers were cut off after %g seconds", self._drain_seconds)
         finally:
             self.should_exit = True

@@ -101,6 +101,18 @@ def test_an_idle_server_ends_at_once():
         assert running.wait(120) == 0
 
 
+def test_a_second_signal_ends_it_at_once():
+    """Though answers run and have an hour to finish."""
+    with scripted(10, 3600) as (running, client):
+        thread, _ = stream_in_thread(client)
+        until(lambda: 'requests_running{model_name="scripted"} 1.0' in client.get("/metrics").text)
+        running.send_signal(signal.SIGTERM)
+        until(lambda: client.get("/ready").status_code == 503)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(120) == 0
+        thread.join(120)
+
+
 def test_a_port_in_use_is_one_clear_error():
     """Before the model takes memory."""
     with run._listen("127.0.0.1", 0) as taken, pytest.raises(OSError, match="choose another --host or --port"):
