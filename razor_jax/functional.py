@@ -214,7 +214,9 @@ def check_cache(params: Params, cache: KVCache) -> None:
 
 
 def _block(params: Params, index: int, *args: Any, method: str) -> Any:
-    return Block(params.config).apply({"params": params.weights[f"blocks_{index}"]}, *args, method=method)
+    mix = None if params.placement is None else params.placement.mix
+    block = Block(params.config, index, mix)
+    return block.apply({"params": params.weights[f"blocks_{index}"]}, *args, method=method)
 
 
 def _tables(params: Params, meta: AttentionMetadata, start: jax.Array | int, T: int) -> rope.Tables:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax import lax
 from jax.experimental import multihost_utils
 
 from .. import models
@@ -70,9 +71,9 @@ def read(
         total = sum(_bytes(found, stored) for stored in tensors.values())
         done = 0
         for name, stored in tensors.items():
-            tensor, heads = found[stored.name], _stored_order(name, split, loader.placement)
-            part = functools.partial(stored.read, tensor, heads=heads)
-            loader.read(name, part, _FLOATS[tensor.get_dtype()])
+            heads = _stored_order(name, split, loader.placement)
+            fill = functools.partial(stored.read, found, heads=heads)
+            loader.read(name, fill, _FLOATS[found[stored.names[0]].get_dtype()])
             done += _bytes(found, stored)
             if progress is not None:
                 progress(done, total)
@@ -257,7 +258,7 @@ def _equal(found: _Found, one: str, other: str, rows: int = 4096) -> bool:
 
 
 def _check(path: Path, config: ModelConfig, tensors: Mapping[str, CheckpointTensor], found: _Found) -> None:
-    wanted = {stored.name: stored for stored in tensors.values()}
+    wanted = {name: stored for stored in tensors.values() for name in stored.names}
     spare = {_head_name(config)} if config.tie_embeddings else set()
     extra = [name for name in found.keys() - wanted.keys() - spare if not _IGNORED.search(name)]
     problems = [f"missing {name} {list(wanted[name].shape)}" for name in wanted if name not in found]
@@ -281,8 +282,8 @@ def _check(path: Path, config: ModelConfig, tensors: Mapping[str, CheckpointTens
 
 
 def _bytes(found: _Found, stored: CheckpointTensor) -> int:
-    kind = _FLOATS[found[stored.name].get_dtype()]
-    return int(np.prod(stored.shape)) // stored.parts * jnp.dtype(kind).itemsize
+    each = int(np.prod(stored.shape)) // stored.parts
+    return sum(each * jnp.dtype(_FLOATS[found[name].get_dtype()]).itemsize for name in stored.names)
 
 
 def _dtype(asked: Any, hf: Mapping[str, Any], stored: str) -> np.dtype:
@@ -309,11 +310,12 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
     }
     write_json(folder / "config.json", write_config(params.config) | about)
     flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params.weights, sep="/"))
-    # The parts of each tensor in order; a fused tensor has several.
-    tensors: dict[str, list[tuple[CheckpointTensor, Any]]] = {}
+    # The parts of each tensor in order: a fused tensor has several, a tensor of an expert is one row of a weight.
+    tensors: dict[str, list[tuple[CheckpointTensor, Any, int]]] = {}
     for path, stored in tensor_names(params.config).items():
-        tensors.setdefault(stored.name, []).append((stored, flat[path]))
-    sizes = {name: sum(x.nbytes for _, x in parts) for name, parts in tensors.items()}
+        for row, name in enumerate(stored.names):
+            tensors.setdefault(name, []).append((stored, flat[path], row))
+    sizes = {name: sum(x.nbytes // len(stored.names) for stored, x, _ in parts) for name, parts in tensors.items()}
     groups = _group(sizes, shard_bytes)
     files = {}
     for i, names in enumerate(groups):
@@ -321,7 +323,7 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
         files |= dict.fromkeys(names, file)
         arrays = {}
         for name in names:
-            parts = [stored.to_stored(_on_host(x)) for stored, x in tensors[name]]
+            parts = [stored.to_stored(_on_host(_one(stored, x, row))) for stored, x, row in tensors[name]]
             # Joined transposed tensors may stay transposed in memory, which safetensors writes as it is.
             arrays[name] = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
         # transformers reads only files whose metadata names a framework.
@@ -329,6 +331,11 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
             safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
     if len(groups) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
+
+
+def _one(stored: CheckpointTensor, x: jax.Array, row: int) -> jax.Array:
+    """Return the weight x, or one expert's row of a stack."""
+    return x if stored.count is None else lax.dynamic_index_in_dim(x, row, keepdims=False)
 
 
 def _on_host(x: jax.Array) -> np.ndarray:

@@ -21,7 +21,7 @@ from ..cache import CacheSpec, make_spec
 from ..config import HeadSplit, RazorConfig
 from ..functional import CHUNK
 from ..mesh import Layout, MeshPlacement
-from ..models.config import ModelConfig
+from ..models.config import Experts, ModelConfig
 from ..params import abstract_weights
 from .hardware import Hardware
 
@@ -130,16 +130,21 @@ def memory(job: Job) -> Memory:
 
 @functools.cache
 def _weight_bytes(config: ModelConfig, weights: str, data: int, model: int) -> int:
-    """Return the weight bytes per device, extrapolated from models of one and two layers."""
+    """Return the weight bytes per device, extrapolated from models of one and two layers of each kind."""
     nowhere = Hardware("", "gpu", "", data * model, 1, 0)
 
-    def of(layers: int) -> int:
-        shallow = dataclasses.replace(config, num_layers=layers)
+    def of(layers: int, kind: Experts | None) -> int:
+        shallow = dataclasses.replace(config, num_layers=layers, experts=kind)
         split = HeadSplit.all(layers, config.num_kv_heads)
         job = Job(shallow, nowhere, data, model, 1, 1, 1, split, None, weights)
         return sharding.weight_bytes(job.abstract_weights(), stand_in_mesh(job))[0]
 
-    return of(1) + (config.num_layers - 1) * (of(2) - of(1))
+    experts = config.experts and dataclasses.replace(config.experts, dense_layers=())
+    sparse = sum(config.experts_of(layer) is not None for layer in range(config.num_layers))
+    counts = {experts: sparse, None: config.num_layers - sparse}
+    layers = {kind: of(2, kind) - of(1, kind) for kind, count in counts.items() if count}
+    outside = of(1, experts) - (of(2, experts) - of(1, experts))
+    return outside + sum(counts[kind] * size for kind, size in layers.items())
 
 
 def _decode(job: Job, rows: int) -> int:
