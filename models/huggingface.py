@@ -265,22 +265,9 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
                 f"{field}={hf[field]}: a mixture of experts is supported for qwen3_moe only, not for "
                 f"{hf['model_type']}: use a dense model"
             )
-    quantised = hf.get("quantization_config") or hf.get("quantization")
-    if quantised:
-        raise ValueError(
-            f"these weights are quantised by another tool ({_quantiser(quantised)}), which is not supported: use the "
-            "bfloat16 or float16 checkpoint that they were made from; weights='int8' quantises it here"
-        )
     other = sorted(set(hf.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
     if other:
         raise ValueError(f"layer_types has {', '.join(other)}, which is not supported: use full_attention")
-
-
-def _quantiser(fields: Mapping[str, Any]) -> str:
-    """Return the tool and the width of the weights; only MLX states no `quant_method`."""
-    method, bits = fields.get("quant_method"), fields.get("bits")
-    tool = "MLX" if method is None and bits is not None else f"quant_method={method!r}"
-    return tool if bits is None else f"{tool}, {bits} bits"
 
 
 def _read_rope(hf: Mapping[str, Any]) -> Rope:

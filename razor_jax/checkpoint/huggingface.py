@@ -33,6 +33,8 @@ from ..mesh import MeshPlacement
 from ..models import CheckpointTensor, ModelConfig, tensor_names, write_config
 from ..params import Params, stored_order
 from ..sharding import MeshLike
+from . import quantised
+from .float8 import Float8
 from .loader import Loader, Progress, Weights, float_type, fold
 
 INDEX = "model.safetensors.index.json"
@@ -62,7 +64,11 @@ def read(
     hf, config = _config(path)
     with contextlib.ExitStack() as stack:
         found = _find_tensors(path, stack)
-        _refuse_quantised(path, found)
+        _refuse_undeclared(path, hf, found)
+        try:
+            found = quantised.decode(hf, found)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         _refuse_more_layers(path, config, found)
         config, tensors = _resolve_tie(config, found)
         _check(path, config, tensors, found)
@@ -90,7 +96,9 @@ def _config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
         raise ValueError(_adapter(path))
     hf = read_json(path / "config.json", "it names the architecture; a Hugging Face checkpoint has one")
     try:
-        return hf, models.read_config(hf)
+        config = models.read_config(hf)
+        quantised.check(hf)
+        return hf, config
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from None
 
@@ -201,15 +209,17 @@ def _open(shard: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, _Slic
         )
         raise ValueError(f"{shard} {cause}") from error
     for name in handle.keys():  # noqa: SIM118, it is no dictionary
-        yield name, handle.get_slice(name)
+        tensor = handle.get_slice(name)
+        yield name, Float8(shard, name) if tensor.get_dtype() in Float8.TYPES else tensor
 
 
-def _refuse_quantised(path: Path, found: _Found) -> None:
+def _refuse_undeclared(path: Path, hf: Mapping[str, Any], found: _Found) -> None:
+    """Refuse quantised weights that config.json says nothing about."""
     name = next(filter(_QUANTISED.search, found), None)
-    if name is not None:
+    if name is not None and not (hf.get("quantization_config") or hf.get("quantization")):
         raise ValueError(
-            f"the weights in {path} are quantised by another tool ({name}), which is not supported: use the bfloat16 "
-            "or float16 checkpoint that they were made from; weights='int8' quantises it here"
+            f"the weights in {path} are quantised ({name}), but config.json has no quantization_config that says how: "
+            "copy the checkpoint's own config.json, or use the bfloat16 or float16 checkpoint that it was made from"
         )
 
 

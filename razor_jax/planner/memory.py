@@ -166,7 +166,9 @@ def _prefill(job: Job, rows: int, mesh: Mesh, by_slot: bool) -> int:
     hidden = rows * tokens * c.hidden_size * size // job.model
     kv = 2 * rows * tokens * (c.num_kv_heads // heads) * c.head_dim * size
     width = c.num_heads * c.head_dim
-    chunk = rows * CHUNK * (3 * c.intermediate_size * size + 5 * width * 4) // job.model
+    sparse = c.experts is not None and not c.experts.dense_layers
+    mlp = c.experts.intermediate_size if sparse and c.experts else c.intermediate_size
+    chunk = rows * CHUNK * (3 * mlp * size + 5 * width * 4) // job.model
     if job.model == 1:
         # Hidden states are copied between layers. Attention's widest weight, unless int8, is copied to another layout.
         relaid = 0 if job.weights == "int8" else c.hidden_size * width * size

@@ -152,10 +152,6 @@ REFUSED = {
         _llama(num_local_experts=8),
         r"num_local_experts=8.*qwen3_moe only, not for llama.*dense",
     ),
-    "awq": (_llama(quantization_config={"quant_method": "awq", "bits": 4}), r"'awq', 4 bits.*bfloat16.*'int8'"),
-    "bitsandbytes": (_llama(quantization_config={"quant_method": "bitsandbytes"}), r"'bitsandbytes'\).*bfloat16"),
-    "mlx": (_llama(quantization={"group_size": 64, "bits": 4}), r"another tool \(MLX, 4 bits\).*bfloat16"),
-    "mlx, new": (_llama(quantization_config={"group_size": 64, "bits": 8}), r"another tool \(MLX, 8 bits\)"),
     "another type for a type": (_llama(model_type=["llama"]), r"model_type=\['llama'\].*llama"),
     "a factor of nothing": (
         _llama(rope_scaling={"rope_type": "linear", "factor": 0}),
