@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import baichuan, config_checks, llama, mistral, qwen
-from .config import ModelConfig, Rope
+from . import baichuan, config_checks, llama, mistral, qwen, qwen_moe, smollm3
+from .config import Experts, ModelConfig, Rope
 from .huggingface import CheckpointTensor
 from .transformer import Block, Transformer
 
@@ -14,6 +14,7 @@ __all__ = [
     "FAMILIES",
     "Block",
     "CheckpointTensor",
+    "Experts",
     "ModelConfig",
     "Rope",
     "Transformer",
@@ -23,11 +24,22 @@ __all__ = [
 ]
 
 # Each family module has three functions: `config`, its inverse `fields`, and `names`.
-FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen, "qwen3": qwen, "baichuan": baichuan}
+FAMILIES = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen,
+    "qwen3": qwen,
+    "qwen3_moe": qwen_moe,
+    "smollm3": smollm3,
+    "baichuan": baichuan,
+}
 # Language models saved without their output head; with tied embeddings the embedding serves as one.
-_BASE_MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "BaichuanModel")
+_BASE_MODELS = (
+    *("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "Qwen3MoeModel", "SmolLM3Model", "BaichuanModel"),
+)
 _SUPPORTED = (
-    "llama (Llama 2, 3, 3.1, 3.2), mistral (full attention), qwen2 (Qwen1.5, 2, 2.5), qwen3 (dense) and baichuan (13B)"
+    "llama (Llama 2, 3, 3.1, 3.2, 3.3), mistral (full attention), qwen2 (Qwen1.5, 2, 2.5), qwen3, qwen3_moe, smollm3 "
+    "and baichuan (13B)"
 )
 
 

@@ -26,6 +26,17 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """Mixture of experts in place of a layer's MLP (`experts.py`)."""
+
+    count: int  # E
+    per_token: int  # experts that a token goes through
+    intermediate_size: int  # F of each
+    normalize: bool = False  # the shares of a token's experts are scaled to the sum 1
+    dense_layers: tuple[int, ...] = ()  # layers with an ordinary MLP
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shapes and switches of a Llama- or Qwen-like transformer (letters as in `transformer.py`)."""
 
@@ -47,8 +58,22 @@ class ModelConfig:
     qk_norm: bool = False
     alibi: bool = False  # attention adds linear biases (`alibi.py`) instead of rotary embedding
     norm_head: bool = False  # rows of the output head are scaled to length 1
+    nope_layers: tuple[int, ...] = ()  # layers without rotary embedding
+    experts: Experts | None = None
 
     @property
     def group_size(self) -> int:
         """G, query heads per KV head."""
         return self.num_heads // self.num_kv_heads
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """Return the experts of a layer, None if it has an ordinary MLP."""
+        return None if self.experts is None or layer in self.experts.dense_layers else self.experts
+
+    def first_like(self, layer: int) -> int:
+        """Return the first layer that has the same program as `layer`, so that one compilation serves both."""
+        layers = range(self.num_layers)
+        return next(each for each in layers if self._program(each) == self._program(layer))
+
+    def _program(self, layer: int) -> tuple[bool, bool]:
+        return layer in self.nope_layers, self.experts_of(layer) is None

@@ -36,6 +36,11 @@ TEXT = Kind("a string", lambda value: isinstance(value, str))
 TEXTS = Kind(
     "a list of strings", lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value)
 )
+WHOLES = Kind(
+    "a list of whole numbers of at least 0",
+    lambda value: isinstance(value, list) and all(WHOLE.holds(each) for each in value),
+)
+FLAGS = Kind("a list of 0 and 1", lambda value: isinstance(value, list) and all(each in (0, 1) for each in value))
 OBJECT = Kind("an object", lambda value: isinstance(value, Mapping))
 
 # What transformers 5 accepts. Null means the default only where it does so there.
@@ -67,6 +72,13 @@ FIELDS = {
     "torch_dtype": optional(TEXT),
     "quantization": optional(OBJECT),
     "quantization_config": optional(OBJECT),
+    "no_rope_layers": optional(FLAGS),
+    "no_rope_layer_interval": COUNT,
+    "moe_intermediate_size": COUNT,
+    "num_experts_per_tok": COUNT,
+    "norm_topk_prob": SWITCH,
+    "decoder_sparse_step": COUNT,
+    "mlp_only_layers": optional(WHOLES),
     "num_experts": optional(WHOLE),
     "num_local_experts": optional(WHOLE),
     "n_routed_experts": optional(WHOLE),

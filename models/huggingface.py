@@ -7,6 +7,7 @@ changes the arithmetic in a way that `transformer.py` does not support is refuse
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -29,7 +30,8 @@ class CheckpointTensor:
     """One weight in a checkpoint: the tensor's name, and how it becomes our array.
 
     `pattern` is an einops pattern, stored axes -> our axes; `sizes` are the lengths of its letters. If the tensor fuses
-    `parts` weights on its first axis, this weight is number `part`.
+    `parts` weights on its first axis, this weight is number `part`. If the weight stacks the tensors of `count` experts
+    on its first axis, the name has {} for the number of the expert, and the pattern is that of one.
     """
 
     name: str
@@ -37,22 +39,37 @@ class CheckpointTensor:
     sizes: Mapping[str, int]
     part: int = 0
     parts: int = 1
+    count: int | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors in the checkpoint: one, or one per expert."""
+        return (self.name,) if self.count is None else tuple(self.name.format(i) for i in range(self.count))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the whole tensor in the checkpoint: `[out, in]` for a projection."""
+        """Shape of one whole tensor in the checkpoint: `[out, in]` for a projection."""
         axes = re.findall(r"\([^)]*\)|\S+", self.pattern.split("->")[0])
         first, *rest = (math.prod(self.sizes[letter] for letter in axis.strip("()").split()) for axis in axes)
         return (self.parts * first, *rest)
 
-    def read(self, tensor: Any, index: Sequence[slice], heads: Sequence[int] | None = None) -> np.ndarray:
-        """Return the part `index` of our array, one slice per axis. No other bytes of the file are read.
+    def read(
+        self, found: Mapping[str, Any], index: Sequence[slice], out: np.ndarray, heads: Sequence[int] | None = None
+    ) -> None:
+        """Write the part `index` of our array into `out`. No other bytes of the file are read.
 
         Args:
-          tensor: the whole stored tensor, as a safetensors slice.
-          index: slices of our array.
+          found: the stored tensors by name, as safetensors slices.
+          index: one slice per axis of our array.
           heads: KV heads in the order of our array, None for the checkpoint's order.
         """
+        if self.count is None:
+            out[...] = self._read_one(found[self.name], index, heads)
+            return
+        for row, name in zip(out, self.names[index[0]], strict=True):
+            row[...] = self._read_one(found[name], index[1:], None)
+
+    def _read_one(self, tensor: Any, index: Sequence[slice], heads: Sequence[int] | None) -> np.ndarray:
         left, right = (re.findall(r"\([^)]*\)|\S+", side) for side in self.pattern.split("->"))
         order = {letter: np.arange(self.sizes[letter]) for letter in right}
         if heads is not None and "k" in order:
@@ -70,7 +87,7 @@ class CheckpointTensor:
         return einops.rearrange(_gather(tensor, axes), self.pattern, **sizes)
 
     def to_stored(self, x: np.ndarray) -> np.ndarray:
-        """Return the stored tensor, or its part of a fused tensor, from our whole array."""
+        """Return the stored tensor, or its part of a fused tensor, from our whole array, or one expert's of it."""
         left, right = self.pattern.split("->")
         return einops.rearrange(x, f"{right.strip()} -> {left.strip()}")
 
@@ -110,9 +127,6 @@ def tensors(config: ModelConfig) -> dict[str, CheckpointTensor]:
         "v/kernel": ("self_attn.v_proj.weight", "(k h) d -> d k h"),
         "o/kernel": ("self_attn.o_proj.weight", "d (k g h) -> k g h d"),
         "mlp_norm/scale": ("post_attention_layernorm.weight", "d -> d"),
-        "gate/kernel": ("mlp.gate_proj.weight", "f d -> d f"),
-        "up/kernel": ("mlp.up_proj.weight", "f d -> d f"),
-        "down/kernel": ("mlp.down_proj.weight", "d f -> f d"),
     }
     if c.qkv_bias:
         block["q/bias"] = ("self_attn.q_proj.bias", "(k g h) -> k g h")
@@ -120,23 +134,47 @@ def tensors(config: ModelConfig) -> dict[str, CheckpointTensor]:
         block["v/bias"] = ("self_attn.v_proj.bias", "(k h) -> k h")
     if c.output_bias:
         block["o/bias"] = ("self_attn.o_proj.bias", "d -> d")
-    if c.mlp_bias:
-        block["gate/bias"] = ("mlp.gate_proj.bias", "f -> f")
-        block["up/bias"] = ("mlp.up_proj.bias", "f -> f")
-        block["down/bias"] = ("mlp.down_proj.bias", "d -> d")
     if c.qk_norm:
         block["q_norm/scale"] = ("self_attn.q_norm.weight", "h -> h")
         block["k_norm/scale"] = ("self_attn.k_norm.weight", "h -> h")
+    mlp = {
+        "gate/kernel": ("mlp.gate_proj.weight", "f d -> d f"),
+        "up/kernel": ("mlp.up_proj.weight", "f d -> d f"),
+        "down/kernel": ("mlp.down_proj.weight", "d f -> f d"),
+    }
+    if c.mlp_bias:
+        mlp["gate/bias"] = ("mlp.gate_proj.bias", "f -> f")
+        mlp["up/bias"] = ("mlp.up_proj.bias", "f -> f")
+        mlp["down/bias"] = ("mlp.down_proj.bias", "d -> d")
 
-    named = {"embedding/embedding": ("model.embed_tokens.weight", "v d -> v d")}
+    named = {"embedding/embedding": CheckpointTensor("model.embed_tokens.weight", "v d -> v d", sizes)}
     for i in range(c.num_layers):
+        dense = block | (mlp if c.experts_of(i) is None else {})
+        layer = {path: CheckpointTensor(name, pattern, sizes) for path, (name, pattern) in dense.items()}
+        if c.experts_of(i) is not None:
+            layer |= _expert_tensors(c, sizes)
         named |= {
-            f"blocks_{i}/{path}": (f"model.layers.{i}.{name}", pattern) for path, (name, pattern) in block.items()
+            f"blocks_{i}/{path}": dataclasses.replace(tensor, name=f"model.layers.{i}.{tensor.name}")
+            for path, tensor in layer.items()
         }
-    named["norm/scale"] = ("model.norm.weight", "d -> d")
+    named["norm/scale"] = CheckpointTensor("model.norm.weight", "d -> d", sizes)
     if not c.tie_embeddings:
-        named["head/kernel"] = ("lm_head.weight", "v d -> d v")
-    return {path: CheckpointTensor(name, pattern, sizes) for path, (name, pattern) in named.items()}
+        named["head/kernel"] = CheckpointTensor("lm_head.weight", "v d -> d v", sizes)
+    return named
+
+
+def _expert_tensors(config: ModelConfig, sizes: Mapping[str, int]) -> dict[str, CheckpointTensor]:
+    """Return the tensors of a layer's router and experts. e experts, f feed-forward width of an expert."""
+    experts = config.experts
+    assert experts is not None
+    sizes = {**sizes, "e": experts.count, "f": experts.intermediate_size}
+    stack = functools.partial(CheckpointTensor, sizes=sizes, count=experts.count)
+    return {
+        "router/kernel": CheckpointTensor("mlp.gate.weight", "e d -> d e", sizes),
+        "expert_gate/kernel": stack("mlp.experts.{}.gate_proj.weight", "f d -> d f"),
+        "expert_up/kernel": stack("mlp.experts.{}.up_proj.weight", "f d -> d f"),
+        "expert_down/kernel": stack("mlp.experts.{}.down_proj.weight", "d f -> f d"),
+    }
 
 
 def decoder(
@@ -222,24 +260,14 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
     if activation not in ("silu", "swish"):
         raise ValueError(f"hidden_act={activation!r} is not supported: use silu")
     for field in _EXPERTS:
-        if (hf.get(field) or 0) > 1:
-            raise ValueError(f"{field}={hf[field]}: mixture of experts is not supported: use a dense model")
-    quantised = hf.get("quantization_config") or hf.get("quantization")
-    if quantised:
-        raise ValueError(
-            f"these weights are quantised by another tool ({_quantiser(quantised)}), which is not supported: use the "
-            "bfloat16 or float16 checkpoint that they were made from; weights='int8' quantises it here"
-        )
+        if (hf.get(field) or 0) > 1 and hf["model_type"] != "qwen3_moe":
+            raise ValueError(
+                f"{field}={hf[field]}: a mixture of experts is supported for qwen3_moe only, not for "
+                f"{hf['model_type']}: use a dense model"
+            )
     other = sorted(set(hf.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
     if other:
         raise ValueError(f"layer_types has {', '.join(other)}, which is not supported: use full_attention")
-
-
-def _quantiser(fields: Mapping[str, Any]) -> str:
-    """Return the tool and the width of the weights; only MLX states no `quant_method`."""
-    method, bits = fields.get("quant_method"), fields.get("bits")
-    tool = "MLX" if method is None and bits is not None else f"quant_method={method!r}"
-    return tool if bits is None else f"{tool}, {bits} bits"
 
 
 def _read_rope(hf: Mapping[str, Any]) -> Rope:

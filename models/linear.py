@@ -1,8 +1,9 @@
 """Linear maps whose kernel may be int8, with one float32 scale per output channel.
 
 The contracted dimensions of a kernel come first, its outputs after. Most kernels contract one dimension ([D, K, G, H],
-[D, F]); o, [K, G, H, D], contracts three. Dequantising is part of the matmul, y = (x · q) · scale, so the weights never
-exist in another type: the compiler converts them as it reads them.
+[D, F]); o, [K, G, H, D], contracts three. The kernels of experts (`experts.py`) are stacked, [E, inputs, outputs], and
+keep the contracted dimension in their scales, [E, 1, outputs]. Dequantising is part of the matmul, y = (x · q) · scale,
+so the weights never exist in another type: the compiler converts them as it reads them.
 """
 
 from __future__ import annotations
@@ -60,10 +61,11 @@ class Linear(nn.Module):
 def is_kernel(path: str) -> bool:
     """Return whether 8-bit weights store the weight at this path, joined by "/", as int8.
 
-    Norms, biases and embeddings keep their type. Norms and biases are small. Embeddings are looked up row by row, and a
-    tied output head needs their precision to choose between similar tokens.
+    Norms, biases, embeddings and routers keep their type. Norms and biases are small. Embeddings are looked up row by
+    row, and a tied output head needs their precision to choose between similar tokens, a router to choose between
+    similar experts.
     """
-    return path.endswith("/kernel")
+    return path.endswith("/kernel") and not path.endswith("router/kernel")
 
 
 def scale_of(path: str) -> str:
@@ -74,10 +76,15 @@ def scale_of(path: str) -> str:
 def quantize(
     path: str, kernel: Float[jax.Array, "*shape"]
 ) -> tuple[Int8[jax.Array, "*shape"], Float32[jax.Array, "*outputs"]]:
-    """Return the int8 kernel at `path` and its scales, float32 [outputs]: max|w| / 127 of each output channel."""
-    contracted = tuple(range(_CONTRACTED.get(path.split("/")[-2], 1)))
+    """Return the int8 kernel at `path` and its scales, float32 [outputs]: max|w| / 127 of each output channel.
+
+    Scales of experts are [E, 1, outputs].
+    """
+    name = path.split("/")[-2]
+    stacked = name.startswith("expert_")
+    contracted = (1,) if stacked else tuple(range(_CONTRACTED.get(name, 1)))
     kernel = kernel.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(kernel), axis=contracted)
+    largest = jnp.max(jnp.abs(kernel), axis=contracted, keepdims=stacked)
     scale = jnp.where(largest == 0, 1.0, largest) / 127.0
     return jnp.round(kernel / scale).astype(INT8), scale
 

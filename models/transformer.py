@@ -20,19 +20,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int
 
+from . import experts
 from .config import ModelConfig
+from .experts import ExpertLinear
 from .linear import Linear
 from .rope import Tables, rotate
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+Mix = Callable[[jax.Array, jax.Array, Any], jax.Array]  # `experts.mix` for rows [B, T, D]
 
 _INIT = nn.initializers.normal(0.02)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and gated MLP (SwiGLU), each with a residual connection."""
+    """Pre-norm attention and gated MLP (SwiGLU) or mixture of experts, each with a residual connection.
+
+    Attributes:
+      layer: index of the layer, which decides whether it rotates and whether it has experts.
+      mix: runs the experts; None for `experts.mix`.
+    """
 
     config: ModelConfig
+    layer: int
+    mix: Mix | None = None
 
     def setup(self):
         c = self.config
@@ -48,6 +58,13 @@ class Block(nn.Module):
             self.q_norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
         self.mlp_norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
+        self.experts = c.experts_of(self.layer)
+        if self.experts is not None:
+            E, F = self.experts.count, self.experts.intermediate_size
+            self.router = Linear((D, E), "btd,de->bte", use_bias=False)
+            self.expert_gate, self.expert_up = ExpertLinear((E, D, F)), ExpertLinear((E, D, F))
+            self.expert_down = ExpertLinear((E, F, D))
+            return
         self.gate = Linear((D, F), "btd,df->btf", c.mlp_bias)
         self.up = Linear((D, F), "btd,df->btf", c.mlp_bias)
         self.down = Linear((F, D), "btf,fd->btd", c.mlp_bias)
@@ -71,8 +88,8 @@ class Block(nn.Module):
         return self._apply_rope(k, rope).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def _apply_rope(self, x: jax.Array, rope: Tables) -> jax.Array:
-        """Rotate queries or keys by their positions, unless attention adds the positions itself (ALiBi)."""
-        return x if self.config.alibi else rotate(x, rope)
+        """Rotate queries or keys by their positions, unless the layer has none or attention adds them (ALiBi)."""
+        return x if self.config.alibi or self.layer in self.config.nope_layers else rotate(x, rope)
 
     def output_and_mlp(
         self, x: Float[jax.Array, "B T D"], out: Float[jax.Array, "B K R H"]
@@ -83,7 +100,18 @@ class Block(nn.Module):
         out = out.reshape(B, c.num_kv_heads, T, -1, c.head_dim)
         x = x + self.o(out.transpose(0, 2, 1, 3, 4).astype(x.dtype))
         y = self.mlp_norm(x)
+        if self.experts is not None:
+            return x + self._mix(y)
         return x + self.down(nn.silu(self.gate(y)) * self.up(y))
+
+    def _mix(self, y: jax.Array) -> jax.Array:
+        """Send y [B, T, D] through the experts that the router chooses."""
+        share = experts.shares(self.router(y), self.experts)
+        maps = {"gate": self.expert_gate(), "up": self.expert_up(), "down": self.expert_down()}
+        if self.mix is not None:
+            return self.mix(y, share, maps).astype(y.dtype)
+        rows = (a.reshape(-1, a.shape[-1]) for a in (y, share))
+        return experts.mix(*rows, maps).reshape(y.shape).astype(y.dtype)
 
     def __call__(self, x: jax.Array, rope: Tables, attend: Attend, state: Any):
         with jax.named_scope("attention"):
@@ -101,7 +129,7 @@ class Transformer(nn.Module):
     def setup(self):
         c = self.config
         self.embedding = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=_INIT)
-        self.blocks = [Block(c) for _ in range(c.num_layers)]
+        self.blocks = [Block(c, layer) for layer in range(c.num_layers)]
         self.norm = nn.RMSNorm(epsilon=c.rms_norm_eps)
         if not c.tie_embeddings:
             self.head = Linear((c.hidden_size, c.vocab_size), "...d,dv->...v", use_bias=False)

@@ -149,7 +149,8 @@ def extend_known(
     layers = list(cache.layers)
     for index, layer in enumerate(layers):
         # Only `layers` holds the arrays of a layer that is written in place.
-        x, layers[index] = run(config, params.weights[f"blocks_{index}"], _slopes(params, index), x, layer, meta)
+        block = Block(config, config.first_like(index), placement_of(cache.spec).mix)
+        x, layers[index] = run(block, params.weights[f"blocks_{index}"], _slopes(params, index), x, layer, meta)
     cache = placement_of(cache.spec).pin_cache(cache.replace(layers=tuple(layers)))
     return (None if logits == "none" else _logits(config, ends, x, meta, T, logits)), cache
 
@@ -177,7 +178,7 @@ def _embed(config: ModelConfig, weights: Any, tokens: Ids, *, placement: MeshPla
 
 
 def _run_layer(
-    config: ModelConfig,
+    block: Block,
     weights: Any,
     slopes: np.ndarray | None,
     x: jax.Array,
@@ -189,12 +190,12 @@ def _run_layer(
     `slopes` float32 [K, G] in the order of the weights, None without ALiBi.
     """
     run = _layer_at_once if x.shape[1] <= CHUNK else _layer_in_chunks
-    return run(config, weights, slopes, x, layer, meta)
+    return run(block, weights, slopes, x, layer, meta)
 
 
-_layer = jax.jit(_run_layer, static_argnames=("config",))
+_layer = jax.jit(_run_layer, static_argnames=("block",))
 # From the host only: under jit the caller's donation decides.
-_layer_in_place = jax.jit(_run_layer, static_argnames=("config",), donate_argnames=("x", "layer"))
+_layer_in_place = jax.jit(_run_layer, static_argnames=("block",), donate_argnames=("x", "layer"))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "T", "logits"))
@@ -262,10 +263,6 @@ def check_cache(params: Params, cache: KVCache) -> None:
         )
 
 
-def _block(config: ModelConfig, weights: Any, *args: Any, method: str) -> Any:
-    return Block(config).apply({"params": weights}, *args, method=method)
-
-
 def _tables(config: ModelConfig, meta: AttentionMetadata, start: jax.Array | int, T: int) -> rope.Tables:
     positions = meta.length[:, None] + start + jnp.arange(T, dtype=jnp.int32)
     return rope.tables(config.rope, config.head_dim, positions, meta.length + meta.new)
@@ -279,33 +276,35 @@ def _slopes(params: Params, index: int) -> np.ndarray | None:
     return alibi.slopes(c.num_heads).reshape(c.num_kv_heads, c.group_size)[list(params.order(index))]
 
 
-def _layer_at_once(config: ModelConfig, weights, slopes, x: jax.Array, layer: tuple[Group, ...], meta):
-    placement = placement_of(meta.spec)
+def _layer_at_once(block: Block, weights, slopes, x: jax.Array, layer: tuple[Group, ...], meta):
+    placement, config = placement_of(meta.spec), block.config
+    run = functools.partial(block.apply, {"params": weights})
 
     def attend(q, k, v, state):
         return placement.attend_and_write(q, k, v, state, meta, slopes)
 
     tables = _tables(config, meta, 0, x.shape[1])
-    x, layer = _block(config, weights, x, tables, attend, layer, method="__call__")
+    x, layer = run(x, tables, attend, layer, method="__call__")
     return placement.by_rows(x), layer
 
 
-def _layer_in_chunks(config: ModelConfig, weights, slopes, x: jax.Array, layer: tuple[Group, ...], meta):
+def _layer_in_chunks(block: Block, weights, slopes, x: jax.Array, layer: tuple[Group, ...], meta):
     """Run a layer over T tokens, a multiple of CHUNK.
 
     Keys and values of all tokens come first, then attention and MLP chunk by chunk in place, then the cache write.
     Chunks past the longest row cost nothing.
     """
-    placement = placement_of(meta.spec)
+    placement, config = placement_of(meta.spec), block.config
     # A compiler that changes the layout of a loop's weights (seen for TPU 7x) would do so for all layers at once.
     weights, x = lax.optimization_barrier((weights, x))
+    run = functools.partial(block.apply, {"params": weights})
     B, T, _ = x.shape
     chunks = (jnp.max(meta.new) + CHUNK - 1) // CHUNK
 
     def project(chunk, kv_):
         start = chunk * CHUNK
         part, tables = placement.take(x, start, CHUNK), _tables(config, meta, start, CHUNK)
-        new = _block(config, weights, part, tables, method="keys_values")
+        new = run(part, tables, method="keys_values")
         return tuple(lax.dynamic_update_slice_in_dim(a, b, start, axis=2) for a, b in zip(kv_, new, strict=True))
 
     empty = placement.zeros(x, (B, config.num_kv_heads, T, config.head_dim), meta)
@@ -314,9 +313,9 @@ def _layer_in_chunks(config: ModelConfig, weights, slopes, x: jax.Array, layer: 
     def attend_chunk(chunk, x):
         start = chunk * CHUNK
         x_chunk = placement.take(x, start, CHUNK)
-        q = _block(config, weights, x_chunk, _tables(config, meta, start, CHUNK), method="queries")
+        q = run(x_chunk, _tables(config, meta, start, CHUNK), method="queries")
         out = placement.attend(q, k, v, layer, meta, start=start, group_size=config.group_size, slopes=slopes)
-        return placement.put(x, _block(config, weights, x_chunk, out, method="output_and_mlp"), start)
+        return placement.put(x, run(x_chunk, out, method="output_and_mlp"), start)
 
     x = lax.fori_loop(0, chunks, attend_chunk, x)
     return placement.write_after(x, k, v, layer, meta)
@@ -325,6 +324,7 @@ def _layer_in_chunks(config: ModelConfig, weights, slopes, x: jax.Array, layer: 
 class OneDevice:
     """The steps of a call on one device. `mesh.MeshPlacement` has the same methods for a mesh."""
 
+    mix = None  # a layer's experts run as they are
     init = staticmethod(kv.init)
     broadcast = staticmethod(kv.broadcast)
     attend = staticmethod(attention.attend)

@@ -183,7 +183,7 @@ def architecture_fingerprint(config: ModelConfig) -> str:
     for name in ("rope", "family", "max_position_embeddings"):
         fields.pop(name)
     # Switches that are off by default and came later: other models keep their fingerprints.
-    for name in ("alibi", "norm_head"):
+    for name in ("alibi", "norm_head", "nope_layers", "experts"):
         if not fields[name]:
             fields.pop(name)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -206,7 +206,10 @@ def weights_fingerprint(params: Params) -> str:
 
 def sampled(config: ModelConfig) -> list[str]:
     """Return the weights that a fingerprint looks at, in order: none that a head split permutes."""
-    layers = (f"blocks_{layer}/{name}/kernel" for layer in range(config.num_layers) for name in ("gate", "down"))
+    prefixes = ("" if config.experts_of(layer) is None else "expert_" for layer in range(config.num_layers))
+    layers = (
+        f"blocks_{layer}/{prefix}{name}/kernel" for layer, prefix in enumerate(prefixes) for name in ("gate", "down")
+    )
     return ["embedding/embedding", *layers]
 
 
@@ -224,10 +227,10 @@ def fingerprint(values: np.ndarray) -> str:
 @functools.partial(jax.jit, static_argnames="where")
 def _samples(maps: Sequence[Mapping[str, jax.Array]], where: NamedSharding | None) -> jax.Array:
     def sample(linear: Mapping[str, jax.Array]) -> jax.Array:
-        rows, columns = (slice(None, None, max(1, size // 8)) for size in linear["kernel"].shape)
-        part = {"kernel": linear["kernel"][rows, columns]}
+        *experts, rows, columns = (slice(None, None, max(1, size // 8)) for size in linear["kernel"].shape)
+        part = {"kernel": linear["kernel"][*experts, rows, columns]}
         if "scale" in linear:
-            part["scale"] = linear["scale"][columns]
+            part["scale"] = linear["scale"][*experts, ..., columns]
         return dequantize(part).reshape(-1)[:_SAMPLES]
 
     values = jnp.concatenate([sample(linear) for linear in maps]).astype(jnp.bfloat16)

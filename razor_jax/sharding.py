@@ -129,6 +129,7 @@ WEIGHT_RULES: tuple[tuple[str, tuple[_Spec, ...]], ...] = (
     (r"(gate|up)/kernel", ((None, MODEL), (MODEL,), (None, HEADS), (HEADS,))),  # [D, F]
     (r"(gate|up)/(bias|scale)", ((MODEL,), (HEADS,))),  # [F]
     (r"down/kernel", ((MODEL,), (None, MODEL), (HEADS,))),  # [F, D]
+    (r"expert_(gate|up|down)/(kernel|scale)", ((MODEL,), (HEADS,))),  # [E, D, F], [E, F, D], [E, 1, outputs]
     (r"embedding/embedding", ((MODEL,), (None, MODEL), (HEADS,), (None, HEADS))),  # [V, D]
     (r"head/kernel", ((None, MODEL), (MODEL,), (None, HEADS), (HEADS,))),  # [D, V]
     (r"head/scale", ((MODEL,), (HEADS,))),  # [V]

@@ -112,9 +112,10 @@ def read(
             tensor = _tensor(dequantize, data, info)
             if config.family == "llama" and name.split("/")[-2] in ("q", "k"):
                 tensor = _from_interleaved(tensor, config.head_dim)
-            part = functools.partial(stored.read, tensor, heads=_order(name, split, loader.placement))
-            loader.read(name, part, "float32")
-            del tensor, part
+            heads = _order(name, split, loader.placement)
+            fill = functools.partial(stored.read, {stored.name: tensor}, heads=heads)
+            loader.read(name, fill, "float32")
+            del tensor, fill
             done += info.end - info.start
             if progress is not None:
                 progress(done, total)

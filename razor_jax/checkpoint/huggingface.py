@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax import lax
 from jax.experimental import multihost_utils
 
 from .. import models
@@ -32,6 +33,8 @@ from ..mesh import MeshPlacement
 from ..models import CheckpointTensor, ModelConfig, tensor_names, write_config
 from ..params import Params, stored_order
 from ..sharding import MeshLike
+from . import quantised
+from .float8 import Float8
 from .loader import Loader, Progress, Weights, float_type, fold
 
 INDEX = "model.safetensors.index.json"
@@ -61,7 +64,11 @@ def read(
     hf, config = _config(path)
     with contextlib.ExitStack() as stack:
         found = _find_tensors(path, stack)
-        _refuse_quantised(path, found)
+        _refuse_undeclared(path, hf, found)
+        try:
+            found = quantised.decode(hf, found)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         _refuse_more_layers(path, config, found)
         config, tensors = _resolve_tie(config, found)
         _check(path, config, tensors, found)
@@ -70,9 +77,9 @@ def read(
         total = sum(_bytes(found, stored) for stored in tensors.values())
         done = 0
         for name, stored in tensors.items():
-            tensor, heads = found[stored.name], _stored_order(name, split, loader.placement)
-            part = functools.partial(stored.read, tensor, heads=heads)
-            loader.read(name, part, _FLOATS[tensor.get_dtype()])
+            heads = _stored_order(name, split, loader.placement)
+            fill = functools.partial(stored.read, found, heads=heads)
+            loader.read(name, fill, _FLOATS[found[stored.names[0]].get_dtype()])
             done += _bytes(found, stored)
             if progress is not None:
                 progress(done, total)
@@ -89,7 +96,9 @@ def _config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
         raise ValueError(_adapter(path))
     hf = read_json(path / "config.json", "it names the architecture; a Hugging Face checkpoint has one")
     try:
-        return hf, models.read_config(hf)
+        config = models.read_config(hf)
+        quantised.check(hf)
+        return hf, config
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from None
 
@@ -200,15 +209,17 @@ def _open(shard: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, _Slic
         )
         raise ValueError(f"{shard} {cause}") from error
     for name in handle.keys():  # noqa: SIM118, it is no dictionary
-        yield name, handle.get_slice(name)
+        tensor = handle.get_slice(name)
+        yield name, Float8(shard, name) if tensor.get_dtype() in Float8.TYPES else tensor
 
 
-def _refuse_quantised(path: Path, found: _Found) -> None:
+def _refuse_undeclared(path: Path, hf: Mapping[str, Any], found: _Found) -> None:
+    """Refuse quantised weights that config.json says nothing about."""
     name = next(filter(_QUANTISED.search, found), None)
-    if name is not None:
+    if name is not None and not (hf.get("quantization_config") or hf.get("quantization")):
         raise ValueError(
-            f"the weights in {path} are quantised by another tool ({name}), which is not supported: use the bfloat16 "
-            "or float16 checkpoint that they were made from; weights='int8' quantises it here"
+            f"the weights in {path} are quantised ({name}), but config.json has no quantization_config that says how: "
+            "copy the checkpoint's own config.json, or use the bfloat16 or float16 checkpoint that it was made from"
         )
 
 
@@ -257,7 +268,7 @@ def _equal(found: _Found, one: str, other: str, rows: int = 4096) -> bool:
 
 
 def _check(path: Path, config: ModelConfig, tensors: Mapping[str, CheckpointTensor], found: _Found) -> None:
-    wanted = {stored.name: stored for stored in tensors.values()}
+    wanted = {name: stored for stored in tensors.values() for name in stored.names}
     spare = {_head_name(config)} if config.tie_embeddings else set()
     extra = [name for name in found.keys() - wanted.keys() - spare if not _IGNORED.search(name)]
     problems = [f"missing {name} {list(wanted[name].shape)}" for name in wanted if name not in found]
@@ -281,8 +292,8 @@ def _check(path: Path, config: ModelConfig, tensors: Mapping[str, CheckpointTens
 
 
 def _bytes(found: _Found, stored: CheckpointTensor) -> int:
-    kind = _FLOATS[found[stored.name].get_dtype()]
-    return int(np.prod(stored.shape)) // stored.parts * jnp.dtype(kind).itemsize
+    each = int(np.prod(stored.shape)) // stored.parts
+    return sum(each * jnp.dtype(_FLOATS[found[name].get_dtype()]).itemsize for name in stored.names)
 
 
 def _dtype(asked: Any, hf: Mapping[str, Any], stored: str) -> np.dtype:
@@ -309,11 +320,12 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
     }
     write_json(folder / "config.json", write_config(params.config) | about)
     flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params.weights, sep="/"))
-    # The parts of each tensor in order; a fused tensor has several.
-    tensors: dict[str, list[tuple[CheckpointTensor, Any]]] = {}
+    # The parts of each tensor in order: a fused tensor has several, a tensor of an expert is one row of a weight.
+    tensors: dict[str, list[tuple[CheckpointTensor, Any, int]]] = {}
     for path, stored in tensor_names(params.config).items():
-        tensors.setdefault(stored.name, []).append((stored, flat[path]))
-    sizes = {name: sum(x.nbytes for _, x in parts) for name, parts in tensors.items()}
+        for row, name in enumerate(stored.names):
+            tensors.setdefault(name, []).append((stored, flat[path], row))
+    sizes = {name: sum(x.nbytes // len(stored.names) for stored, x, _ in parts) for name, parts in tensors.items()}
     groups = _group(sizes, shard_bytes)
     files = {}
     for i, names in enumerate(groups):
@@ -321,7 +333,7 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
         files |= dict.fromkeys(names, file)
         arrays = {}
         for name in names:
-            parts = [stored.to_stored(_on_host(x)) for stored, x in tensors[name]]
+            parts = [stored.to_stored(_on_host(_one(stored, x, row))) for stored, x, row in tensors[name]]
             # Joined transposed tensors may stay transposed in memory, which safetensors writes as it is.
             arrays[name] = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
         # transformers reads only files whose metadata names a framework.
@@ -329,6 +341,11 @@ def write(params: Params, folder: Path, shard_bytes: int) -> None:
             safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
     if len(groups) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
+
+
+def _one(stored: CheckpointTensor, x: jax.Array, row: int) -> jax.Array:
+    """Return the weight x, or one expert's row of a stack."""
+    return x if stored.count is None else lax.dynamic_index_in_dim(x, row, keepdims=False)
 
 
 def _on_host(x: jax.Array) -> np.ndarray:

@@ -34,6 +34,7 @@ _PASSING = 6
 DTYPES = ("float32", "bfloat16", "float16")
 
 Index = tuple[slice, ...]
+Fill = Callable[[Index, np.ndarray], None]  # reads a shard, given by its index, into an array of its shape
 Weights = Literal["int8"]
 Progress = Callable[[int, int], None]
 
@@ -78,14 +79,14 @@ class Loader:
         self._samples: dict[str, np.ndarray] = {}
         self._origin = origin
 
-    def read(self, name: str, part: Callable[[Index], np.ndarray], stored: str) -> None:
-        """Add a weight; `part` reads a shard by its index, and `stored` is its type in the checkpoint."""
+    def read(self, name: str, fill: Fill, stored: str) -> None:
+        """Add a weight; `stored` is its type in the checkpoint."""
         target = self.targets[name]
         if self._quantizes and is_kernel(name):
             # Straight from the stored values: rounded once.
             dtype = jnp.dtype("float32" if stored == "float64" else stored)
             target = jax.ShapeDtypeStruct(target.shape, dtype, sharding=target.sharding)
-        self._hold(name, place(target, part))
+        self._hold(name, place(target, fill))
 
     def put(self, name: str, array: jax.Array, split: HeadSplit | None) -> None:
         """Add a weight that is on its devices already, with heads in the order of the checkpoint."""
@@ -170,8 +171,8 @@ def require_room(weights: Any, mesh: Mesh | None, quantizes: bool) -> None:
         )
 
 
-def place(target: jax.ShapeDtypeStruct, part: Callable[[Index], np.ndarray]) -> jax.Array:
-    """Return an array whose shards `part` reads, by index, one by one; they are cast on the host.
+def place(target: jax.ShapeDtypeStruct, fill: Fill) -> jax.Array:
+    """Return an array whose shards `fill` reads, one by one; they are cast on the host.
 
     Each process reads only its own shards, each once.
     """
@@ -181,10 +182,10 @@ def place(target: jax.ShapeDtypeStruct, part: Callable[[Index], np.ndarray]) -> 
         assert index is not None
         key = tuple((axis.start, axis.stop) for axis in index)
         if key not in read:
-            view = part(index)
-            read[key] = np.empty(view.shape, target.dtype)
+            shape = [len(range(*axis.indices(size))) for axis, size in zip(index, target.shape, strict=True)]
+            read[key] = np.empty(shape, target.dtype)
             # Transposed and cast in one pass; jit would keep both copies.
-            read[key][...] = view
+            fill(index, read[key])
         return read[key]
 
     if target.sharding is None:

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from ..config import HeadSplit
 from ..files import read_json, write_json
-from ..models import ModelConfig, Rope
+from ..models import Experts, ModelConfig, Rope
 from ..params import Params
 from ..sharding import MeshLike
 from .loader import Loader, Progress, Weights, float_type, fold
@@ -85,13 +85,22 @@ def _config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
             f"{path / RECORD} has version {record.get('version')!r}, this razor_jax reads version {_VERSION}"
         )
     try:
-        config = ModelConfig(**(record["config"] | {"rope": Rope(**record["config"]["rope"])}))
+        config = _model_config(record["config"])
         float_type(record["dtype"])
         if record.get("weights") not in (None, "int8"):
             raise KeyError(f"weights of type {record['weights']!r}")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / RECORD} is damaged: {error!r}; save the model again") from error
     return record, config
+
+
+def _model_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """Return the config of `dataclasses.asdict`, after JSON made lists of its tuples."""
+    parts: dict[str, Any] = {"rope": Rope(**fields["rope"]), "nope_layers": tuple(fields.get("nope_layers", ()))}
+    if fields.get("experts") is not None:
+        experts = fields["experts"]
+        parts["experts"] = Experts(**experts | {"dense_layers": tuple(experts["dense_layers"])})
+    return ModelConfig(**{**fields, **parts})
 
 
 class _Misfit(ValueError):

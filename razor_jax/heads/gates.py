@@ -245,7 +245,7 @@ def _answer(
             return gate * open_ + (1 - gate) * closed, None
 
         block = {"params": params.weights[f"blocks_{index}"]}
-        x, _ = cast(Any, Block(config).apply(block, x, rope, attend, gates[index], method="__call__"))
+        x, _ = cast(Any, Block(config, index).apply(block, x, rope, attend, gates[index], method="__call__"))
     at = starts[:, None] - 1 + jnp.arange(min(T, _ANSWER), dtype=jnp.int32)
     before = jnp.take_along_axis(x, jnp.clip(at, 0, T - 1)[..., None], axis=1)
     logits = cast(jax.Array, model.apply({"params": params.weights}, before, method="logits"))

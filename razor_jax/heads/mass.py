@@ -77,16 +77,18 @@ def attention_mass(
     mass = np.empty((len(shifts), B, config.num_layers, config.num_kv_heads, config.group_size))
     for layer in range(config.num_layers):
         weights = _with_sharding(params.weights[f"blocks_{layer}"], mesh, PartitionSpec())
-        x, found = score_layer(config, chunk, weights, x, rope, lengths, aims, shifts=shifts, mesh=mesh)
+        kind = config.first_like(layer)
+        x, found = score_layer(config, kind, chunk, weights, x, rope, lengths, aims, shifts=shifts, mesh=mesh)
         mass[:, :, layer, list(params.order(layer))] = np.moveaxis(np.asarray(found), 1, 0)
         if progress is not None:
             progress(layer + 1)
     return mass.reshape(*mass.shape[:3], -1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk", "shifts", "mesh"), donate_argnames=("x",))
+@functools.partial(jax.jit, static_argnames=("config", "layer", "chunk", "shifts", "mesh"), donate_argnames=("x",))
 def score_layer(
     config: ModelConfig,
+    layer: int,
     chunk: int,
     weights: Any,
     x: jax.Array,
@@ -101,7 +103,7 @@ def score_layer(
 
     Return the hidden states for the next layer, and the mass float32 [B, shifts, K, G] in the stored order of heads.
     """
-    run = functools.partial(_layer, config, chunk, shifts)
+    run = functools.partial(_layer, Block(config, layer), chunk, shifts)
     if mesh is not None:
         rows = PartitionSpec(_ROWS)
         in_specs = (PartitionSpec(), rows, rows, rows, rows)
@@ -109,8 +111,9 @@ def score_layer(
     return run(weights, x, rope, lengths, targets)
 
 
-def _layer(config: ModelConfig, chunk: int, shifts: tuple[int, ...], weights: Any, x, rope: Tables, lengths, targets):
-    block, scale, C = Block(config), config.head_dim**-0.5, chunk
+def _layer(block: Block, chunk: int, shifts: tuple[int, ...], weights: Any, x, rope: Tables, lengths, targets):
+    config, C = block.config, chunk
+    scale = config.head_dim**-0.5
     K, G, H = config.num_kv_heads, config.group_size, config.head_dim
     B, T, _ = x.shape
 

@@ -23,7 +23,7 @@ from .. import sharding
 from ..cache import AttentionMetadata, CacheSpec, Group, KVCache
 from ..config import HeadSplit, RazorConfig
 from ..sharding import constrain
-from . import attention, cache, head_order
+from . import attention, cache, experts, head_order
 
 Layout = Literal["slot", "head"]
 
@@ -140,6 +140,10 @@ class MeshPlacement:
     def put(self, x: jax.Array, chunk: jax.Array, start: jax.Array) -> jax.Array:
         chunk = constrain(chunk, self.mesh, *attention.hidden_spec(x, self))
         return lax.dynamic_update_slice_in_dim(x, chunk, start, axis=1)
+
+    def mix(self, y: jax.Array, share: jax.Array, maps: Any) -> jax.Array:
+        """Run the experts of a layer on y [B, T, D]."""
+        return experts.mix(y, share, maps, self)
 
     def by_rows(self, x: jax.Array) -> jax.Array:
         return constrain(x, self.mesh, self.rows(x.shape[0]))

@@ -21,7 +21,7 @@ from ..cache import CacheSpec, make_spec
 from ..config import HeadSplit, RazorConfig
 from ..functional import CHUNK
 from ..mesh import Layout, MeshPlacement
-from ..models.config import ModelConfig
+from ..models.config import Experts, ModelConfig
 from ..params import abstract_weights
 from .hardware import Hardware
 
@@ -130,16 +130,21 @@ def memory(job: Job) -> Memory:
 
 @functools.cache
 def _weight_bytes(config: ModelConfig, weights: str, data: int, model: int) -> int:
-    """Return the weight bytes per device, extrapolated from models of one and two layers."""
+    """Return the weight bytes per device, extrapolated from models of one and two layers of each kind."""
     nowhere = Hardware("", "gpu", "", data * model, 1, 0)
 
-    def of(layers: int) -> int:
-        shallow = dataclasses.replace(config, num_layers=layers)
+    def of(layers: int, kind: Experts | None) -> int:
+        shallow = dataclasses.replace(config, num_layers=layers, experts=kind)
         split = HeadSplit.all(layers, config.num_kv_heads)
         job = Job(shallow, nowhere, data, model, 1, 1, 1, split, None, weights)
         return sharding.weight_bytes(job.abstract_weights(), stand_in_mesh(job))[0]
 
-    return of(1) + (config.num_layers - 1) * (of(2) - of(1))
+    experts = config.experts and dataclasses.replace(config.experts, dense_layers=())
+    sparse = sum(config.experts_of(layer) is not None for layer in range(config.num_layers))
+    counts = {experts: sparse, None: config.num_layers - sparse}
+    layers = {kind: of(2, kind) - of(1, kind) for kind, count in counts.items() if count}
+    outside = of(1, experts) - (of(2, experts) - of(1, experts))
+    return outside + sum(counts[kind] * size for kind, size in layers.items())
 
 
 def _decode(job: Job, rows: int) -> int:
@@ -161,7 +166,9 @@ def _prefill(job: Job, rows: int, mesh: Mesh, by_slot: bool) -> int:
     hidden = rows * tokens * c.hidden_size * size // job.model
     kv = 2 * rows * tokens * (c.num_kv_heads // heads) * c.head_dim * size
     width = c.num_heads * c.head_dim
-    chunk = rows * CHUNK * (3 * c.intermediate_size * size + 5 * width * 4) // job.model
+    sparse = c.experts is not None and not c.experts.dense_layers
+    mlp = c.experts.intermediate_size if sparse and c.experts else c.intermediate_size
+    chunk = rows * CHUNK * (3 * mlp * size + 5 * width * 4) // job.model
     if job.model == 1:
         # Hidden states are copied between layers. Attention's widest weight, unless int8, is copied to another layout.
         relaid = 0 if job.weights == "int8" else c.hidden_size * width * size

@@ -207,14 +207,18 @@ def test_many_problems_are_folded_to_ten_and_a_count(copy):
 )
 def test_quantised_tensors_are_one_line(copy, name):
     folders.edit(copy, lambda t: t.update({f"model.layers.0.{name}": np.zeros((2, 2), np.int32)}))
-    with pytest.raises(ValueError, match=rf"quantised by another tool \(model\.layers\.0\.{name}\).*bfloat16") as error:
+    with pytest.raises(
+        ValueError, match=rf"quantised \(model\.layers\.0\.{name}\), but.*no quantization_config"
+    ) as error:
         checkpoint.read(copy)
     assert "\n" not in str(error.value)
 
 
-def test_a_mlx_folder_is_one_line(copy):
-    folders.set_config(copy, quantization={"group_size": 64, "bits": 4})
-    with pytest.raises(ValueError, match=r"config\.json: these weights are quantised by another tool \(MLX, 4 bits\)"):
+@pytest.mark.parametrize("tool", ["bitsandbytes", "hqq", 4])
+def test_another_quantiser_is_named_before_weights_are_looked_for(copy, tool):
+    folders.set_config(copy, quantization_config={"quant_method": tool, "bits": 4})
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"config\.json: .*format that is not read \(quant_method={tool!r}, 4 bits\)"):
         checkpoint.read(copy)
 
 

@@ -247,7 +247,7 @@ def temporaries(config: ModelConfig, block: int, chunk: int, dtype: jnp.dtype) -
     weights = abstract_weights(config, dtype)["blocks_0"]
     rope = (shape(rows, config.head_dim // 2, dtype=jnp.float32),) * 2
     lengths, targets = jax.ShapeDtypeStruct((1,), jnp.int32), shape(rows, REPEATS - 1, dtype=jnp.int32)
-    lowered = score_layer.lower(config, chunk, weights, shape(rows, config.hidden_size), rope, lengths, targets)
+    lowered = score_layer.lower(config, 0, chunk, weights, shape(rows, config.hidden_size), rope, lengths, targets)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 

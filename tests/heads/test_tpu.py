@@ -30,7 +30,7 @@ weights = jax.tree.map(lambda a: array(a.shape, a.dtype), abstract_weights(confi
 rope = (array((1, T, 64), jnp.float32),) * 2
 args = array((1, T, 4096), jnp.bfloat16), rope, array((1,), jnp.int32), array((1, T, 3), jnp.int32)
 with jax.set_mesh(mesh):
-    lowered = score_layer.trace(config, 512, weights, *args).lower(lowering_platforms=("tpu",))
+    lowered = score_layer.trace(config, 0, 512, weights, *args).lower(lowering_platforms=("tpu",))
     print("bytes", lowered.compile().memory_analysis().temp_size_in_bytes)
 """
 

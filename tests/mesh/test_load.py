@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from razor_jax import HeadSplit, RazorConfig, sharding, with_heads
 from razor_jax.checkpoint import folder as checkpoint
@@ -30,6 +31,7 @@ FOLDERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "files": ("llama", K4, "60KB"),
     "tied": ("qwen3", K4 | {"tie_word_embeddings": True}, "5GB"),
     "biased": ("qwen2", K4 | {"vocab_size": 101, "intermediate_size": 90}, "60KB"),
+    "experts": ("qwen3_moe", K4 | {"mlp_only_layers": [1]}, "60KB"),
 }
 MESHES = ("model=8", "data=2,model=4", "data=8", "data=4,model=2")
 
@@ -86,7 +88,7 @@ def child_reads(root: str, cases: list[tuple[str, str, Literal["int8"] | None]])
 def test_sharded_weights_equal_plain_ones(folders, weights):
     """Every folder on one mesh, in int8 on another."""
     meshes = MESHES if weights is None else MESHES[2:] + MESHES[:2]
-    cases = list(zip((*FOLDERS, "baichuan"), (*meshes, *meshes), (weights,) * 5, strict=False))
+    cases = list(zip((*FOLDERS, "baichuan"), (*meshes, *meshes), (weights,) * 6, strict=False))
     devices.run(child_reads, str(folders), cases)
 
 
@@ -105,9 +107,12 @@ class Counting:
 def child_counts(root: str) -> None:
     config = checkpoint.read_config(root)
     order = (2, 0, 3, 1)
+    shapes = flatten_dict(abstract_weights(config), sep="/")
     for name, stored in tensor_names(config).items():
-        whole = np.random.default_rng(0).normal(size=stored.shape).astype(np.float32)
-        ours = stored.read(Counting(whole), (slice(None),) * len(stored.pattern.split("->")[1].split()))
+        rng = np.random.default_rng(0)
+        found = {each: Counting(rng.normal(size=stored.shape).astype(np.float32)) for each in stored.names}
+        ours = np.empty(shapes[name].shape, np.float32)
+        stored.read(found, (slice(None),) * ours.ndim, ours)
         for spec in MESHES:
             mesh = sharding.make_mesh(spec, config.num_kv_heads)
             assert mesh is not None
@@ -115,10 +120,11 @@ def child_counts(root: str) -> None:
             for heads in (None, order) if config.num_kv_heads == 4 else (None,):
                 want = ours if heads is None else _permuted(stored, ours, heads)
                 for index in where.devices_indices_map(ours.shape).values():
-                    tensor = Counting(whole)
-                    part = stored.read(tensor, index, heads)
+                    part, before = np.empty_like(want[index]), sum(tensor.read for tensor in found.values())
+                    stored.read(found, index, part, heads)
                     np.testing.assert_array_equal(part, want[index])
-                    assert tensor.read == part.nbytes == ours.nbytes // _parts(where, ours)
+                    read = sum(tensor.read for tensor in found.values()) - before
+                    assert read == part.nbytes == ours.nbytes // _parts(where, ours)
 
 
 def _permuted(stored: CheckpointTensor, ours: np.ndarray, heads: tuple[int, ...]) -> np.ndarray:
@@ -130,7 +136,7 @@ def _parts(where: jax.NamedSharding, x: np.ndarray) -> int:
     return x.size // int(np.prod(where.shard_shape(x.shape)))
 
 
-@pytest.mark.parametrize("name", ["biased", "baichuan"])
+@pytest.mark.parametrize("name", ["biased", "baichuan", "experts"])
 def test_a_shard_reads_its_own_bytes(folders, name):
     devices.run(child_counts, str(folders / name))
 
@@ -165,11 +171,10 @@ def child_two_processes(root: str, out: str) -> None:
     read = 0
     original = CheckpointTensor.read
 
-    def counted(self: CheckpointTensor, *arguments: Any, **options: Any) -> np.ndarray:
+    def counted(self: CheckpointTensor, found: Any, index: Any, out: np.ndarray, **options: Any) -> None:
         nonlocal read
-        part = original(self, *arguments, **options)
-        read += part.nbytes
-        return part
+        original(self, found, index, out, **options)
+        read += out.nbytes
 
     CheckpointTensor.read = counted  # type: ignore[method-assign]
     params = checkpoint.read(root, mesh="model=8", split=SPLIT)

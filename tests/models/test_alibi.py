@@ -113,7 +113,7 @@ def test_what_a_cut_head_sees_and_what_it_loses(record_property):
     params, T = with_heads(plain, split), 480
     config, order = params.config, split.order(0)
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, V, (1, T + 1), np.int32))
-    block = functools.partial(Block(config).apply, {"params": params.weights["blocks_0"]})
+    block = functools.partial(Block(config, 0).apply, {"params": params.weights["blocks_0"]})
     x = params.weights["embedding"]["embedding"][tokens]
     q, (k, v) = block(x, NO_ROPE, method="queries"), block(x, NO_ROPE, method="keys_values")
     spec = kv.make_spec(split, H, T + 1, RAZOR, "float32", alibi=True)
@@ -163,7 +163,7 @@ def test_the_logit_bound_holds_and_is_reached():
             left, _, right = np.linalg.svd(form)
             # Through the model's projections, in float32.
             x = jnp.asarray(np.stack([left[:, 0], right[0]])[None], jnp.float32) * math.sqrt(D)
-            block = functools.partial(Block(params.config).apply, {"params": w})
+            block = functools.partial(Block(params.config, 0).apply, {"params": w})
             q, k = block(x, NO_ROPE, method="queries"), block(x, NO_ROPE, method="keys_values")[0]
             reached = abs(float(q[0, head, 0] @ k[0, head, 1])) / math.sqrt(H)
             np.testing.assert_allclose(reached, bound[layer, head], rtol=1e-4)
@@ -201,7 +201,7 @@ def test_the_theorem_as_quoted_loses_a_token_that_has_nearly_all_the_weight():
         held = with_heads(params, split)
         spec = kv.make_spec(split, 4, tokens.size, RAZOR, "float32", alibi=True)
         cache = kv.init(spec, 1)
-        block = functools.partial(Block(config).apply, {"params": held.weights["blocks_0"]})
+        block = functools.partial(Block(config, 0).apply, {"params": held.weights["blocks_0"]})
         q, (k, v) = block(x, NO_ROPE, method="queries"), block(x, NO_ROPE, method="keys_values")
         call, cache = kv.begin(cache, jnp.asarray([distance]), distance)
         layer = kv.write(cache.layers[0], k[:, :, :distance], v[:, :, :distance], call)

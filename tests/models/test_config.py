@@ -133,8 +133,8 @@ def _qwen(**fields):
 
 REFUSED = {
     "another architecture": (
-        {"model_type": "qwen3_moe"},
-        r"model_type='qwen3_moe'.*llama.*mistral.*qwen2.*qwen3",
+        {"model_type": "mixtral"},
+        r"model_type='mixtral'.*llama.*mistral.*qwen2.*qwen3_moe.*smollm3",
     ),
     "none": ({}, r"model_type=None"),
     "no language model": (
@@ -148,11 +148,10 @@ REFUSED = {
     "a word for a size": (_llama(hidden_size="large"), r"hidden_size='large'.*whole number"),
     "no whole groups": (_llama(num_key_value_heads=5), r"num_attention_heads=32.*num_key_value_heads=5"),
     "an odd head": (_llama(head_dim=63), r"head_dim=63 must be even"),
-    "experts": (_llama(num_local_experts=8), r"num_local_experts=8.*dense"),
-    "awq": (_llama(quantization_config={"quant_method": "awq", "bits": 4}), r"'awq', 4 bits.*bfloat16.*'int8'"),
-    "bitsandbytes": (_llama(quantization_config={"quant_method": "bitsandbytes"}), r"'bitsandbytes'\).*bfloat16"),
-    "mlx": (_llama(quantization={"group_size": 64, "bits": 4}), r"another tool \(MLX, 4 bits\).*bfloat16"),
-    "mlx, new": (_llama(quantization_config={"group_size": 64, "bits": 8}), r"another tool \(MLX, 8 bits\)"),
+    "experts of another family": (
+        _llama(num_local_experts=8),
+        r"num_local_experts=8.*qwen3_moe only, not for llama.*dense",
+    ),
     "another type for a type": (_llama(model_type=["llama"]), r"model_type=\['llama'\].*llama"),
     "a factor of nothing": (
         _llama(rope_scaling={"rope_type": "linear", "factor": 0}),

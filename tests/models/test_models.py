@@ -97,6 +97,7 @@ def _name(setting):
 
 def _write(directory, setting):
     biases = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
+    biases |= {"qwen3_moe": ("attention_bias",), "smollm3": ("attention_bias", "mlp_bias")}
     bias: dict[str, Any] = dict.fromkeys(biases.get(setting["family"], ()), setting["bias"])
     hf.write(
         directory,
@@ -198,6 +199,8 @@ ONE_OF_EACH = [
     {"family": "mistral", "rope": "default", "kv_heads": 4, "tied": False, "bias": False},
     {"family": "qwen2", "rope": "yarn", "kv_heads": 1, "tied": True, "bias": True},
     {"family": "qwen3", "rope": "yarn-mscale", "kv_heads": 2, "tied": False, "bias": False},
+    {"family": "qwen3_moe", "rope": "default-far", "kv_heads": 2, "tied": False, "bias": True},
+    {"family": "smollm3", "rope": "default", "kv_heads": 1, "tied": True, "bias": False},
 ]
 ONE_OF_EACH = [{**s, "head_dim": 16, "vocab": 101, "spelling": "new"} for s in ONE_OF_EACH]
 FAMILY = [s["family"] for s in ONE_OF_EACH]
@@ -214,7 +217,7 @@ def test_hidden_states_equal_transformers_layer_by_layer(tmp_path, setting):
     embedded = Transformer(config).apply({"params": params.weights}, jnp.asarray(tokens)[None], method="embed")
     np.testing.assert_array_equal(embedded[0], want[0])
     for i in range(config.num_layers):
-        x, _ = Block(config).apply(
+        x, _ = Block(config, i).apply(
             {"params": params.weights[f"blocks_{i}"]}, jnp.asarray(want[i])[None], rope, _attend, None
         )
         if i < config.num_layers - 1:
@@ -270,4 +273,4 @@ def test_pairwise_meets_every_pair():
     for one, other in itertools.combinations(FACTORS, 2):
         met = {(str(setting[one]), str(setting[other])) for setting in PAIRWISE}
         assert len(met) == len(FACTORS[one]) * len(FACTORS[other])
-    assert len(PAIRWISE) < 45
+    assert len(PAIRWISE) < 60

@@ -45,6 +45,10 @@ PARAMETERS = {
     "Qwen/Qwen3-0.6B": 596_049_920,
     "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "mistralai/Mistral-Nemo-Base-2407": 12_247_782_400,
 }
 
 
@@ -58,7 +62,8 @@ def job(**changes) -> Job:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_built_in_shapes(name):
-    assert sum(math.prod(tensor.shape) for tensor in tensor_names(known.CONFIGS[name]).values()) == PARAMETERS[name]
+    tensors = tensor_names(known.CONFIGS[name]).values()
+    assert sum(math.prod(tensor.shape) * len(tensor.names) for tensor in tensors) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", known.CONFIGS)

@@ -21,6 +21,14 @@ FAMILIES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
+}
+# Fields over SIZES without which a family's config class would make no tiny model with full attention.
+EXTRA: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True},
+    "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1},
 }
 SIZES = {
     "vocab_size": 101,
@@ -40,8 +48,7 @@ def write(directory: Path, family: str, *, seed: int = 0, dtype: torch.dtype = t
     `fields` go over SIZES into the family's config class.
     """
     config_class, model_class = FAMILIES[family]
-    extra = {"sliding_window": None} if family == "mistral" else {}
-    model = model_class(config_class(**{**SIZES, **extra, **fields}))
+    model = model_class(config_class(**{**SIZES, **EXTRA.get(family, {}), **fields}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -51,7 +58,7 @@ def write(directory: Path, family: str, *, seed: int = 0, dtype: torch.dtype = t
             elif weight.ndim == 1 or "embed" in name:
                 weight.copy_(0.35 * noise)
             else:
-                weight.copy_(1.2 * noise / weight.shape[1] ** 0.5)
+                weight.copy_(1.2 * noise / weight.shape[-1] ** 0.5)
     model.to(dtype).save_pretrained(directory)
     return directory
 
