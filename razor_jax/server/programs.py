@@ -5,6 +5,7 @@
     start_row        choose a row's first token, and set its state
     decode_block     decode steps of all rows
     set_allowed      set which tokens a row may choose
+    copy_prefix      copy pages and compensation tokens between a row and the store of prefixes
 
 **Prefill in chunks is exact.** A segment of a prompt is one call of the library: its tokens see the cache as it was
 before the segment, and the segment's own tokens, unrounded. So the segment's keys and values wait in a dense *staging*
@@ -21,7 +22,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from .. import attention
@@ -332,6 +332,65 @@ def set_allowed(vocabulary: Vocabulary, slot: jax.Array, allowed: jax.Array) -> 
     return vocabulary.replace(allowed=lax.dynamic_update_slice_in_dim(vocabulary.allowed, allowed[None], slot, axis=0))
 
 
-def as_int32(*numbers: int) -> np.ndarray:
-    """Return numbers as an int32 array, the form that every program takes."""
-    return np.asarray(numbers, np.int32)
+Means = tuple[tuple[tuple[jax.Array, jax.Array] | None, ...], ...]  # k_mean, v_mean [prefixes, …] of each group
+
+
+def init_means(layers: Layers, prefixes: int) -> Means:
+    """Return empty compensation tokens of that many prefixes."""
+
+    def group(group: Group) -> tuple[jax.Array, jax.Array] | None:
+        if group.k_mean is None or group.v_mean is None:
+            return None
+        shape = (prefixes, *group.k_mean.shape[1:])
+        return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+
+    return tuple(tuple(map(group, layer)) for layer in layers)
+
+
+@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("layers", "stored"))
+@promoting
+def copy_prefix(
+    layers: Layers,
+    stored: Means,
+    sources: Tables,
+    targets: Tables,
+    slot: jax.Array,
+    entry: jax.Array,
+    restore: jax.Array,
+    *,
+    spec: CacheSpec,
+) -> tuple[Layers, Means]:
+    """Copy pages `sources` to `targets`, int32 [width] per pool, and compensation tokens from a slot to an entry.
+
+    Targets past the pool are ignored. With `restore` the compensation tokens go from the entry to the slot.
+    """
+    pools = dict(zip(kinds(spec), zip(sources, targets, strict=True), strict=True))
+
+    def copied(group: Group) -> Group:
+        source, target = pools[group.windowed]
+
+        def copy(pool: jax.Array | None) -> jax.Array | None:
+            return None if pool is None else pool.at[target].set(pool[source], mode="drop")
+
+        k, v, k_scale, v_scale = map(copy, (group.k, group.v, group.k_scale, group.v_scale))
+        return group.replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+
+    def exchange(row: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+        one = jnp.where(restore, kept[entry], row[slot])
+        return row.at[slot].set(one), kept.at[entry].set(one)
+
+    new_layers, new_stored = [], []
+    for layer, means in zip(layers, stored, strict=True):
+        groups, entries = [], []
+        for group, kept in zip(map(copied, layer), means, strict=True):
+            if kept is None:
+                entries.append(None)
+            else:
+                k_mean, k_kept = exchange(group.k_mean, kept[0])
+                v_mean, v_kept = exchange(group.v_mean, kept[1])
+                group = group.replace(k_mean=k_mean, v_mean=v_mean)
+                entries.append((k_kept, v_kept))
+            groups.append(group)
+        new_layers.append(tuple(groups))
+        new_stored.append(tuple(entries))
+    return tuple(new_layers), tuple(new_stored)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import razor_jax
-from razor_jax import RazorConfig
-from razor_jax.server.generation import Refused
+from razor_jax.server.generation import Generation, Refused
 from razor_jax.text.sampling import Sampling
 
 from ..support import engines, tiny
@@ -66,25 +65,6 @@ def test_arrivals_at_any_tick_change_no_answer(engine):
     assert engine.stats().compilations == 0
 
 
-@pytest.mark.parametrize(
-    "razor",
-    [
-        None,
-        RazorConfig(sinks=2, min_window=5, window_divisor=3),
-        RazorConfig.compact(11, sinks=0, compensation=False),
-        RazorConfig.compact(13, kv_dtype="int8"),
-        RazorConfig.compact(13, prefill_chunk=24),
-        RazorConfig.compact(400),
-    ],
-    ids=["dense", "paper", "no compensation", "int8", "streaming prefill", "nothing dropped"],
-)
-def test_every_policy_gives_the_answer_of_generate(razor):
-    made = engines.engine(razor=razor)
-    requests = (MIXED[1], MIXED[2], MIXED[4])
-    for heard, each in zip(answers(made, *requests), requests, strict=True):
-        assert tuple(heard.tokens) == engines.library(each, razor=razor).tokens
-
-
 def test_a_checkpoint_makes_the_prompt_a_document_and_a_question(engine):
     for document, length in ((40, 75), (7, 90), (64, 65)):
         each = request("a", length, seed=7, checkpoints=(document,))
@@ -131,14 +111,6 @@ def test_what_can_never_fit_is_refused_and_an_id_in_use_too(engine):
     run(engine)
 
 
-def test_scarce_pages_make_requests_wait_and_change_no_answer():
-    made = engines.engine(cache_bytes=40_000)
-    assert made.layout.cache_bytes <= 40_000
-    assert made.layout.pages[0] < 3 * made.layout.widths[0]
-    for index, heard in enumerate(answers(made, *MIXED)):
-        assert tuple(heard.tokens) == expected(index).tokens
-
-
 def test_a_running_answer_gets_tokens_in_every_tick_under_a_flood_of_long_prompts(engine):
     (running, *_) = heard = submit(engine, request("a", 10, max_tokens=100))
     engine.tick()
@@ -149,3 +121,45 @@ def test_a_running_answer_gets_tokens_in_every_tick_under_a_flood_of_long_prompt
         engine.tick()
         assert len(running.tokens) >= min(100, before + 4)
     run(engine)
+
+
+@pytest.mark.parametrize("when", ["waiting", "before the first token", "prefill", "mid-stream"])
+def test_a_cancelled_answer_ends_within_a_tick_and_no_other_notices(engine, when):
+    heard = submit(engine, MIXED[2], request("other", 40, seed=2, sampling=SAMPLED), MIXED[4])
+    (victim,) = submit(engine, request("victim", 150 if when == "prefill" else 60, 10, seed=9))
+    if when != "waiting":
+        engine.cancel("long")
+        ticks = {"before the first token": 1, "prefill": 12, "mid-stream": 16}[when]
+        for _ in range(ticks):
+            engine.tick()
+        assert bool(victim.tokens) == (when == "mid-stream")
+    assert victim.finished is None
+    engine.cancel("victim")
+    engine.cancel("nobody")
+    engine.tick()
+    assert victim.reason == "cancelled"
+    assert victim.finished.completion_tokens == len(victim.tokens)
+    run(engine)
+    assert heard[0].reason == ("length" if when == "waiting" else "cancelled")
+    assert tuple(heard[1].tokens) == expected(1).tokens
+    assert tuple(heard[2].tokens) == expected(4).tokens
+
+
+def test_a_prefix_is_reused_and_hit_equals_miss(engine):
+    shared = tuple(int(token) for token in tiny.prompt(45, 11))
+    first, second, third = (
+        Generation(
+            str(number), (*shared, *(int(token) for token in tiny.prompt(20, number))), 12, rule, 3, checkpoints=(45,)
+        )
+        for number, rule in ((21, engines.GREEDY), (22, SAMPLED), (23, engines.GREEDY))
+    )
+    fresh = engines.engine(prefix_bytes=0)
+    missed = [answers(fresh, each)[0] for each in (first, second, third)]
+    before = engine.stats().cached_tokens
+    heard = [*answers(engine, first), *answers(engine, second, third)]
+    assert [each.finished.cached_tokens for each in heard] == [0, 45, 45]
+    assert [each.finished.cached_tokens for each in missed] == [0, 0, 0]
+    assert engine.stats().cached_tokens == before + 90
+    for hit, miss in zip(heard, missed, strict=True):
+        assert hit.tokens == miss.tokens
+    assert engine.stats().compilations == 0
