@@ -18,12 +18,11 @@ While an answer with a grammar runs, a block is one step, because the host must 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -32,50 +31,22 @@ from .. import compilation
 from ..cache import ring_length
 from ..config import check_int
 from ..functional import cache_spec
-from ..params import Params, nonfinite, weights_fingerprint
+from ..params import Params, weights_fingerprint
 from ..text.policy import Policy, choose_policy
 from ..text.row_output import RowOutput, end_ids
 from . import pages as paging
 from . import programs, scheduler
+from .engine_answer import Answer, cuts, token_logprobs
 from .engine_device import Device
 from .generation import Delta, EngineStats, Finished, Generation, Listener, Refused, TokenLogprob
-from .prefix import Key, Prefix, PrefixStore, chain
+from .prefix import Prefix, PrefixStore, chain
 
 log = logging.getLogger("razor_jax")
 
-
-@dataclasses.dataclass
-class _Answer:
-    """A live answer.
-
-    Attributes:
-      running: its slot and pages, None while it waits.
-      staging: index of the staging buffer during prefill.
-      held: prompt tokens in the pages; those of a segment join once it is written.
-      window: W, 0 before its first segment has run.
-      count: tokens generated on the device.
-      keys: of the prefixes that end at its checkpoints.
-      reused: prompt tokens that came from the store of prefixes.
-    """
-
-    generation: Generation
-    listener: Listener
-    output: RowOutput
-    segments: tuple[tuple[int, int], ...]
-    running: scheduler.Running | None = None
-    staging: int | None = None
-    held: int = 0
-    window: int = 0
-    count: int = 0
-    keys: dict[int, Key] = dataclasses.field(default_factory=dict)
-    reused: int = 0
-    cancelled: bool = False
-    prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
-
-    @property
-    def slot(self) -> int:
-        assert self.running is not None
-        return self.running.slot
+_NOT_FINITE = (
+    "the logits of this answer are not finite: its prompt meets a damaged weight, or the type of the model overflows; "
+    "load it with dtype='float32', or fetch the checkpoint again"
+)
 
 
 class RazorEngine:
@@ -147,7 +118,7 @@ class RazorEngine:
         )
         self._root = repr((weights_fingerprint(params), spec.heads, spec.razor, spec.dtype, chunk, page)).encode()
         self._wake = threading.Condition()  # guards everything that other threads read or write
-        self._answers: dict[str, _Answer] = {}
+        self._answers: dict[str, Answer] = {}
         self._thread: threading.Thread | None = None
         self._ready = self._draining = self._stopped = False
         self._finished = collections.Counter[str]()
@@ -285,7 +256,7 @@ class RazorEngine:
                     self._finish(id, "error", f"the engine failed: {error}")
                 self._allocate()
 
-    def _new_answer(self, generation: Generation, listener: Listener) -> _Answer:
+    def _new_answer(self, generation: Generation, listener: Listener) -> Answer:
         """Return a live answer. Raises ValueError for what no engine can run."""
         vocabulary = self.params.config.vocab_size
         if not generation.prompt or not all(0 <= token < vocabulary for token in generation.prompt):
@@ -295,16 +266,17 @@ class RazorEngine:
         if generation.logprobs is not None and not 0 <= generation.logprobs <= programs.TOP_LOGPROBS:
             raise ValueError(f"logprobs={generation.logprobs}: must be None or within 0 … {programs.TOP_LOGPROBS}")
         output = RowOutput(self.params.assets, generation.stop, generation.max_tokens)
-        answer = _Answer(generation, listener, output, self._segments(generation))
+        stop_ids = end_ids(self.params.assets, generation.stop)
+        answer = Answer(generation, listener, output, stop_ids, self._segments(generation))
         # Log probabilities of the prompt need all of its logits.
         if self.layout.prefixes and not generation.prompt_logprobs:
-            answer.keys = chain(self._root, generation.prompt, _cuts(generation))
+            answer.keys = chain(self._root, generation.prompt, cuts(generation))
         return answer
 
     def _segments(self, generation: Generation) -> tuple[tuple[int, int], ...]:
         """Return start and stop of the calls of the library that a prompt consists of."""
         parts = []
-        for start, stop in itertools.pairwise((0, *_cuts(generation), len(generation.prompt))):
+        for start, stop in itertools.pairwise((0, *cuts(generation), len(generation.prompt))):
             # Streaming prefill cuts further.
             steps = [*range(start, stop, self._segment_tokens), stop]
             parts += itertools.pairwise(steps)
@@ -357,7 +329,7 @@ class RazorEngine:
             self._tokens["prompt"] += running.request.prompt_tokens
             self._tokens["cached"] += running.reused
 
-    def _store_prefix(self, answer: _Answer, tokens: int) -> None:
+    def _store_prefix(self, answer: Answer, tokens: int) -> None:
         """Keep the cache of a row that has just seen the first `tokens` of its prompt, if there is room."""
         spec, page = self.layout.spec, self.layout.page_tokens
         held = [min(tokens, spec.sinks + answer.window) if windowed else tokens for windowed in self.layout.kinds]
@@ -379,7 +351,7 @@ class RazorEngine:
         start, stop = next(segment for segment in answer.segments if chunk.stop <= segment[1])
         if not answer.window:
             # The window is that of the first call of the library, which streaming prefill cuts once more.
-            spec, first = self.layout.spec, min([*_cuts(generation), len(generation.prompt)])
+            spec, first = self.layout.spec, min([*cuts(generation), len(generation.prompt)])
             answer.window = spec.capacity if spec.razor is None else int(ring_length(spec.razor, first))
         tokens = generation.prompt[chunk.start : chunk.stop]
         following = generation.prompt[chunk.start + 1 : chunk.stop + 1]
@@ -389,7 +361,7 @@ class RazorEngine:
         )
         if generation.prompt_logprobs:
             found = tuple(np.asarray(x)[: len(following)] for x in scores)
-            answer.prompt_logprobs += _token_logprobs(following, found, generation.logprobs or 0)
+            answer.prompt_logprobs += token_logprobs(following, found, generation.logprobs or 0)
         if chunk.stop < stop:
             return
         self._device.write_segment(slot, answer.staging, numbers[:3])
@@ -401,7 +373,7 @@ class RazorEngine:
             answer.staging = None
             self._first_token(answer, logits)
 
-    def _first_token(self, answer: _Answer, logits: jax.Array) -> None:
+    def _first_token(self, answer: Answer, logits: jax.Array) -> None:
         """Choose the first token of an answer from the logits [1, V] after its prompt."""
         generation = answer.generation
         allowed = None
@@ -414,7 +386,7 @@ class RazorEngine:
             length=answer.held,
             window=answer.window,
             limit=generation.max_tokens,
-            stop_ids=end_ids(self.params.assets, generation.stop),
+            stop_ids=answer.stop_ids,
             seed=generation.seed % 2**32,
             sampling=generation.sampling,
         )
@@ -423,7 +395,7 @@ class RazorEngine:
             *self._device.start_row(answer.slot, generation.prompt, generation.logit_bias, allowed, logits),
         )
 
-    def _mask(self, answer: _Answer) -> np.ndarray | None:
+    def _mask(self, answer: Answer) -> np.ndarray | None:
         """Return which tokens the grammar of an answer allows next; end the answer and return None if it fails."""
         assert answer.generation.grammar is not None
         try:
@@ -456,7 +428,7 @@ class RazorEngine:
             self._device.rows.length[slot] += new
             self._receive(answer, out.tokens[slot, :new], bool(out.failed[slot]), [x[slot] for x in out.logprobs])
 
-    def _receive(self, answer: _Answer, tokens: np.ndarray, failed: bool, scores: Sequence[np.ndarray]) -> None:
+    def _receive(self, answer: Answer, tokens: np.ndarray, failed: bool, scores: Sequence[np.ndarray]) -> None:
         """Append tokens to an answer, tell its listener, and end it if it is complete."""
         generation, output, slot = answer.generation, answer.output, answer.slot
         before = len(output.tokens)
@@ -470,13 +442,13 @@ class RazorEngine:
             self._device.rows.token[slot] = tokens[-1]
         found: list[TokenLogprob] = []
         if generation.logprobs is not None:
-            found = _token_logprobs(new, scores, generation.logprobs)
+            found = token_logprobs(new, scores, generation.logprobs)
         prompt, answer.prompt_logprobs = tuple(answer.prompt_logprobs), []
         if new:
             self._tell(answer, Delta(output.take(), new, tuple(found), prompt))
         if failed and not output.finished:
             output.fail()
-            self._finish(generation.id, "error", nonfinite(self.params))
+            self._finish(generation.id, "error", _NOT_FINITE)
         elif output.finished:
             self._finish(generation.id, output.finish_reason)
         elif generation.grammar is not None:
@@ -486,7 +458,7 @@ class RazorEngine:
             except Exception as error:
                 self._finish(generation.id, "error", f"the grammar failed: {error}")
 
-    def _live(self) -> list[_Answer]:
+    def _live(self) -> list[Answer]:
         with self._wake:
             return list(self._answers.values())
 
@@ -517,31 +489,13 @@ class RazorEngine:
             Finished(reason, len(generation.prompt), len(answer.output.tokens), answer.reused, message),
         )
 
-    def _tell(self, answer: _Answer, event: Delta | Finished) -> None:
+    def _tell(self, answer: Answer, event: Delta | Finished) -> None:
         """Call a listener. One that raises loses its answer, nothing else."""
         try:
             answer.listener(event)
         except Exception:
             log.exception("the listener of request %r failed: its answer is cancelled", answer.generation.id)
             answer.cancelled = True
-
-
-def _cuts(generation: Generation) -> list[int]:
-    """Return the checkpoints that cut the prompt, ascending."""
-    return sorted({cut for cut in generation.checkpoints if 0 < cut < len(generation.prompt)})
-
-
-def _token_logprobs(tokens: Iterable[int], scores: tuple[np.ndarray, ...], top: int) -> list[TokenLogprob]:
-    """Return the records of tokens; `scores` are arrays [n] and [n, 20] of at least as many."""
-    chosen, ids, values = scores
-    return [
-        TokenLogprob(
-            int(token),
-            float(chosen[i]),
-            tuple((int(a), float(b)) for a, b in zip(ids[i, :top], values[i, :top], strict=True)),
-        )
-        for i, token in enumerate(tokens)
-    ]
 
 
 __all__: Sequence[str] = ("RazorEngine",)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import threading
 
 import numpy as np
 import pytest
 
 import razor_jax
+from razor_jax.server.engine import RazorEngine
 from razor_jax.server.generation import Generation, Refused
 from razor_jax.text.sampling import Sampling
 
@@ -149,7 +152,13 @@ def test_a_prefix_is_reused_and_hit_equals_miss(engine):
     shared = tuple(int(token) for token in tiny.prompt(45, 11))
     first, second, third = (
         Generation(
-            str(number), (*shared, *(int(token) for token in tiny.prompt(20, number))), 12, rule, 3, checkpoints=(45,)
+            str(number),
+            (*shared, *(int(token) for token in tiny.prompt(20, number))),
+            12,
+            rule,
+            seed=3,
+            logprobs=5,
+            checkpoints=(45,),
         )
         for number, rule in ((21, engines.GREEDY), (22, SAMPLED), (23, engines.GREEDY))
     )
@@ -162,4 +171,79 @@ def test_a_prefix_is_reused_and_hit_equals_miss(engine):
     assert engine.stats().cached_tokens == before + 90
     for hit, miss in zip(heard, missed, strict=True):
         assert hit.tokens == miss.tokens
+        assert hit.logprobs == miss.logprobs  # floats, bit for bit
     assert engine.stats().compilations == 0
+
+
+def test_log_probabilities_are_those_of_the_model_before_any_rule(engine):
+    # Short enough that nothing is dropped: then every cache gives the logits of one plain call.
+    each = request("a", 9, 6, seed=8, sampling=SAMPLED, logprobs=3, prompt_logprobs=True)
+    heard, other = answers(engine, each, request("b", 9, 6, seed=8, sampling=SAMPLED))
+    assert heard.tokens == other.tokens
+    assert other.logprobs == other.prompt_logprobs == []
+    tokens = np.asarray([*each.prompt, *heard.tokens], np.int32)
+    cache = razor_jax.init_cache(tiny.params(), batch=1, capacity=32, razor=None)
+    logits, _ = razor_jax.extend(tiny.params(), cache, tokens[None, :-1], np.asarray([len(tokens) - 1]), logits="all")
+    want = np.asarray(logits[0], np.float64)
+    want -= np.log(np.exp(want).sum(axis=-1, keepdims=True))
+    assert (len(heard.prompt_logprobs), len(heard.logprobs)) == (8, 6)
+    for row, record in zip(want, [*heard.prompt_logprobs, *heard.logprobs], strict=True):
+        assert record.logprob == pytest.approx(row[record.token], abs=1e-4)
+        assert [token for token, _ in record.top] == np.argsort(-row)[:3].tolist()
+        assert [value for _, value in record.top] == pytest.approx(np.sort(row)[:-4:-1].tolist(), abs=1e-4)
+    assert [record.token for record in [*heard.prompt_logprobs, *heard.logprobs]] == tokens[1:].tolist()
+
+
+def test_a_bias_decides_and_leaves_with_its_request(engine):
+    biased = request("a", 20, 5, logit_bias=((77, 1000.0),))
+    heard = answers(engine, biased, request("b", 20, 5))
+    assert heard[0].tokens == [77] * 5
+    assert heard[1].tokens == answers(engine, request("c", 20, 5))[0].tokens
+    banned = answers(engine, request("d", 20, 5, logit_bias=((heard[1].tokens[0], -1000.0),)))[0]
+    assert heard[1].tokens[0] not in banned.tokens
+
+
+def test_threads_submit_to_a_running_engine_and_it_drains():
+    made = RazorEngine(tiny.params(), razor=engines.RAZOR, **engines.SIZES)
+    assert not made.ready
+    made.start()
+    assert made.ready
+    heard = {}
+
+    def client(number):
+        for turn in range(3):
+            each = dataclasses.replace(MIXED[(number + turn) % len(MIXED)], id=f"{number}.{turn}")
+            heard[each.id] = Heard()
+            made.submit(each, heard[each.id])
+            if turn == 1:
+                made.cancel(each.id)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made.drain(120)
+    assert len(heard) == 18
+    for id, each in heard.items():
+        number, turn = map(int, id.split("."))
+        assert each.reason in ("stop", "length", "cancelled")
+        if turn != 1:
+            assert tuple(each.tokens) == expected((number + turn) % len(MIXED)).tokens
+    with pytest.raises(Refused, match="shuts down") as refused:
+        made.submit(request("late", 5), Heard())
+    assert refused.value.reason == "draining"
+    assert not made.ready
+    stats = made.stats()
+    assert (stats.compilations, stats.pages_used) == (0, (0, 0))
+
+
+def test_a_listener_that_raises_loses_its_own_answer_only(engine):
+    def broken(event):
+        raise RuntimeError("gone")
+
+    engine.submit(request("a", 10, 20), broken)
+    (heard,) = submit(engine, request("b", 40, seed=2, sampling=SAMPLED))
+    run(engine)
+    assert tuple(heard.tokens) == expected(1).tokens
+    assert engine.stats().finished["cancelled"] >= 1
