@@ -98,10 +98,10 @@ class BlockOutput(flax.struct.PyTreeNode):
       logprobs: of the tokens, [B, steps] and [B, steps, 20]; zeros if nobody asked.
     """
 
-    tokens: jax.Array
-    count: jax.Array
-    failed: jax.Array
-    logprobs: TopLogprobs
+    tokens: jax.Array | np.ndarray
+    count: jax.Array | np.ndarray
+    failed: jax.Array | np.ndarray
+    logprobs: tuple[jax.Array | np.ndarray, ...]
 
 
 def init_staging(params: Params, tokens: int) -> Staging:

@@ -247,3 +247,29 @@ def test_a_listener_that_raises_loses_its_own_answer_only(engine):
     run(engine)
     assert tuple(heard.tokens) == expected(1).tokens
     assert engine.stats().finished["cancelled"] >= 1
+
+
+def test_any_mix_of_arrivals_cancels_and_prefixes_drains_and_answers_as_alone(engine):
+    rng = np.random.default_rng(1)
+    document = tuple(int(token) for token in tiny.prompt(50, 4))
+    kinds = [
+        *MIXED[:5],
+        *(Generation("", (*document, token), 9, engines.GREEDY, checkpoints=(20, 50)) for token in (9, 10)),
+    ]
+    alone = [answers(engine, dataclasses.replace(each, id="alone"))[0].tokens for each in kinds]
+    heard, cancelled = [], set()
+    for number in range(60):
+        kind = int(rng.integers(len(kinds)))
+        (each,) = submit(engine, dataclasses.replace(kinds[kind], id=str(number)))
+        heard.append((kind, each))
+        for _ in range(rng.integers(0, 3)):
+            engine.tick()
+        if rng.random() < 0.3:
+            cancelled.add(victim := int(rng.integers(number + 1)))
+            engine.cancel(str(victim))
+    run(engine)
+    for number, (kind, each) in enumerate(heard):
+        assert each.reason == "cancelled" or each.tokens == alone[kind]
+        assert number in cancelled or each.reason != "cancelled"
+    assert any(each.finished.cached_tokens == 50 for _, each in heard)
+    assert engine.stats().compilations == 0
