@@ -129,11 +129,14 @@ def test_a_running_answer_gets_tokens_in_every_tick_under_a_flood_of_long_prompt
 @pytest.mark.parametrize("when", ["waiting", "before the first token", "prefill", "mid-stream"])
 def test_a_cancelled_answer_ends_within_a_tick_and_no_other_notices(engine, when):
     heard = submit(engine, MIXED[2], request("other", 40, seed=2, sampling=SAMPLED), MIXED[4])
-    (victim,) = submit(engine, request("victim", 150 if when == "prefill" else 60, 10, seed=9))
+    (victim,) = submit(
+        engine, request("victim", 150 if when == "prefill" else 60, 10 if when == "prefill" else 80, seed=9)
+    )
     if when != "waiting":
         engine.cancel("long")
-        ticks = {"before the first token": 1, "prefill": 12, "mid-stream": 16}[when]
-        for _ in range(ticks):
+        for _ in range(12 if when == "prefill" else 1):
+            engine.tick()
+        while when == "mid-stream" and not victim.tokens:
             engine.tick()
         assert bool(victim.tokens) == (when == "mid-stream")
     assert victim.finished is None
