@@ -364,7 +364,7 @@ class RazorEngine:
             answer.prompt_logprobs += token_logprobs(following, found, generation.logprobs or 0)
         if chunk.stop < stop:
             return
-        self._device.write_segment(slot, answer.staging, numbers[:3])
+        self._device.write_segment(slot, answer.staging, numbers)
         with self._wake:
             answer.held = stop
         if stop in answer.keys:

@@ -32,6 +32,7 @@ class Device:
         """Allocate an empty cache, and `prefills` staging buffers for `staged_tokens` tokens."""
         slots, vocabulary = layout.slots, params.config.vocab_size
         self._params, self._layout, self._block, self.chunk = params, layout, block, chunk
+        self._ends = {name: weight for name, weight in params.weights.items() if not name.startswith("blocks_")}
         self._layers = layout.init()
         self._means = programs.init_means(self._layers, max(1, layout.prefixes))
         self._staging = [programs.init_staging(params, staged_tokens) for _ in range(prefills)]
@@ -54,7 +55,7 @@ class Device:
         """Run each program once without effect, so that all are compiled."""
         vocabulary = self._params.config.vocab_size
         self.prefill_chunk(0, 0, (), (), (0, 1, 1, 0, 1), score=False)
-        self.write_segment(0, 0, (0, 1, 0))
+        self.write_segment(0, 0, (0, 1, 0, 0, 0))
         self.start_row(0, (), (), None, jax.device_put(np.zeros((1, vocabulary), np.float32)))
         self.decode_block(0, score=False)
         self.set_allowed(0, np.ones(vocabulary, bool))
@@ -84,30 +85,25 @@ class Device:
         *,
         score: bool,
     ) -> tuple[jax.Array, TopLogprobs]:
-        """Run `programs.prefill_chunk`. Return logits [1, V] and the log probabilities of the targets."""
-        logits, scores, self._staging[staging] = programs.prefill_chunk(
-            self._params,
-            self._layers,
-            self._staging[staging],
-            self._row_tables(slot),
-            np.int32(slot),
-            _padded(tokens, self.chunk, 0)[None],
-            _padded(targets, self.chunk, 0),
-            np.asarray(numbers, np.int32),
-            np.bool_(score),
-            spec=self._layout.spec,
-        )
-        return logits, scores
+        """Run a chunk of a segment through all layers; see `programs.layer_chunk` for `numbers`.
+
+        Returns logits [1, V] after the chunk, and the log probabilities of the targets.
+        """
+        config, weights, staged = self._params.config, self._params.weights, self._staging[staging]
+        row = (self._row_tables(slot), np.int32(slot), np.asarray(numbers, np.int32))
+        x = programs.embed_chunk(config, self._ends, _padded(tokens, self.chunk, 0)[None])
+        for index, layer in enumerate(self._layers):
+            x, staged[index] = programs.layer_chunk(
+                config, weights[f"blocks_{index}"], x, layer, staged[index], *row, spec=self._layout.spec
+            )
+        return programs.chunk_logits(config, self._ends, x, _padded(targets, self.chunk, 0), row[2][4], np.bool_(score))
 
     def write_segment(self, slot: int, staging: int, numbers: Sequence[int]) -> None:
-        """Run `programs.write_segment`."""
-        self._layers = programs.write_segment(
-            self._layers,
-            self._staging[staging],
-            self._row_tables(slot),
-            np.int32(slot),
-            np.asarray(numbers, np.int32),
-            spec=self._layout.spec,
+        """Write a staged segment to the pages of its row, with the numbers of its last chunk."""
+        row = (self._row_tables(slot), np.int32(slot), np.asarray(numbers, np.int32))
+        self._layers = tuple(
+            programs.write_layer(layer, staged, *row, spec=self._layout.spec)
+            for layer, staged in zip(self._layers, self._staging[staging], strict=True)
         )
 
     def start_row(
