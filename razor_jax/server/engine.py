@@ -18,64 +18,35 @@ While an answer with a grammar runs, a block is one step, because the host must 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from .. import compilation
-from ..cache import CacheSpec, ring_length
+from ..cache import ring_length
 from ..config import check_int
 from ..functional import cache_spec
-from ..memory import free_bytes
-from ..params import Params, nonfinite
+from ..params import Params, weights_fingerprint
 from ..text.policy import Policy, choose_policy
 from ..text.row_output import RowOutput, end_ids
-from ..text.sampling import rules, set_rule
 from . import pages as paging
 from . import programs, scheduler
+from .engine_answer import Answer, cuts, token_logprobs
+from .engine_device import Device
 from .generation import Delta, EngineStats, Finished, Generation, Listener, Refused, TokenLogprob
-from .pages import Layout
+from .prefix import Prefix, PrefixStore, chain
 
 log = logging.getLogger("razor_jax")
 
-_STOP_IDS = 16  # most stop ids per row that the device looks for; the host looks for all of them
-
-
-@dataclasses.dataclass
-class _Answer:
-    """A live answer.
-
-    Attributes:
-      running: its slot and pages, None while it waits.
-      staging: index of the staging buffer during prefill.
-      held: prompt tokens in the pages; those of a segment join once it is written.
-      window: W, 0 before its first segment has run.
-      count: tokens generated on the device.
-    """
-
-    generation: Generation
-    listener: Listener
-    output: RowOutput
-    segments: tuple[tuple[int, int], ...]
-    running: scheduler.Running | None = None
-    staging: int | None = None
-    held: int = 0
-    window: int = 0
-    count: int = 0
-    reused: int = 0
-    cancelled: bool = False
-    prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
-
-    @property
-    def slot(self) -> int:
-        assert self.running is not None
-        return self.running.slot
+_NOT_FINITE = (
+    "the logits of this answer are not finite: its prompt meets a damaged weight, or the type of the model overflows; "
+    "load it with dtype='float32', or fetch the checkpoint again"
+)
 
 
 class RazorEngine:
@@ -95,6 +66,7 @@ class RazorEngine:
         block: int = 8,
         prefills: int = 2,
         max_waiting: int = 1024,
+        prefix_bytes: int | None = None,
     ):
         """Choose the sizes and check that they fit; nothing is allocated before `start`.
 
@@ -112,6 +84,7 @@ class RazorEngine:
           block: most decode steps per tick.
           prefills: prompts whose prefill may be under way; each takes `staging_bytes`.
           max_waiting: most requests in the queue.
+          prefix_bytes: part of the cache for prefixes of prompts; None for an eighth, 0 for none.
 
         Raises:
           ValueError: a size out of range, a mesh, or ALiBi.
@@ -130,21 +103,22 @@ class RazorEngine:
         spec = cache_spec(params, policy, capacity)
         page = page_tokens or (64 if spec.implementation == "xla" else 128)
         typical = check_int("typical_tokens", typical_tokens or -(-capacity // 2), 1)
-        self.layout = _choose_layout(spec, slots, page, cache_bytes, typical)
+        self.layout = paging.choose_layout(spec, slots, page, cache_bytes, typical, prefix_bytes)
         self._block, self._prefills = block, prefills
         self._segment_tokens = capacity
         if policy is not None and policy.prefill_chunk is not None:
             self._segment_tokens = min(capacity, policy.prefill_chunk)
         self._staged_tokens = -(-self._segment_tokens // chunk) * chunk
         self.staging_bytes = prefills * programs.staging_bytes(params, self._staged_tokens)
-        _check_memory(self.layout.cache_bytes, self.staging_bytes)
+        paging.check_memory(self.layout.cache_bytes, self.staging_bytes)
         self._state = scheduler.start(
             scheduler.SchedulerConfig(
                 slots, self.layout.pools, capacity, chunk, max_waiting=max_waiting, prefills=prefills
             )
         )
+        self._root = repr((weights_fingerprint(params), spec.heads, spec.razor, spec.dtype, chunk, page)).encode()
         self._wake = threading.Condition()  # guards everything that other threads read or write
-        self._answers: dict[str, _Answer] = {}
+        self._answers: dict[str, Answer] = {}
         self._thread: threading.Thread | None = None
         self._ready = self._draining = self._stopped = False
         self._finished = collections.Counter[str]()
@@ -163,7 +137,7 @@ class RazorEngine:
         """Allocate the cache and compile every program. A caller that runs `tick` itself needs no `start`."""
         with compilation.log_compilation("the engine"):
             self._allocate()
-            self._run_every_program()
+            self._device.run_every_program()
         self._ready = True
 
     @property
@@ -255,9 +229,10 @@ class RazorEngine:
         programs_before = compilation.totals()[0]
         self._drop_cancelled()
         with self._wake:
+            self._find_prefixes()
             self._state, plan = scheduler.tick(self._state)
-            for running in plan.admitted:
-                self._admit(running)
+        for running in plan.admitted:
+            self._admit(running)
         if plan.chunk is not None:
             self._prefill(plan.chunk)
         self._decode()
@@ -281,7 +256,7 @@ class RazorEngine:
                     self._finish(id, "error", f"the engine failed: {error}")
                 self._allocate()
 
-    def _new_answer(self, generation: Generation, listener: Listener) -> _Answer:
+    def _new_answer(self, generation: Generation, listener: Listener) -> Answer:
         """Return a live answer. Raises ValueError for what no engine can run."""
         vocabulary = self.params.config.vocab_size
         if not generation.prompt or not all(0 <= token < vocabulary for token in generation.prompt):
@@ -291,119 +266,80 @@ class RazorEngine:
         if generation.logprobs is not None and not 0 <= generation.logprobs <= programs.TOP_LOGPROBS:
             raise ValueError(f"logprobs={generation.logprobs}: must be None or within 0 … {programs.TOP_LOGPROBS}")
         output = RowOutput(self.params.assets, generation.stop, generation.max_tokens)
-        return _Answer(generation, listener, output, self._segments(generation))
+        stop_ids = end_ids(self.params.assets, generation.stop)
+        answer = Answer(generation, listener, output, stop_ids, self._segments(generation))
+        # Log probabilities of the prompt need all of its logits.
+        if self.layout.prefixes and not generation.prompt_logprobs:
+            answer.keys = chain(self._root, generation.prompt, cuts(generation))
+        return answer
 
     def _segments(self, generation: Generation) -> tuple[tuple[int, int], ...]:
         """Return start and stop of the calls of the library that a prompt consists of."""
-        length = len(generation.prompt)
-        cuts = sorted({0, *(cut for cut in generation.checkpoints if 0 < cut < length), length})
         parts = []
-        for start, stop in itertools.pairwise(cuts):
+        for start, stop in itertools.pairwise((0, *cuts(generation), len(generation.prompt))):
             # Streaming prefill cuts further.
             steps = [*range(start, stop, self._segment_tokens), stop]
             parts += itertools.pairwise(steps)
         return tuple(parts)
 
     def _allocate(self) -> None:
-        """Make the empty device state and forget all rows."""
-        slots = self.layout.slots
-        self._layers = self.layout.init()
-        self._staging = [programs.init_staging(self.params, self._staged_tokens) for _ in range(self._prefills)]
-        self._vocabulary = programs.Vocabulary.init(slots, self.params.config.vocab_size)
-        self._all_allowed = jax.device_put(np.ones(self.params.config.vocab_size, bool))
-        self._no_bias = jax.device_put(np.zeros(self.params.config.vocab_size, np.float32))
-        self._tables = tuple(np.zeros((slots, width), np.int32) for width in self.layout.widths)
-        sampling, greedy = rules(slots)
-        zeros = lambda: np.zeros(slots, np.int32)  # noqa: E731
-        self._rows = programs.Rows(
-            zeros(),
-            zeros(),
-            zeros(),
-            zeros(),
-            zeros(),
-            np.zeros(slots, bool),
-            np.full((slots, _STOP_IDS), -1, np.int32),
-            np.zeros(slots, np.uint32),
-            sampling,
-            greedy,
+        """Make the empty device state and an empty store of prefixes."""
+        self._device = Device(
+            self.params, self.layout, self._staged_tokens, self._prefills, self._state.config.chunk, self._block
         )
-
-    def _run_every_program(self) -> None:
-        """Run each program once without effect."""
-        chunk = self._state.config.chunk
-        self._chunk(0, 0, np.zeros(chunk, np.int32), np.zeros(chunk, np.int32), programs.as_int32(0, 1, 1, 0, 1), False)
-        self._write(0, 0, programs.as_int32(0, 1, 0))
-        logits = np.zeros((1, self.params.config.vocab_size), np.float32)
-        self._start(0, np.zeros(logits.shape[1], bool), self._no_bias, self._all_allowed, jax.device_put(logits))
-        self._steps(0, False)
-        self._allow(0, self._all_allowed)
-        jax.block_until_ready((self._layers, self._vocabulary))
-
-    # The programs, on the state of the engine.
-
-    def _row_tables(self, slot: int) -> tuple[np.ndarray, ...]:
-        # Copies: a program may still read them when the slot gets other pages.
-        return tuple(table[slot : slot + 1].copy() for table in self._tables)
-
-    def _chunk(
-        self, slot: int, staging: int, tokens: np.ndarray, targets: np.ndarray, numbers: np.ndarray, score: bool
-    ):
-        logits, scores, self._staging[staging] = programs.prefill_chunk(
-            self.params,
-            self._layers,
-            self._staging[staging],
-            self._row_tables(slot),
-            np.int32(slot),
-            tokens[None],
-            targets,
-            numbers,
-            np.bool_(score),
-            spec=self.layout.spec,
-        )
-        return logits, scores
-
-    def _write(self, slot: int, staging: int, numbers: np.ndarray) -> None:
-        self._layers = programs.write_segment(
-            self._layers,
-            self._staging[staging],
-            self._row_tables(slot),
-            np.int32(slot),
-            numbers,
-            spec=self.layout.spec,
-        )
-
-    def _start(self, slot: int, seen: np.ndarray, bias, allowed, logits: jax.Array):
-        row = jax.tree.map(lambda x: x[slot : slot + 1], self._rows)
-        self._vocabulary, token, failed, scores = programs.start_row(
-            self._vocabulary, row, np.int32(slot), seen, bias, allowed, logits
-        )
-        return token, failed, scores
-
-    def _steps(self, steps: int, score: bool) -> programs.BlockOutput:
-        self._layers, self._vocabulary, out = programs.decode_block(
-            self.params,
-            self._layers,
-            self._vocabulary,
-            self._rows,
-            self._tables,
-            np.int32(steps),
-            np.bool_(score),
-            spec=self.layout.spec,
-            block=self._block,
-        )
-        return out
-
-    def _allow(self, slot: int, allowed) -> None:
-        self._vocabulary = programs.set_allowed(self._vocabulary, np.int32(slot), allowed)
+        self._store = PrefixStore(self.layout.pages, self.layout.prefix_pages, self.layout.prefixes)
 
     # The steps of a tick.
 
+    def _find_prefixes(self) -> None:
+        """Let waiting requests start behind the longest stored prefix of their prompts."""
+        for waiting in self._state.waiting:
+            keys = self._answers[waiting.request.id].keys
+            found = [each for each in map(self._store.find, keys.values()) if each is not None]
+            tokens, shared = (found[-1].tokens, self._shared(found[-1])) if found else (0, ())
+            if (waiting.reused, waiting.shared) != (tokens, shared):
+                self._state = scheduler.reuse(self._state, waiting.request.id, tokens, shared)
+
+    def _shared(self, prefix: Prefix) -> tuple[tuple[int, ...], ...]:
+        """Return the pages of a prefix that rows share: those of the full groups that are complete."""
+        complete = prefix.tokens // self.layout.page_tokens
+        return tuple(
+            () if windowed else pages[:complete]
+            for pages, windowed in zip(prefix.pages, self.layout.kinds, strict=True)
+        )
+
     def _admit(self, running: scheduler.Running) -> None:
+        """Give a request its slot, with the pages of the prefix that it starts behind."""
         answer = self._answers[running.request.id]
-        answer.running = running
-        for table, pages in zip(self._tables, running.pages, strict=True):
-            table[running.slot, : len(pages)] = pages
-        self._tokens["prompt"] += running.request.prompt_tokens
+        shared = running.shared or ((),) * len(running.pages)
+        for table, first, own in zip(self._device.tables, shared, running.pages, strict=True):
+            table[running.slot, : len(first) + len(own)] = (*first, *own)
+        if running.reused:
+            key = answer.keys[running.reused]
+            prefix = self._store.find(key)
+            assert prefix is not None, "nothing is evicted between the plan and its admissions"
+            self._store.touch(key)
+            self._store.pin(shared)
+            sources = [pages[len(first) :] for pages, first in zip(prefix.pages, shared, strict=True)]
+            targets = [own[: len(pages)] for pages, own in zip(sources, running.pages, strict=True)]
+            self._device.copy_prefix(sources, targets, running.slot, prefix.entry, restore=True)
+            answer.held, answer.window, answer.reused = prefix.tokens, prefix.window, prefix.tokens
+        with self._wake:
+            answer.running = running
+            self._tokens["prompt"] += running.request.prompt_tokens
+            self._tokens["cached"] += running.reused
+
+    def _store_prefix(self, answer: Answer, tokens: int) -> None:
+        """Keep the cache of a row that has just seen the first `tokens` of its prompt, if there is room."""
+        spec, page = self.layout.spec, self.layout.page_tokens
+        held = [min(tokens, spec.sinks + answer.window) if windowed else tokens for windowed in self.layout.kinds]
+        needs = [-(-each // page) for each in held]
+        prefix = self._store.add(answer.keys[tokens], tokens, answer.window, needs)
+        if prefix is not None:
+            sources = [
+                table[answer.slot, :need].tolist() for table, need in zip(self._device.tables, needs, strict=True)
+            ]
+            self._device.copy_prefix(sources, prefix.pages, answer.slot, prefix.entry, restore=False)
 
     def _prefill(self, chunk: scheduler.Chunk) -> None:
         """Run a chunk, write the segment if it was its last, and choose the first token after the last segment."""
@@ -414,49 +350,52 @@ class RazorEngine:
             answer.staging = next(index for index in range(self._prefills) if index not in taken)
         start, stop = next(segment for segment in answer.segments if chunk.stop <= segment[1])
         if not answer.window:
-            razor = self.layout.spec.razor
-            answer.window = self.layout.spec.capacity if razor is None else int(ring_length(razor, stop - start))
-        tokens, targets = (np.zeros(self._state.config.chunk, np.int32) for _ in range(2))
-        part = generation.prompt[chunk.start : chunk.stop]
+            # The window is that of the first call of the library, which streaming prefill cuts once more.
+            spec, first = self.layout.spec, min([*cuts(generation), len(generation.prompt)])
+            answer.window = spec.capacity if spec.razor is None else int(ring_length(spec.razor, first))
+        tokens = generation.prompt[chunk.start : chunk.stop]
         following = generation.prompt[chunk.start + 1 : chunk.stop + 1]
-        tokens[: len(part)], targets[: len(following)] = part, following
-        numbers = programs.as_int32(start, answer.window, stop - start, chunk.start - start, len(part))
-        logits, scores = self._chunk(slot, answer.staging, tokens, targets, numbers, generation.prompt_logprobs)
+        numbers = (start, answer.window, stop - start, chunk.start - start, len(tokens))
+        logits, scores = self._device.prefill_chunk(
+            slot, answer.staging, tokens, following, numbers, score=generation.prompt_logprobs
+        )
         if generation.prompt_logprobs:
             found = tuple(np.asarray(x)[: len(following)] for x in scores)
-            answer.prompt_logprobs += _token_logprobs(following, found, generation.logprobs or 0)
+            answer.prompt_logprobs += token_logprobs(following, found, generation.logprobs or 0)
         if chunk.stop < stop:
             return
-        self._write(slot, answer.staging, numbers[:3])
-        answer.held = stop
+        self._device.write_segment(slot, answer.staging, numbers)
+        with self._wake:
+            answer.held = stop
+        if stop in answer.keys:
+            self._store_prefix(answer, stop)
         if chunk.last:
             answer.staging = None
             self._first_token(answer, logits)
 
-    def _first_token(self, answer: _Answer, logits: jax.Array) -> None:
-        generation, slot, rows = answer.generation, answer.slot, self._rows
-        rows.length[slot], rows.window[slot] = answer.held, answer.window
-        rows.token[slot], rows.count[slot], rows.limit[slot], rows.live[slot] = 0, 0, generation.max_tokens, True
-        stop_ids = end_ids(self.params.assets, generation.stop)[:_STOP_IDS]
-        rows.stop_ids[slot] = -1
-        rows.stop_ids[slot, : len(stop_ids)] = stop_ids
-        rows.seed[slot] = generation.seed % 2**32
-        set_rule(rows.sampling, rows.greedy, slot, generation.sampling)
-        seen = np.zeros(self.params.config.vocab_size, bool)
-        seen[list(generation.prompt)] = True
-        bias = self._no_bias
-        if generation.logit_bias:
-            bias = np.zeros(self.params.config.vocab_size, np.float32)
-            for token, value in generation.logit_bias:
-                bias[token] += value
-        allowed = self._all_allowed if generation.grammar is None else self._mask(answer)
-        if allowed is None:
-            return
-        token, failed, scores = self._start(slot, seen, bias, allowed, logits)
-        tokens, failed = np.asarray(token), np.asarray(failed)
-        self._receive(answer, tokens[: int(not failed[0])], tuple(np.asarray(x) for x in scores), bool(failed[0]))
+    def _first_token(self, answer: Answer, logits: jax.Array) -> None:
+        """Choose the first token of an answer from the logits [1, V] after its prompt."""
+        generation = answer.generation
+        allowed = None
+        if generation.grammar is not None:
+            allowed = self._mask(answer)
+            if allowed is None:
+                return
+        self._device.set_row(
+            answer.slot,
+            length=answer.held,
+            window=answer.window,
+            limit=generation.max_tokens,
+            stop_ids=answer.stop_ids,
+            seed=generation.seed % 2**32,
+            sampling=generation.sampling,
+        )
+        self._receive(
+            answer,
+            *self._device.start_row(answer.slot, generation.prompt, generation.logit_bias, allowed, logits),
+        )
 
-    def _mask(self, answer: _Answer) -> np.ndarray | None:
+    def _mask(self, answer: Answer) -> np.ndarray | None:
         """Return which tokens the grammar of an answer allows next; end the answer and return None if it fails."""
         assert answer.generation.grammar is not None
         try:
@@ -470,28 +409,26 @@ class RazorEngine:
 
     def _decode(self) -> None:
         """Run a block of decode steps, and hand out what it adds."""
-        answers = [each for each in self._live() if each.running and self._rows.live[each.slot]]
+        answers = [each for each in self._live() if each.running and self._device.rows.live[each.slot]]
         for answer in answers:
             if answer.generation.grammar is not None:
                 mask = self._mask(answer)
                 if mask is not None:
-                    self._allow(answer.slot, mask)
-        answers = [each for each in answers if self._rows.live[each.slot]]
+                    self._device.set_allowed(answer.slot, mask)
+        answers = [each for each in answers if self._device.rows.live[each.slot]]
         if not answers:
             return
         left = max(each.generation.max_tokens - each.count for each in answers)
         grammar = any(each.generation.grammar is not None for each in answers)
         score = any(each.generation.logprobs is not None for each in answers)
-        out = self._steps(1 if grammar else min(left, self._block), score)
-        tokens, counts, failed = (np.asarray(x) for x in (out.tokens, out.count, out.failed))
-        scores = tuple(np.asarray(x) for x in out.logprobs) if score else ()
+        out = self._device.decode_block(1 if grammar else min(left, self._block), score=score)
         for answer in answers:
             slot = answer.slot
-            new = counts[slot] - answer.count
-            self._rows.length[slot] += new + bool(failed[slot])
-            self._receive(answer, tokens[slot, :new], tuple(x[slot] for x in scores), bool(failed[slot]))
+            new = out.count[slot] - answer.count
+            self._device.rows.length[slot] += new
+            self._receive(answer, out.tokens[slot, :new], bool(out.failed[slot]), [x[slot] for x in out.logprobs])
 
-    def _receive(self, answer: _Answer, tokens: np.ndarray, scores: tuple[np.ndarray, ...], failed: bool) -> None:
+    def _receive(self, answer: Answer, tokens: np.ndarray, failed: bool, scores: Sequence[np.ndarray]) -> None:
         """Append tokens to an answer, tell its listener, and end it if it is complete."""
         generation, output, slot = answer.generation, answer.output, answer.slot
         before = len(output.tokens)
@@ -500,18 +437,18 @@ class RazorEngine:
         with self._wake:
             answer.count += len(tokens)
             self._tokens["completion"] += len(new)
-        self._rows.count[slot] = answer.count
+        self._device.rows.count[slot] = answer.count
         if len(tokens):
-            self._rows.token[slot] = tokens[-1]
+            self._device.rows.token[slot] = tokens[-1]
         found: list[TokenLogprob] = []
         if generation.logprobs is not None:
-            found = _token_logprobs(new, scores, generation.logprobs)
+            found = token_logprobs(new, scores, generation.logprobs)
         prompt, answer.prompt_logprobs = tuple(answer.prompt_logprobs), []
         if new:
             self._tell(answer, Delta(output.take(), new, tuple(found), prompt))
         if failed and not output.finished:
             output.fail()
-            self._finish(generation.id, "error", nonfinite(self.params))
+            self._finish(generation.id, "error", _NOT_FINITE)
         elif output.finished:
             self._finish(generation.id, output.finish_reason)
         elif generation.grammar is not None:
@@ -521,7 +458,7 @@ class RazorEngine:
             except Exception as error:
                 self._finish(generation.id, "error", f"the grammar failed: {error}")
 
-    def _live(self) -> list[_Answer]:
+    def _live(self) -> list[Answer]:
         with self._wake:
             return list(self._answers.values())
 
@@ -538,7 +475,9 @@ class RazorEngine:
             self._state = scheduler.release(self._state, id)
             self._finished[reason] += 1
             if answer.running is not None:
-                self._rows.live[answer.slot] = False
+                self._device.rows.live[answer.slot] = False
+                if answer.running.shared:
+                    self._store.unpin(answer.running.shared)
             if not self._answers:
                 self._wake.notify_all()
         rest = answer.output.take()
@@ -550,53 +489,13 @@ class RazorEngine:
             Finished(reason, len(generation.prompt), len(answer.output.tokens), answer.reused, message),
         )
 
-    def _tell(self, answer: _Answer, event: Delta | Finished) -> None:
+    def _tell(self, answer: Answer, event: Delta | Finished) -> None:
         """Call a listener. One that raises loses its answer, nothing else."""
         try:
             answer.listener(event)
         except Exception:
             log.exception("the listener of request %r failed: its answer is cancelled", answer.generation.id)
             answer.cancelled = True
-
-
-def _choose_layout(
-    spec: CacheSpec, slots: int, page_tokens: int, cache_bytes: int | None, typical_tokens: int
-) -> Layout:
-    """Return the layout for `cache_bytes`; None for all slots at their capacity or half of the free memory."""
-    none = (0,) * len(paging.kinds(spec))
-    widths = Layout(spec, slots, page_tokens, none, none).widths
-    layout = Layout(spec, slots, page_tokens, tuple(slots * width for width in widths), none)
-    if cache_bytes is None:
-        free = free_bytes(jax.local_devices()[0])
-        if free is None or layout.cache_bytes <= free // 2:
-            return layout
-        cache_bytes = free // 2
-    pages = paging.pages_for_bytes(spec, slots, page_tokens, cache_bytes, typical_tokens)
-    return dataclasses.replace(layout, pages=pages)
-
-
-def _check_memory(cache: int, staging: int) -> None:
-    """Raise MemoryError if the device has not enough free bytes for the cache and the staging buffers."""
-    free = free_bytes(jax.local_devices()[0])
-    if free is not None and cache + staging > free:
-        raise MemoryError(
-            f"the cache takes {cache / 2**30:,.2f} GiB and the staging buffers of prefill {staging / 2**30:,.2f} GiB, "
-            f"and {free / 2**30:,.2f} GiB are free: lower cache_bytes, capacity or prefills, or give a policy with "
-            "prefill_chunk, whose staging buffers hold one chunk"
-        )
-
-
-def _token_logprobs(tokens: Iterable[int], scores: tuple[np.ndarray, ...], top: int) -> list[TokenLogprob]:
-    """Return the records of tokens; `scores` are arrays [n] and [n, 20] of at least as many."""
-    chosen, ids, values = scores
-    return [
-        TokenLogprob(
-            int(token),
-            float(chosen[i]),
-            tuple((int(a), float(b)) for a, b in zip(ids[i, :top], values[i, :top], strict=True)),
-        )
-        for i, token in enumerate(tokens)
-    ]
 
 
 __all__: Sequence[str] = ("RazorEngine",)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from ..cache import CacheSpec, Group
 from ..kernels import INT8
+from ..memory import free_bytes
 from .scheduler import PagePool
 
 Layers = tuple[tuple[Group, ...], ...]
@@ -30,6 +32,7 @@ class Layout:
       page_tokens: tokens per page.
       pages: pages per pool that rows can get.
       prefix_pages: pages per pool, after those, that hold the prefixes of prompts.
+      prefixes: most prefixes.
     """
 
     spec: CacheSpec
@@ -37,6 +40,7 @@ class Layout:
     page_tokens: int
     pages: tuple[int, ...]
     prefix_pages: tuple[int, ...]
+    prefixes: int
 
     @property
     def kinds(self) -> tuple[bool, ...]:
@@ -59,7 +63,7 @@ class Layout:
     @property
     def cache_bytes(self) -> int:
         """Bytes of all pages and compensation tokens."""
-        total = self.slots * compensation_bytes(self.spec)
+        total = (self.slots + self.prefixes) * compensation_bytes(self.spec)
         for pages, kept, windowed in zip(self.pages, self.prefix_pages, self.kinds, strict=True):
             total += (pages + kept + 1) * self.page_tokens * token_bytes(self.spec, windowed)
         return total
@@ -124,7 +128,9 @@ def compensation_bytes(spec: CacheSpec) -> int:
     return _heads(spec, True) * 2 * 4 * spec.head_dim
 
 
-def pages_for_bytes(spec: CacheSpec, slots: int, page_tokens: int, budget: int, typical_tokens: int) -> tuple[int, ...]:
+def _pages_for_bytes(
+    spec: CacheSpec, slots: int, page_tokens: int, budget: int, typical_tokens: int
+) -> tuple[int, ...]:
     """Return the pages per pool that fit `budget` bytes, in the proportion that rows of `typical_tokens` need.
 
     Requests much shorter than that find fewer windowed pages than full ones, longer ones the reverse. No pool has more
@@ -149,6 +155,52 @@ def pages_for_bytes(spec: CacheSpec, slots: int, page_tokens: int, budget: int, 
     return tuple(min(count, slots * most) for count, most in zip(pages, longest, strict=True))
 
 
+def _prefix_pages_for_bytes(spec: CacheSpec, page_tokens: int, budget: int, typical_tokens: int) -> tuple[int, ...]:
+    """Return the pages per pool for prefixes that fit `budget` bytes, in the proportion of `typical_tokens`."""
+    typical = [-(-min(typical_tokens, _tokens(spec, windowed)) // page_tokens) for windowed in kinds(spec)]
+    sizes = [page_tokens * token_bytes(spec, windowed) for windowed in kinds(spec)]
+    return tuple(int(budget / sum(map(_product, typical, sizes)) * each) for each in typical)
+
+
+def choose_layout(
+    spec: CacheSpec,
+    slots: int,
+    page_tokens: int,
+    cache_bytes: int | None,
+    typical_tokens: int,
+    prefix_bytes: int | None,
+) -> Layout:
+    """Return the layout for `cache_bytes`; None for all slots at their capacity or half of the free memory."""
+    none = (0,) * len(kinds(spec))
+    bare = Layout(spec, slots, page_tokens, none, none, 0)
+    most = dataclasses.replace(bare, pages=tuple(slots * width for width in bare.widths)).cache_bytes
+    if cache_bytes is None:
+        free = free_bytes(jax.local_devices()[0])
+        wanted = most + (most // 7 if prefix_bytes is None else prefix_bytes)
+        cache_bytes = wanted if free is None else min(wanted, free // 2)
+    if prefix_bytes is None:
+        prefix_bytes = cache_bytes // 8
+    prefixes = max(8, slots) if prefix_bytes else 0
+    prefix_bytes -= prefixes * compensation_bytes(spec)
+    return dataclasses.replace(
+        bare,
+        pages=_pages_for_bytes(spec, slots, page_tokens, cache_bytes - prefix_bytes, typical_tokens),
+        prefix_pages=_prefix_pages_for_bytes(spec, page_tokens, max(0, prefix_bytes), typical_tokens),
+        prefixes=prefixes,
+    )
+
+
+def check_memory(cache: int, staging: int) -> None:
+    """Raise MemoryError if the device has not enough free bytes for the cache and the staging buffers."""
+    free = free_bytes(jax.local_devices()[0])
+    if free is not None and cache + staging > free:
+        raise MemoryError(
+            f"the cache takes {cache / 2**30:,.2f} GiB and the staging buffers of prefill {staging / 2**30:,.2f} GiB, "
+            f"and {free / 2**30:,.2f} GiB are free: lower cache_bytes, capacity or prefills, or give a policy with "
+            "prefill_chunk, whose staging buffers hold one chunk"
+        )
+
+
 def _product(a: int, b: int) -> int:
     return a * b
 
@@ -156,9 +208,10 @@ def _product(a: int, b: int) -> int:
 __all__: Sequence[str] = (
     "Layers",
     "Layout",
+    "check_memory",
+    "choose_layout",
     "compensation_bytes",
     "dense_token_bytes",
     "kinds",
-    "pages_for_bytes",
     "token_bytes",
 )

@@ -4,8 +4,8 @@ A prefix has pages of its own. A row that starts from it shares the pages of the
 nobody writes them again. It copies the last page, the windowed groups and the compensation tokens. Pages are counted,
 and go back once no prefix and no row has them. The prefix that was used least recently makes room for a new one.
 
-**The key of a prefix** is a hash chain: what the cache depends on (weights, split, policy, types), then the tokens of each
-segment up to the checkpoint. A segment is computed as one call, so a prompt that was cut elsewhere has another key.
+**The key of a prefix** is a hash chain: what the cache depends on (weights, split, policy, types), then the tokens of
+each segment up to the checkpoint. A segment is computed as one call, so a prompt cut elsewhere has another key.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """The compiled programs of the engine. Each has one shape, so that all of them compile before the first request.
 
-    prefill_chunk    a chunk of one prompt through all layers; its keys and values join the staging buffer
-    write_segment    the staged keys and values of one row go to its pages: evict, fold, store
+    embed_chunk      hidden states of a chunk of one prompt
+    layer_chunk      the chunk through one layer; its keys and values join the staging buffer
+    chunk_logits     logits after the chunk, and log probabilities of its tokens
+    write_layer      the staged keys and values of one row go to its pages: evict, fold, store
     start_row        choose a row's first token, and set its state
     decode_block     decode steps of all rows
     set_allowed      set which tokens a row may choose
+    copy_prefix      copy pages and compensation tokens between a row and the store of prefixes
 
 **Prefill in chunks is exact.** A segment of a prompt is one call of the library: its tokens see the cache as it was
 before the segment, and the segment's own tokens, unrounded. So the segment's keys and values wait in a dense *staging*
@@ -16,7 +19,7 @@ Every small number of a row is an argument (`Rows`), decided by the host. Only w
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -29,6 +32,7 @@ from .. import cache as kv
 from ..cache import AttentionMetadata, CacheSpec, Group, KVCache
 from ..functional import decode, promoting
 from ..models import rope
+from ..models.config import ModelConfig
 from ..models.transformer import Block, Transformer
 from ..params import Params
 from ..text.sampling import Sampling, logprobs, sample_rows
@@ -38,7 +42,7 @@ TOP_LOGPROBS = 20  # most alternatives that a request can ask for
 _LOGITS_AT_ONCE = 32  # prompt tokens whose logits are in memory together
 
 Tables = tuple[jax.Array, ...]  # block table of each pool, int32 [rows, pages]
-Staging = tuple[tuple[jax.Array, jax.Array], ...]  # k, v [1, K, T, H] of each layer
+Staged = tuple[jax.Array, jax.Array]  # k, v [1, K, T, H] of one layer
 TopLogprobs = tuple[jax.Array, jax.Array, jax.Array]  # of the chosen tokens [n], and the likeliest ones [n, 20]
 
 
@@ -98,17 +102,17 @@ class BlockOutput(flax.struct.PyTreeNode):
       logprobs: of the tokens, [B, steps] and [B, steps, 20]; zeros if nobody asked.
     """
 
-    tokens: jax.Array
-    count: jax.Array
-    failed: jax.Array
-    logprobs: TopLogprobs
+    tokens: jax.Array | np.ndarray
+    count: jax.Array | np.ndarray
+    failed: jax.Array | np.ndarray
+    logprobs: tuple[jax.Array | np.ndarray, ...]
 
 
-def init_staging(params: Params, tokens: int) -> Staging:
+def init_staging(params: Params, tokens: int) -> list[Staged]:
     """Return an empty staging buffer for `tokens` tokens of one prompt."""
     config = params.config
     shape = (1, config.num_kv_heads, tokens, config.head_dim)
-    return tuple((jnp.zeros(shape, params.dtype), jnp.zeros(shape, params.dtype)) for _ in range(config.num_layers))
+    return [(jnp.zeros(shape, params.dtype), jnp.zeros(shape, params.dtype)) for _ in range(config.num_layers)]
 
 
 def staging_bytes(params: Params, tokens: int) -> int:
@@ -117,85 +121,89 @@ def staging_bytes(params: Params, tokens: int) -> int:
     return config.num_layers * config.num_kv_heads * tokens * config.head_dim * 2 * params.dtype.itemsize
 
 
-def _with_tables(layers: Layers, tables: Tables, spec: CacheSpec) -> Layers:
-    pools = dict(zip(kinds(spec), tables, strict=True))
-    return tuple(tuple(group.replace(table=pools[group.windowed]) for group in layer) for layer in layers)
+def _tables_of(group: Group, tables: Tables, spec: CacheSpec) -> jax.Array:
+    return tables[kinds(spec).index(group.windowed)]
 
 
-def _without_tables(layers: Layers) -> Layers:
-    return tuple(tuple(group.replace(table=None) for group in layer) for layer in layers)
+def _row(layer: tuple[Group, ...], slot: jax.Array, tables: Tables, spec: CacheSpec) -> tuple[Group, ...]:
+    """Return the groups of a layer as a cache of one row, whose block tables are `tables`."""
 
-
-def _map_means(layers: Layers, change: Any, *others: Layers) -> Layers:
-    """Return the layers with `change` applied to the means of every group, and of the same groups of `others`."""
-
-    def mapped(group: Group, *same: Group) -> Group:
-        if group.k_mean is None:
+    def one(group: Group) -> Group:
+        group = group.replace(table=_tables_of(group, tables, spec))
+        if group.k_mean is None or group.v_mean is None:
             return group
-        k_mean = change(group.k_mean, *(each.k_mean for each in same))
-        return group.replace(k_mean=k_mean, v_mean=change(group.v_mean, *(each.v_mean for each in same)))
+        k_mean, v_mean = (lax.dynamic_slice_in_dim(x, slot, 1, axis=0) for x in (group.k_mean, group.v_mean))
+        return group.replace(k_mean=k_mean, v_mean=v_mean)
 
-    return tuple(tuple(map(mapped, *groups)) for groups in zip(layers, *others, strict=True))
-
-
-def _row(layers: Layers, slot: jax.Array, tables: Tables, spec: CacheSpec) -> Layers:
-    """Return the layers as a cache of one row, whose block tables are `tables`."""
-    one = _map_means(layers, lambda x: lax.dynamic_slice_in_dim(x, slot, 1, axis=0))
-    return _with_tables(one, tables, spec)
+    return tuple(map(one, layer))
 
 
-@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("staging",))
+@functools.partial(jax.jit, static_argnames=("config",))
 @promoting
-def prefill_chunk(
-    params: Params,
-    layers: Layers,
-    staging: Staging,
+def embed_chunk(config: ModelConfig, weights: Any, tokens: jax.Array) -> jax.Array:
+    """Return the hidden states [1, chunk, D] of tokens int32 [1, chunk]; `weights` are those outside of layers."""
+    return cast(jax.Array, Transformer(config).apply({"params": weights}, tokens, method="embed"))
+
+
+# Layers of the same shapes share one compiled program.
+@functools.partial(jax.jit, static_argnames=("block", "spec"), donate_argnames=("x", "staged"))
+@promoting
+def layer_chunk(
+    block: Block,
+    weights: Any,
+    x: jax.Array,
+    layer: tuple[Group, ...],
+    staged: Staged,
     tables: Tables,
     slot: jax.Array,
-    tokens: jax.Array,
-    targets: jax.Array,
     numbers: jax.Array,
-    score: jax.Array,
     *,
     spec: CacheSpec,
-) -> tuple[jax.Array, TopLogprobs, Staging]:
-    """Run a chunk of a segment through all layers.
+) -> tuple[jax.Array, Staged]:
+    """Run a chunk of a segment through one layer.
 
     Args:
-      layers: the cache; the row holds what came before the segment.
+      weights: of the layer.
+      x: hidden states [1, chunk, D].
+      layer: its head groups; the row holds what came before the segment.
+      staged: the segment's keys and values so far.
       tables: block tables of the row, int32 [1, pages].
-      tokens: int32 [1, chunk], padded.
-      targets: int32 [chunk], the token after each, for log probabilities.
       numbers: int32 [5]: tokens before the segment, W, tokens of the segment, tokens of it before the chunk, tokens of
         the chunk.
-      score: bool, whether log probabilities of the targets are wanted.
 
     Returns:
-      float32 logits [1, V] after the chunk's last token, the log probabilities, zeros if not wanted, and the staging
-      buffer.
+      The new hidden states, and the staging buffer with the chunk's keys and values.
     """
     before, window, segment, start, count = (numbers[i] for i in range(5))
-    config, T = params.config, tokens.shape[1]
     # Slots past the chunk hold another prompt's tokens: they must count as invalid, because 0 × NaN is NaN.
     meta = AttentionMetadata(before[None], (start + count)[None], window[None], spec)
-    positions = before + start + jnp.arange(T, dtype=jnp.int32)[None]
-    tables_ = rope.tables(config.rope, config.head_dim, positions, (before + segment)[None])
-    row = _row(layers, slot, tables, spec)
-    x = Transformer(config).apply({"params": params.weights}, tokens, method="embed")
-    new = []
-    for index, (layer, (k, v)) in enumerate(zip(row, staging, strict=True)):
-        block = functools.partial(Block(config).apply, {"params": params.weights[f"blocks_{index}"]})
-        added = block(x, tables_, method="keys_values")
-        k, v = (lax.dynamic_update_slice_in_dim(a, b, start, axis=2) for a, b in zip((k, v), added, strict=True))
-        q = block(x, tables_, method="queries")
-        out = attention.attend(q, k, v, layer, meta, start=start, group_size=config.group_size)
-        x = block(x, out, method="output_and_mlp")
-        new.append((k, v))
+    positions = before + start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    run, config = functools.partial(block.apply, {"params": weights}), block.config
+    angles = rope.tables(config.rope, config.head_dim, positions, (before + segment)[None])
+    added = cast(Staged, run(x, angles, method="keys_values"))
+    k, v = (lax.dynamic_update_slice_in_dim(a, b, start, axis=2) for a, b in zip(staged, added, strict=True))
+    q = cast(jax.Array, run(x, angles, method="queries"))
+    groups = _row(layer, slot, tables, spec)
+    out = attention.attend(q, k, v, groups, meta, start=start, group_size=config.group_size)
+    return cast(jax.Array, run(x, out, method="output_and_mlp")), (k, v)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+@promoting
+def chunk_logits(
+    config: ModelConfig, weights: Any, x: jax.Array, targets: jax.Array, count: jax.Array, score: jax.Array
+) -> tuple[jax.Array, TopLogprobs]:
+    """Return float32 logits [1, V] after the last of `count` tokens, and the log probabilities of the token after each.
+
+    Args:
+      x: hidden states [1, chunk, D].
+      targets: int32 [chunk], the token after each.
+      score: bool; without it the log probabilities are zeros.
+    """
+    T = x.shape[1]
 
     def logits(x: jax.Array) -> jax.Array:
-        return Transformer(config).apply({"params": params.weights}, x, method="logits")  # pyright: ignore[reportReturnType]
-
-    last = lax.dynamic_slice_in_dim(x, count - 1, 1, axis=1)  # pyright: ignore[reportArgumentType]
+        return cast(jax.Array, Transformer(config).apply({"params": weights}, x, method="logits"))
 
     def scored() -> TopLogprobs:
         size = min(_LOGITS_AT_ONCE, T)
@@ -203,33 +211,44 @@ def prefill_chunk(
         parts = jnp.pad(x[0], ((0, pad), (0, 0))).reshape(-1, size, x.shape[2])
         aims = jnp.pad(targets, (0, pad)).reshape(-1, size)
         found = lax.map(lambda part: logprobs(logits(part[0][None])[0], part[1], TOP_LOGPROBS), (parts, aims))
-        return tuple(a.reshape(-1, *a.shape[2:])[:T] for a in found)  # pyright: ignore[reportReturnType]
+        return cast(TopLogprobs, tuple(a.reshape(-1, *a.shape[2:])[:T] for a in found))
 
-    return logits(last)[:, 0], lax.cond(score, scored, lambda: _no_logprobs(T, config.vocab_size)), tuple(new)
+    last = lax.dynamic_slice_in_dim(x, count - 1, 1, axis=1)
+    return logits(last)[:, 0], lax.cond(score, scored, lambda: _no_logprobs(T, config.vocab_size))
+
+
+@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("layer",))
+@promoting
+def write_layer(
+    layer: tuple[Group, ...],
+    staged: Staged,
+    tables: Tables,
+    slot: jax.Array,
+    numbers: jax.Array,
+    *,
+    spec: CacheSpec,
+) -> tuple[Group, ...]:
+    """Write a staged segment to the pages of its row; `numbers` are those of `layer_chunk`."""
+    before, window, segment = (numbers[i][None] for i in range(3))
+    written = kv.write(_row(layer, slot, tables, spec), *staged, AttentionMetadata(before, segment, window, spec))
+
+    def whole(group: Group, row: Group) -> Group:
+        """Return the group with the row's pages, and its means at the slot."""
+        row = row.replace(table=None)
+        if group.k_mean is None or group.v_mean is None:
+            return row
+        means = (
+            lax.dynamic_update_slice_in_dim(x, new, slot, axis=0)
+            for x, new in ((group.k_mean, row.k_mean), (group.v_mean, row.v_mean))
+        )
+        return row.replace(**dict(zip(("k_mean", "v_mean"), means, strict=True)))
+
+    return tuple(map(whole, layer, written))
 
 
 def _no_logprobs(rows: int, vocabulary: int) -> TopLogprobs:
     top = (rows, min(TOP_LOGPROBS, vocabulary))
     return jnp.zeros((rows,)), jnp.zeros(top, jnp.int32), jnp.zeros(top)
-
-
-@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("layers",))
-@promoting
-def write_segment(
-    layers: Layers, staging: Staging, tables: Tables, slot: jax.Array, numbers: jax.Array, *, spec: CacheSpec
-) -> Layers:
-    """Write a staged segment to the pages of its row; `numbers` int32 [3]: tokens before the segment, W, its tokens."""
-    before, window, segment = (numbers[i][None] for i in range(3))
-    meta = AttentionMetadata(before, segment, window, spec)
-    row = _row(layers, slot, tables, spec)
-    written = tuple(kv.write(layer, k, v, meta) for layer, (k, v) in zip(row, staging, strict=True))
-    means = _map_means(
-        layers, lambda all_rows, one: lax.dynamic_update_slice_in_dim(all_rows, one, slot, axis=0), written
-    )
-    return tuple(
-        tuple(group.replace(k_mean=own.k_mean, v_mean=own.v_mean, table=None) for group, own in zip(*pair, strict=True))
-        for pair in zip(written, means, strict=True)
-    )
 
 
 @functools.partial(jax.jit, donate_argnames=("vocabulary",))
@@ -299,7 +318,8 @@ def decode_block(
 ) -> tuple[Layers, Vocabulary, BlockOutput]:
     """Run up to `steps` ≤ `block` decode steps of the live rows. `score`: bool, log probabilities are wanted."""
     B, V = vocabulary.seen.shape
-    cache = KVCache(_with_tables(layers, tables, spec), rows.length, rows.window, jnp.zeros((B,), bool), spec)
+    paged = tuple(tuple(group.replace(table=_tables_of(group, tables, spec)) for group in layer) for layer in layers)
+    cache = KVCache(paged, rows.length, rows.window, jnp.zeros((B,), bool), spec)
     empty = tuple(jnp.zeros((B, block, *x.shape[1:]), x.dtype) for x in _no_logprobs(B, V))
     out = BlockOutput(jnp.zeros((B, block), jnp.int32), rows.count, jnp.zeros((B,), bool), empty)
 
@@ -323,7 +343,8 @@ def decode_block(
         return index + 1, cache, vocabulary, rows, BlockOutput(tokens, count, out.failed | failed, scores)
 
     _, cache, vocabulary, _, out = lax.while_loop(going, step, (jnp.int32(0), cache, vocabulary, rows, out))
-    return _without_tables(cache.layers), vocabulary, out
+    layers = tuple(tuple(group.replace(table=None) for group in layer) for layer in cache.layers)
+    return layers, vocabulary, out
 
 
 @functools.partial(jax.jit, donate_argnames=("vocabulary",))
@@ -332,6 +353,65 @@ def set_allowed(vocabulary: Vocabulary, slot: jax.Array, allowed: jax.Array) -> 
     return vocabulary.replace(allowed=lax.dynamic_update_slice_in_dim(vocabulary.allowed, allowed[None], slot, axis=0))
 
 
-def as_int32(*numbers: int) -> np.ndarray:
-    """Return numbers as an int32 array, the form that every program takes."""
-    return np.asarray(numbers, np.int32)
+Means = tuple[tuple[tuple[jax.Array, jax.Array] | None, ...], ...]  # k_mean, v_mean [prefixes, …] of each group
+
+
+def init_means(layers: Layers, prefixes: int) -> Means:
+    """Return empty compensation tokens of that many prefixes."""
+
+    def group(group: Group) -> tuple[jax.Array, jax.Array] | None:
+        if group.k_mean is None or group.v_mean is None:
+            return None
+        shape = (prefixes, *group.k_mean.shape[1:])
+        return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+
+    return tuple(tuple(map(group, layer)) for layer in layers)
+
+
+@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("layers", "stored"))
+@promoting
+def copy_prefix(
+    layers: Layers,
+    stored: Means,
+    sources: Tables,
+    targets: Tables,
+    slot: jax.Array,
+    entry: jax.Array,
+    restore: jax.Array,
+    *,
+    spec: CacheSpec,
+) -> tuple[Layers, Means]:
+    """Copy pages `sources` to `targets`, int32 [width] per pool, and compensation tokens from a slot to an entry.
+
+    Targets past the pool are ignored. With `restore` the compensation tokens go from the entry to the slot.
+    """
+    pools = dict(zip(kinds(spec), zip(sources, targets, strict=True), strict=True))
+
+    def copied(group: Group) -> Group:
+        source, target = pools[group.windowed]
+
+        def copy(pool: jax.Array | None) -> jax.Array | None:
+            return None if pool is None else pool.at[target].set(pool[source], mode="drop")
+
+        k, v, k_scale, v_scale = map(copy, (group.k, group.v, group.k_scale, group.v_scale))
+        return group.replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+
+    def exchange(row: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+        one = jnp.where(restore, kept[entry], row[slot])
+        return row.at[slot].set(one), kept.at[entry].set(one)
+
+    new_layers, new_stored = [], []
+    for layer, means in zip(layers, stored, strict=True):
+        groups, entries = [], []
+        for group, kept in zip(map(copied, layer), means, strict=True):
+            if kept is None:
+                entries.append(None)
+            else:
+                k_mean, k_kept = exchange(group.k_mean, kept[0])
+                v_mean, v_kept = exchange(group.v_mean, kept[1])
+                group = group.replace(k_mean=k_mean, v_mean=v_mean)
+                entries.append((k_kept, v_kept))
+            groups.append(group)
+        new_layers.append(tuple(groups))
+        new_stored.append(tuple(entries))
+    return tuple(new_layers), tuple(new_stored)

@@ -19,7 +19,7 @@ from . import tiny
 
 RAZOR = RazorConfig.compact(window=13, sinks=3)
 GREEDY = Sampling.of(temperature=0)
-SIZES = {"slots": 3, "capacity": 160, "page_tokens": 8, "chunk": 16, "block": 4}
+SIZES = {"slots": 3, "capacity": 160, "page_tokens": 8, "chunk": 16, "block": 4, "prefix_bytes": 60_000}
 POISON = 263  # token whose embedding is NaN in `poisoned`
 
 

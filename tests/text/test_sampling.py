@@ -16,6 +16,7 @@ from razor_jax.text.sampling import Greedy, MinP, Sampling, Temperature, TopK, T
 
 sample = jax.jit(sampling.sample)
 process_logits = jax.jit(sampling.process_logits)
+sample_rows = jax.jit(sampling.sample_rows)
 
 SETTINGS = [
     {"temperature": 0.7},
@@ -189,3 +190,57 @@ def test_a_penalty_needs_the_tokens_seen():
 
 def _keys(batch):
     return jax.random.split(jax.random.key(0), batch)
+
+
+PENALTIES = [
+    {"presence_penalty": 0.7},
+    {"frequency_penalty": 0.4},
+    {"presence_penalty": -1.0, "frequency_penalty": 0.2},
+]
+
+
+@pytest.mark.parametrize("numbers", PENALTIES, ids=str)
+def test_presence_and_frequency_penalties_follow_their_formula(numbers):
+    logits = rows(32)[:4]
+    counts = np.random.default_rng(2).integers(0, 4, logits.shape).astype(np.int32)
+    rule = Sampling.of(temperature=0, **numbers)
+    got = process_logits(rule, logits, None, counts)
+    want = logits.astype(np.float64) - counts * numbers.get("frequency_penalty", 0)
+    want -= (counts > 0) * numbers.get("presence_penalty", 0)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    with pytest.raises(ValueError, match="need `counts`"):
+        sampling.process_logits(rule, logits)
+
+
+def test_each_row_of_a_batch_has_the_token_that_its_rule_gives_it_alone():
+    vocab = 101
+    logits = np.random.default_rng(3).normal(size=(10, vocab)).astype(np.float32) * 3
+    _, seen = seen_tokens(vocab)
+    counts = np.random.default_rng(4).integers(0, 3, logits.shape).astype(np.int32)
+    settings = [{"temperature": 0}, *SETTINGS[5:12], {"temperature": 0, "repetition_penalty": 1.5}, PENALTIES[2]]
+    together, greedy = sampling.rules(10)
+    for row, setting in enumerate(settings):
+        sampling.set_rule(together, greedy, row, Sampling.of(**setting))
+    no_bias, all_allowed = np.zeros_like(logits), np.ones_like(seen)
+    keys = _keys(10)
+    got = np.asarray(sample_rows(together, greedy, logits, keys, seen, counts, no_bias, all_allowed))
+    for row, setting in enumerate(settings):
+        one = slice(row, row + 1)
+        want = sample(Sampling.of(**setting), logits[one], keys[one], seen[one], counts[one])
+        assert got[row] == want[0]
+    allowed = np.zeros_like(seen)
+    allowed[:, 7], allowed[:, 30] = True, True
+    biased = no_bias.copy()
+    biased[:, 30] = 1e4
+    assert set(np.asarray(sample_rows(together, greedy, logits, keys, seen, counts, no_bias, allowed))) <= {7, 30}
+    assert set(np.asarray(sample_rows(together, greedy, logits, keys, seen, counts, biased, all_allowed))) == {30}
+
+
+def test_log_probabilities_and_the_likeliest_tokens():
+    logits = rows(32)[:4]
+    token = np.asarray([3, 0, 31, 7], np.int32)
+    chosen, ids, values = sampling.logprobs(logits, token, 5)
+    want = scipy.special.log_softmax(logits.astype(np.float64), axis=-1)
+    np.testing.assert_allclose(chosen, want[np.arange(4), token], atol=1e-5)
+    np.testing.assert_array_equal(ids, np.argsort(-want, axis=-1, kind="stable")[:, :5])
+    np.testing.assert_allclose(values, -np.sort(-want, axis=-1)[:, :5], atol=1e-5)
