@@ -12,18 +12,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 
-_GUARDED = ("/v1/", "/tokenize")
+_OPEN = ("/", "/health", "/ready", "/metrics")
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class BearerKey:
-    """Refuse requests to the model without `Authorization: Bearer KEY`."""
+    """Refuse requests without `Authorization: Bearer KEY`, except to the page, health and metrics."""
 
     def __init__(self, app: ASGIApp, key: str):
         self._app, self._digest = app, hashlib.sha256(key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(_GUARDED) and not self._allowed(Headers(scope=scope)):
+        # A server that mounts the application under a path keeps that path in `path`.
+        open_to_all = scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) in _OPEN
+        if not open_to_all and not self._allowed(Headers(scope=scope)):
             error = ApiError("wrong or missing key: send Authorization: Bearer KEY", status=401, code="invalid_api_key")
             await error.response()(scope, receive, send)
         else:

@@ -33,7 +33,7 @@ def make_app(service: Service, *, api_key: str | None = None, origins: Sequence[
     """Return the application of a service, whose engine its caller starts and drains.
 
     Args:
-      api_key: bearer key that /v1 and /tokenize ask for, None for none.
+      api_key: bearer key that all paths but the page, /health, /ready and /metrics ask for; None for none.
       origins: web origins whose pages may call this server (CORS); none by default.
     """
     endpoints = [

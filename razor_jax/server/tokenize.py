@@ -18,7 +18,7 @@ import numpy as np
 
 from ..tokenizer.assets import Assets
 
-THREADS = 4
+THREADS = 16  # Most of them wait for a process: long texts must not keep short ones from a thread.
 LONG = 200_000  # Characters from which a text goes to a process: encoding it here would stop the interpreter for long.
 _PROGRAM = Path(__file__).with_name("tokenizer_worker.py")
 _Value = TypeVar("_Value")

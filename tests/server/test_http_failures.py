@@ -212,24 +212,28 @@ def test_many_threads_share_a_tokenizer(server):
 
 
 def test_health_answers_while_ten_megabytes_are_tokenised():
-    """The event loop is free, and so is the interpreter."""
+    """Within 100 ms of what a quiet server needs on this machine: event loop and interpreter are free."""
     text = "something " * 1_000_000
-    waits = []
     with (
         serve_script(Assets.read(MINI), 4096) as server,
         concurrent.futures.ThreadPoolExecutor(1) as pool,
-        httpx.Client(trust_env=False, timeout=100) as client,
+        httpx.Client(trust_env=False, timeout=300) as client,
     ):
-        body = {"messages": [{"role": "user", "content": text}]}
-        request = pool.submit(client.post, server.url + CHAT, json=body)
-        while not request.done():
+
+        def wait() -> float:
             begin = time.perf_counter()
             assert server.http.get("/health").status_code == 200
-            waits.append(time.perf_counter() - begin)
             time.sleep(0.01)
+            return time.perf_counter() - begin - 0.01
+
+        quiet = [wait() for _ in range(50)]
+        body = {"messages": [{"role": "user", "content": text}]}
+        request = pool.submit(client.post, server.url + CHAT, json=body)
+        waits = []
+        while not request.done():
+            waits.append(wait())
     response = request.result()
     assert response.status_code == 400
     assert "messages has 1,000,0" in response.json()["error"]["message"]
     assert len(waits) > 20
-    assert statistics.quantiles(waits, n=20)[-1] < 0.1
-    assert max(waits) < 1
+    assert statistics.quantiles(waits, n=20)[-1] < 0.1 + statistics.quantiles(quiet, n=20)[-1]

@@ -6,7 +6,11 @@ import time
 
 import openai
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.testclient import TestClient
 
+from razor_jax.server.app import make_app
 from razor_jax.server.limits import Limits
 from tests.support import tiny
 from tests.support.http_server import serve_script
@@ -149,6 +153,16 @@ def test_a_key_is_asked_for_where_the_model_is():
         good = {"authorization": "Bearer sésame".encode()}
         assert server.http.get("/v1/models", headers=good).status_code == 200
         assert {server.http.get(path).status_code for path in ("/health", "/ready", "/metrics", "/")} == {200}
+
+
+def test_a_key_is_asked_for_under_a_mount_too():
+    """A server that mounts the application under a path keeps the path: the key must not depend on it."""
+    with serve_script(tiny.assets(), tiny.CONFIG.vocab_size) as server:
+        mounted = Starlette(routes=[Mount("/razor", make_app(server.service, api_key="key"))])
+        with TestClient(mounted) as client:
+            assert client.get("/razor/v1/models").status_code == 401
+            assert client.get("/razor/health").status_code == 200
+            assert client.get("/razor/v1/models", headers={"authorization": "Bearer key"}).status_code == 200
 
 
 def test_other_origins_are_refused_unless_named():
