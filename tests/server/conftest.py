@@ -6,6 +6,9 @@ import pytest
 
 from tests.support import tiny
 from tests.support.http_server import Running, serve_script
+from tests.support.program import model
+
+__all__ = ["model", "server"]
 
 
 @pytest.fixture

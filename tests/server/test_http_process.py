@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import time
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from typer.testing import CliRunner
 
+import razor_jax
 from razor_jax.cli import app as cli
 from razor_jax.server import run
 
@@ -111,6 +114,36 @@ def test_a_second_signal_ends_it_at_once():
         running.send_signal(signal.SIGTERM)
         assert running.wait(120) == 0
         thread.join(120)
+
+
+def test_the_command_serves_a_model_to_the_openai_client(model):
+    """From the command line to the answer, streamed and not, and SIGTERM."""
+    options = ("--model", model, "--port", "0", "--served-name", "tiny", "--api-key", "sesame", "--slots", "2")
+    command = [sys.executable, "-c", "from razor_jax.cli import main; main()", "serve", *options, "--dtype", "float32"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            lines = iter(running.stderr)
+            url = next(match[1] for line in lines if (match := re.search(r"listening on (\S+);", line)))
+            drained = threading.Thread(target=lambda: list(lines))
+            drained.start()
+            with httpx.Client(timeout=120, trust_env=False) as http:
+                until(lambda: http.get(f"{url}/ready").status_code == 200, seconds=600)
+                client = openai.OpenAI(base_url=f"{url}/v1", api_key="sesame", http_client=http, max_retries=0)
+                ask = {"model": "tiny", "messages": HELLO, "max_tokens": 8, "temperature": 0}
+                whole = client.chat.completions.create(**ask)
+                chunks = list(client.chat.completions.create(**ask, stream=True))
+                text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+                assert text == whole.choices[0].message.content
+                want = razor_jax.generate(razor_jax.load(model, dtype="float32"), HELLO, max_new_tokens=8)
+                assert (text, whole.usage.completion_tokens) == (want.text, len(want.tokens))
+                assert http.get(f"{url}/v1/models").status_code == 401
+                assert 'compilations_total{model_name="tiny"} 0.0' in http.get(f"{url}/metrics").text
+            running.send_signal(signal.SIGTERM)
+            assert running.wait(120) == 0
+            drained.join(120)
+        finally:
+            running.kill()
 
 
 def test_a_port_in_use_is_one_clear_error():
