@@ -5,8 +5,8 @@
     python benchmarks/serving.py --soak-seconds 600 --streams 1000
 
 Without --url it starts `razor-jax serve` twice, with and without --dense, the same requests on each. Prints one JSON
-document: per server, throughput, time to first token, gap between tokens (p50, p99), answers by how they ended, and the
-server's own counters at the end. A soak reports memory of the server at its start and end as well.
+document: per server, throughput, time to first token, gap between pieces of an answer (p50, p99), answers by how they
+ended, and the server's own counters at the end. A soak reports memory of the server at its start and end as well.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Record:
     def __init__(self, length: int, tokens: int, leaves_after: int | None):
         self.length, self.tokens, self.leaves_after = length, tokens, leaves_after
         self.begin = self.end = 0.0
-        self.times: list[float] = []
+        self.times: list[float] = []  # of the pieces of the answer
+        self.received = 0
         self.outcome = "unfinished"
 
 
@@ -75,7 +76,7 @@ async def ask(client: httpx.AsyncClient, model: str, record: Record, seed: int) 
 
 async def _read(response: httpx.Response, record: Record) -> None:
     async for line in response.aiter_lines():
-        if record.leaves_after is not None and len(record.times) >= record.leaves_after:
+        if record.leaves_after is not None and record.received >= record.leaves_after:
             record.outcome = "left"
             return
         if line == "data: [DONE]":
@@ -89,8 +90,10 @@ async def _read(response: httpx.Response, record: Record) -> None:
         choice = event["choices"][0]
         if choice.get("finish_reason"):
             record.outcome = choice["finish_reason"]
-        now = time.perf_counter()
-        record.times += [now] * len((choice.get("logprobs") or {}).get("tokens") or ([1] if choice.get("text") else []))
+        tokens = len((choice.get("logprobs") or {}).get("tokens") or ()) or bool(choice.get("text"))
+        if tokens:
+            record.times.append(time.perf_counter())
+            record.received += tokens
 
 
 async def load(url: str, model: str, records: Sequence[Record], rate: float, seed: int) -> dict[str, Any]:
@@ -116,7 +119,7 @@ def figures(records: Sequence[Record], seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "requests": len(records),
         "outcomes": {name: outcomes.count(name) for name in sorted(set(outcomes))},
-        "tokens_per_second": round(sum(len(record.times) for record in records) / seconds, 1),
+        "tokens_per_second": round(sum(record.received for record in records) / seconds, 1),
         "first_token_seconds": quantiles(first),
         "gap_seconds": quantiles(gaps),
         "longest_gap_seconds": round(max(gaps, default=0.0), 4),
