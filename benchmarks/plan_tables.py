@@ -54,6 +54,8 @@ TABLES = {
     "70B-v5e:4x4": Table("meta-llama/Llama-3.1-70B", "v5e:4x4", "bfloat16", 4),
     "70B-v6e:2x4": Table("meta-llama/Llama-3.1-70B", "v6e:2x4", "bfloat16", 4),
     "Qwen72B-v5p:2x2x1": Table("Qwen/Qwen2.5-72B", "v5p:2x2x1", "bfloat16", 8),
+    "30B-A3B-v5e:2x4": Table("Qwen/Qwen3-30B-A3B", "v5e:2x4", "bfloat16", 4),
+    "30B-A3B-v6e:2x2": Table("Qwen/Qwen3-30B-A3B", "v6e:2x2", "bfloat16", 4),
 }
 
 

@@ -105,7 +105,7 @@ def test_config_json_gives_the_built_in_shapes(name):
 
 
 def _tiny(name: str) -> dict[str, Any]:
-    """Return the published fields with small sizes, the query heads per KV head and the ratio of widths as published."""
+    """Return the published fields with small sizes; query heads per KV head and the ratio of widths stay."""
     published = MODELS[name]
     group = published["num_attention_heads"] // published["num_key_value_heads"]
     width = published.get("head_dim", published["hidden_size"] // published["num_attention_heads"])
