@@ -27,7 +27,7 @@ from .config import HeadSplit, RazorConfig, check_split
 from .kernels.backend import Implementation
 from .models.config import ModelConfig
 from .models.linear import dequantize, is_kernel, quantize_tree, scale_of
-from .models.transformer import Transformer
+from .models.transformer import Block, Transformer
 from .tokenizer.assets import Assets
 
 if TYPE_CHECKING:
@@ -128,13 +128,18 @@ def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32, weights: Lit
     scales.
     """
 
-    def init():
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        rope = (jnp.zeros((1, 1, config.head_dim // 2)),) * 2
-        states = (None,) * config.num_layers
-        return Transformer(config).init(jax.random.key(0), tokens, rope, lambda q, k, v, s: (q, s), states)
+    tokens, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, config.hidden_size))
+    rope = (jnp.zeros((1, 1, config.head_dim // 2)),) * 2
 
-    tree = nn.unbox(jax.eval_shape(init)["params"])
+    def shapes(module: nn.Module, x: jax.Array, states: Any) -> Any:
+        init = functools.partial(module.init, rope=rope, attend=lambda q, k, v, state: (q, state))
+        return nn.unbox(jax.eval_shape(init, jax.random.key(0), x, **states)["params"])
+
+    # Layers of one kind are traced once.
+    kinds = [config.first_like(layer) for layer in range(config.num_layers)]
+    blocks = {kind: shapes(Block(config, kind), x, {"state": None}) for kind in set(kinds)}
+    tree = shapes(Transformer(dataclasses.replace(config, num_layers=0)), tokens, {"states": ()})
+    tree |= {f"blocks_{layer}": blocks[kind] for layer, kind in enumerate(kinds)}
     tree = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), tree)
     return jax.eval_shape(quantize_tree, tree) if weights == "int8" else tree
 
