@@ -9,15 +9,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "mosaic_gpu"]
+Op = Literal["attend", "attend_causal", "write"]
 _DEVICE = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "mosaic_gpu": "gpu"}
 # The backend that None chooses on each device.
 _FIRST: dict[str, Implementation] = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+
+
+class Kind(NamedTuple):
+    """What one proof covers: an op, head width H, and types of queries ("" for writes) and cache."""
+
+    op: Op
+    head_dim: int
+    query: str
+    cache: str
+
+    def __str__(self) -> str:
+        queries = f", {self.query} queries" if self.query else ""
+        return f"{self.op} (H={self.head_dim}{queries}, {self.cache} cache)"
+
+
+# Kernels that failed their checks on this machine: None no longer chooses them. See `razor_jax/proof.py`.
+_rejected: set[Kind] = set()
+
+
+def reject(kind: Kind, wrong: bool = True) -> None:
+    """Keep `implementation=None` from choosing a kernel in this process, or allow it again."""
+    (_rejected.add if wrong else _rejected.discard)(kind)
+
+
+def rejected(kind: Kind | None) -> bool:
+    """Return whether a kernel failed its checks."""
+    return kind in _rejected
 
 
 def platform() -> str:
@@ -42,18 +70,21 @@ def check_name(implementation: str | None) -> None:
 
 
 def choose(
-    implementation: Implementation | None, unsupported: Callable[[Implementation], str | None]
+    implementation: Implementation | None,
+    unsupported: Callable[[Implementation], str | None],
+    kind: Kind | None = None,
 ) -> Implementation:
     """Return the implementation that runs.
 
-    `unsupported(name)` returns why a Pallas implementation cannot take the call, or None if it can.
+    `unsupported(name)` returns why a Pallas implementation cannot take the call, or None if it can. None does not
+    choose a kernel of a rejected `kind`.
 
     Raises ValueError if the name is unknown, or if a forced implementation cannot run.
     """
     check_name(implementation)
     if implementation is None:
         first = first_choice()
-        return "xla" if first == "xla" or why_not(first, unsupported) else first
+        return "xla" if first == "xla" or rejected(kind) or why_not(first, unsupported) else first
     if implementation == "xla":
         return implementation
     device = platform()

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from . import proof
 from .config import HeadGroup, HeadSplit, RazorConfig, kv_type
 from .kernels import INT8, cache_write
 from .kernels.backend import Implementation
@@ -176,6 +177,9 @@ def make_spec(
         windowed = kv_type(razor.windowed_kv_dtype) if razor.windowed_kv_dtype else full
     with contextlib.nullcontext() if placement is None else placement.inside():
         chosen = choose_for_model(implementation, head_dim, jnp.dtype(dtype), {full, windowed}, alibi)
+        if implementation is None and chosen != "xla":
+            mesh = None if placement is None else placement.mesh
+            proof.settle(proof.kinds_of(head_dim, dtype, {full, windowed}), chosen, mesh)
     return CacheSpec(
         capacity,
         head_dim,

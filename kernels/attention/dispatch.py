@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Float, Float32, Int
 
 from .. import INT8
-from ..backend import Implementation, choose, platform
+from ..backend import Implementation, Kind, Op, choose, platform, rejected
 from .alibi import Alibi
 from .part import Part
 from .state import State
@@ -53,7 +53,8 @@ def attend(
     """
     part = Part(q, k, v, lengths, state, k_scale, v_scale, block_table, alibi)
     _check_part(part)
-    return _backend(implementation, q, k, v, alibi is not None).attend(part, scale=scale, return_state=return_state)
+    backend = _backend(implementation, "attend", q, k, v, alibi is not None)
+    return backend.attend(part, scale=scale, return_state=return_state)
 
 
 def attend_groups(
@@ -68,10 +69,16 @@ def attend_groups(
     Raises as `attend`.
     """
     together = len(parts) > 1 and implementation in (None, "pallas_gpu") and platform() == "gpu"
-    if together and all(unsupported("pallas_gpu", p.q, p.k, p.v, p.alibi is not None) is None for p in parts):
+
+    def runs(part: Part) -> bool:
+        if implementation is None and rejected(_kind("attend", part.q, part.k)):
+            return False
+        return unsupported("pallas_gpu", part.q, part.k, part.v, part.alibi is not None) is None
+
+    if together and all(map(runs, parts)):
         for part in parts:
             _check_part(part)
-        return _module("pallas_gpu").attend_groups(parts, scale=scale, return_state=return_state)
+        return backend_module("pallas_gpu").attend_groups(parts, scale=scale, return_state=return_state)
     options = {"scale": scale, "return_state": return_state, "implementation": implementation}
     results = [attend(**part._asdict(), **options) for part in parts]
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *results)
@@ -113,7 +120,7 @@ def attend_causal(
     if q.shape[2] % group_size:
         raise ValueError(f"q has {q.shape[2]} rows per KV head: must be a multiple of group_size={group_size}")
     options = {} if slopes is None else {"slopes": slopes}  # XLA only
-    return _backend(implementation, q, k, v, slopes is not None).attend_causal(
+    return _backend(implementation, "attend_causal", q, k, v, slopes is not None).attend_causal(
         part, start=start, group_size=group_size, scale=scale, return_state=return_state, **options
     )
 
@@ -122,19 +129,24 @@ def unsupported(implementation: Implementation, q: Any, k: Any, v: Any, alibi: b
     """Return why the backend cannot run on these arrays, or None if it can. Only shapes and dtypes are read."""
     if alibi:
         return "ALiBi runs on XLA"
-    return _module(implementation).unsupported(q, k, v)
+    return backend_module(implementation).unsupported(q, k, v)
 
 
-def _module(implementation: Implementation) -> ModuleType:
+def backend_module(implementation: Implementation) -> ModuleType:
+    """Return the module of a backend."""
     return importlib.import_module(f".{_MODULES[implementation]}", __package__)
 
 
 def _backend(
-    implementation: Implementation | None, q: jax.Array, k: jax.Array, v: jax.Array, alibi: bool
+    implementation: Implementation | None, op: Op, q: jax.Array, k: jax.Array, v: jax.Array, alibi: bool
 ) -> ModuleType:
     if implementation == "xla":
-        return _module("xla")
-    return _module(choose(implementation, lambda name: unsupported(name, q, k, v, alibi)))
+        return backend_module("xla")
+    return backend_module(choose(implementation, lambda name: unsupported(name, q, k, v, alibi), _kind(op, q, k)))
+
+
+def _kind(op: Op, q: Any, k: Any) -> Kind:
+    return Kind(op, q.shape[-1], str(q.dtype), str(k.dtype))
 
 
 def _check_part(part: Part) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Int
 
-from ..backend import Implementation, choose
+from ..backend import Implementation, Kind, choose
 from . import tpu, xla
 from .arrays import CacheWrite, GroupArrays
 
@@ -34,7 +34,8 @@ def write(
     call = CacheWrite(group, tokens, lengths, counts, window, sinks, block_table)
     _check(call)
     if implementation != "xla":
-        implementation = choose(implementation, lambda name: unsupported(name, group))
+        kind = Kind("write", group.k.shape[-1], "", str(group.k.dtype))
+        implementation = choose(implementation, lambda name: unsupported(name, group), kind)
     # On a GPU a donated scatter is in place, so a kernel would save nothing.
     return (tpu if implementation == "pallas_tpu" else xla).write(call)
 
