@@ -89,34 +89,38 @@ def settle(kinds: Sequence[Kind], implementation: Implementation, mesh: Mesh | N
     device = target_device()
     if device is None:
         return
-    kinds = [kind for kind in kinds if checks.has_kernel(kind, implementation)]
-    keys = {(device.device_kind, implementation, kind): kind for kind in kinds}
-    for key, kind in keys.items():
-        if key not in _verdicts:
-            _accept(key, _verdict(kind, implementation, device))
+    keys = [(device.device_kind, implementation, kind) for kind in kinds if checks.has_kernel(kind, implementation)]
+    new = [key for key in keys if key not in _verdicts]
+    for key in new:
+        _accept(key, _verdict(key[2], implementation, device))
     processes = () if mesh is None else tuple(sorted({device.process_index for device in mesh.devices.flat}))
     pending = [key for key in keys if (key, processes) not in _agreed]
-    if mesh is None or len(processes) < 2 or not pending:
-        return
-    everywhere = _in_thread(lambda: _on_all_devices(mesh, [_verdicts[key].right for key in pending]), device, None)
-    for key, right in zip(pending, everywhere, strict=True):
-        _agreed.add((key, processes))
-        if _verdicts[key].right and not right:
-            _accept(key, Verdict(False, reason="it failed on another process of this run"))
+    if mesh is not None and len(processes) > 1 and pending:
+        flags = [_verdicts[key].right for key in pending]
+        everywhere = _in_thread(lambda: _on_all_devices(mesh, flags), device, None)
+        for key, here, right in zip(pending, flags, everywhere, strict=True):
+            _agreed.add((key, processes))
+            if here and not right:
+                _accept(key, Verdict(False, reason="it failed on another process of this run"))
+                new.append(key)
+    # At the end: where warnings are errors, everything is settled.
+    for key in dict.fromkeys(new):
+        if not _verdicts[key].right:
+            _warn(*key, _verdicts[key])
 
 
 def _accept(key: tuple[str, Implementation, Kind], verdict: Verdict) -> None:
-    """Let a verdict count in this process, and warn of a kernel that failed."""
-    chip, implementation, kind = key
+    """Let a verdict count in this process."""
     _verdicts[key] = verdict
-    backend.reject(kind, wrong=not verdict.right)
-    if not verdict.right:
-        # Warned after everything is settled: where warnings are errors, the next call finds the verdict.
-        warnings.warn(
-            f"the {implementation} kernel {kind} does not run on {chip}: {verdict.reason}. XLA runs in its place; "
-            f"{REPORT}, `razor-jax cache clear kernels` tries again",
-            stacklevel=3,
-        )
+    backend.reject(key[2], wrong=not verdict.right)
+
+
+def _warn(chip: str, implementation: Implementation, kind: Kind, verdict: Verdict) -> None:
+    warnings.warn(
+        f"the {implementation} kernel {kind} does not run on {chip}: {verdict.reason}. XLA runs in its place; "
+        f"{REPORT}, `razor-jax cache clear kernels` tries again",
+        stacklevel=4,
+    )
 
 
 def _on_all_devices(mesh: Mesh, flags: list[bool]) -> list[bool]:
