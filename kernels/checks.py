@@ -27,6 +27,8 @@ LIMIT = 2e-2
 # An error of the means, which are float32 sums of any order.
 MEANS_LIMIT = 1e-4
 
+_CALLS = {"attend": ("decode", "ring", "chunk"), "attend_causal": ("causal",), "write": ("token", "tokens", "append")}
+
 
 @dataclasses.dataclass(frozen=True)
 class Check:

@@ -13,7 +13,22 @@ import typer
 
 import razor_jax
 
-from . import ablations, bench, cache, chat, demo, evals, generate, heads, longbench, plan, reproduce, serve, terminal
+from . import (
+    ablations,
+    bench,
+    cache,
+    chat,
+    demo,
+    doctor,
+    evals,
+    generate,
+    heads,
+    longbench,
+    plan,
+    reproduce,
+    serve,
+    terminal,
+)
 
 app = typer.Typer(cls=terminal.Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -40,6 +55,7 @@ app.add_typer(heads.app, name="heads")
 app.command()(plan.plan)
 app.command()(serve.serve)
 app.command()(bench.bench)
+app.command()(doctor.doctor)
 evals.app.command()(longbench.longbench)
 evals.app.command()(ablations.ablations)
 evals.app.command(add_help_option=False, context_settings=_PASS_ON)(ablations.harness)

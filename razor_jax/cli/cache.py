@@ -19,7 +19,7 @@ from .terminal import note, print_json
 app = typer.Typer(
     cls=terminal.Commands,
     no_args_is_help=True,
-    help="Compiled programs, remembered heads, verdicts on kernels, downloads.",
+    help="Compiled programs, heads, verdicts on kernels, downloads.",
 )
 
 

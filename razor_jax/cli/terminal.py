@@ -34,6 +34,8 @@ _UNITS = {
     "differentiated": "documents",
     "searched": "rounds",
     "asked": "documents",
+    "checked": "kernels",
+    "timed": "caches",
 }
 
 _quiet = False  # set once, by the options of the program
