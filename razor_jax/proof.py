@@ -37,8 +37,9 @@ from .kernels.backend import Implementation, Kind
 
 log = logging.getLogger("razor_jax")
 
-SECONDS = 60.0  # for the checks of one kernel; two or less are normal
+SECONDS = 60.0  # for the checks of one kernel; about two are normal
 HEADS = (2, 4)  # K and G of a check
+SLOTS = 4160  # more than one block of the kernels in bfloat16
 CAUSAL_TOKENS = 700
 REPORT = "`razor-jax doctor --json report.json` makes a report to send"
 
@@ -75,9 +76,9 @@ def kinds_of(head_dim: int, dtype: Any, cache_dtypes: Iterable[Any]) -> list[Kin
 
 
 def checks_of(kind: Kind) -> list[checks.Check]:
-    """Return the small checks of a kernel."""
-    slots = CAUSAL_TOKENS if kind.op == "attend_causal" else checks.slots_of(kind.cache)
-    return checks.checks_of(kind, HEADS, slots)
+    """Return the small checks of a kernel. A ring is a full group with a compensation token, so it stands for both."""
+    slots = CAUSAL_TOKENS if kind.op == "attend_causal" else SLOTS
+    return [check for check in checks.checks_of(kind, HEADS, slots) if check.call != "decode"]
 
 
 def settle(kinds: Sequence[Kind], implementation: Implementation, mesh: Mesh | None = None) -> None:
@@ -168,9 +169,9 @@ def judge(wanted: Sequence[checks.Check], implementation: Implementation, device
 def attempt(
     check: checks.Check, implementation: Implementation, device: Any, seconds: float, interpret: bool = False
 ) -> tuple[float | None, str]:
-    """Run one check in a thread, and return its error and what is wrong with it, "" if nothing is.
+    """Run one check in a thread; return its error and what is wrong, "" for a right result.
 
-    The error is None if the check crashed, or did not end within `seconds`; then its thread goes on alone.
+    The error is None if the check crashed or did not end within `seconds`. A thread that hangs is left behind.
     """
     try:
         error = _in_thread(lambda: checks.run(check, implementation, interpret), device, max(seconds, 0.0))
@@ -252,7 +253,7 @@ def _source() -> str:
 
 
 def _read(file: Path) -> Verdict | None:
-    """Return the verdict in a file, None if there is none or if another process is at it."""
+    """Return the verdict in a file; None for a missing or broken file, or while another process checks the kernel."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if "started" not in content:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -117,18 +118,20 @@ class Report:
             # A check without an error, or with NaN, is the worst.
             worst = max(group, key=lambda c: (bool(c.reason), c.error or 0.0))
             error = "" if worst.error is None else f"{worst.error:.1e}"
-            rows.append(
-                (*key, error, f"{worst.limit:.0e}", f"{worst.call}: {worst.reason}" if worst.reason else "right")
-            )
+            verdict = f"{worst.call}: {worst.reason}" if worst.reason else "right"
+            rows.append((*key, error, f"{worst.limit:.0e}", verdict))
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields and the verdict, for JSON."""
-        return {"verdict": "wrong" if self.failed else "right", **dataclasses.asdict(self)}
+        """Return all fields and the verdict, for JSON, which has no NaN: the reason names such an error."""
+        fields = dataclasses.asdict(self)
+        for check in fields["checks"]:
+            if check["error"] is not None and not math.isfinite(check["error"]):
+                check["error"] = None
+        return {"verdict": "wrong" if self.failed else "right", **fields}
 
     def _repr_html_(self) -> str:
-        parts = [table(self.machine.items())]
-        parts.append(table(self.rows, self.header))
+        parts = [table(self.machine.items()), table(self.rows, self.header)]
         if self.speeds is not None:
             parts.append(table([speed.cells(self.speeds) for speed in self.speeds.rows], self.speeds.header))
         return "".join(parts)

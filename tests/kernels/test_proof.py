@@ -23,7 +23,6 @@ from razor_jax.kernels.backend import Kind
 
 from ..support.interpreted import interpreted, model
 
-SLOTS_OF = checks.slots_of
 ATTEND = Kind("attend", 64, "float32", "float32")
 CAUSAL = Kind("attend_causal", 64, "float32", "float32")
 WRITE = Kind("write", 64, "", "float32")
@@ -34,7 +33,7 @@ def chip(monkeypatch, tmp_path):
     """Run as on a TPU that this process has, with small checks and an empty cache folder, which it returns."""
     interpreted(monkeypatch, "tpu")
     monkeypatch.setattr(proof, "target_device", lambda: jax.devices("cpu")[0])
-    monkeypatch.setattr(checks, "slots_of", lambda cache: SLOTS_OF(cache, tiny=True))
+    monkeypatch.setattr(proof, "SLOTS", 96)
     monkeypatch.setattr(proof, "CAUSAL_TOKENS", 48)
     monkeypatch.setattr(proof, "_verdicts", {})
     monkeypatch.setattr(backend, "_rejected", set())
@@ -68,14 +67,14 @@ def cache_of(implementation=None):
 def test_right_kernels_run_and_are_remembered(chip, monkeypatch):
     ran = counted(monkeypatch)
     assert cache_of().spec.implementation == "pallas_tpu"
-    assert sorted(ran) == sorted(["decode", "ring", "chunk", "causal", "token", "tokens", "append"])
+    assert sorted(ran) == sorted(["ring", "chunk", "causal", "token", "tokens", "append"])
     verdicts = [json.loads(file.read_text()) for file in chip.rglob("*.json")]
     assert len(verdicts) == 3
     assert all(v["right"] and 0 < v["error"] < 1 for v in verdicts), verdicts
     cache_of()  # settled in this process
     start(monkeypatch)
     cache_of()  # and remembered for the next
-    assert len(ran) == 7
+    assert len(ran) == 6
     assert not backend.rejected(ATTEND)
 
 
@@ -92,7 +91,7 @@ def test_a_wrong_kernel_gives_way_to_xla_with_one_warning(chip, monkeypatch):
     attend = tpu.attend
     wrong = lambda part, **options: attend(part._replace(lengths=part.lengths + 1), **options)  # noqa: E731
     monkeypatch.setattr(tpu, "attend", wrong)
-    with pytest.warns(UserWarning, match=r"kernel attend \(H=64.*decode: error nan.*razor-jax doctor --json") as seen:
+    with pytest.warns(UserWarning, match=r"kernel attend \(H=64.*ring: error nan.*razor-jax doctor --json") as seen:
         cache = cache_of()
     assert len(seen) == 1
     assert cache.spec.implementation == "pallas_tpu"  # its writes and causal calls stay
@@ -106,7 +105,7 @@ def test_a_wrong_kernel_gives_way_to_xla_with_one_warning(chip, monkeypatch):
         answers.append(jax.jit(functional.decode)(params, cache, lengths)[0])
     np.testing.assert_allclose(*answers, atol=2e-5 * np.abs(answers[1]).max())
     start(monkeypatch)
-    with pytest.warns(UserWarning, match="decode: error nan"):  # the next process says it too, without a new check
+    with pytest.warns(UserWarning, match="ring: error nan"):  # the next process says it too, without a new check
         cache_of()
 
 
@@ -123,7 +122,7 @@ def test_a_crashing_kernel_gives_way_to_xla(chip, monkeypatch):
         raise RuntimeError("Mosaic failed to compile\nwith a long trace")
 
     monkeypatch.setattr(tpu, "attend", crash)
-    with pytest.warns(UserWarning, match=r"decode: RuntimeError: Mosaic failed to compile\. XLA runs in its place"):
+    with pytest.warns(UserWarning, match=r"ring: RuntimeError: Mosaic failed to compile\. XLA runs in its place"):
         cache_of()
     assert backend.rejected(ATTEND)
 
@@ -136,7 +135,7 @@ def test_a_hanging_compilation_gives_way_to_xla(chip, monkeypatch):
     monkeypatch.setattr(proof, "kinds_of", lambda *types: [ATTEND])
     monkeypatch.setattr(proof, "SECONDS", 0.5)
     started = time.monotonic()
-    with pytest.warns(UserWarning, match=r"decode: no result after 0 s"):
+    with pytest.warns(UserWarning, match=r"ring: no result after 0 s"):
         cache_of()
     assert time.monotonic() - started < 15
     assert backend.rejected(ATTEND)
@@ -209,7 +208,7 @@ def test_checks_run_outside_of_a_trace_and_of_flags(chip, monkeypatch):
     arguments = jax.device_put((model(64), tokens, np.array([5, 3], np.int32)))
     with jax.debug_nans(True), jax.transfer_guard("disallow_explicit"):
         logits = jax.vmap(step, in_axes=(None, 0, None))(*arguments)
-    assert len(ran) == 7
+    assert len(ran) == 6
     assert np.isfinite(np.asarray(logits)).all()
     assert not backend.rejected(ATTEND)
 
