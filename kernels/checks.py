@@ -17,8 +17,11 @@ import numpy as np
 from . import EIGHT_BIT, attention, cache_write
 from .attention import dispatch
 from .attention.part import Part
+from .attention.state import State
 from .backend import Implementation, Kind
 from .cache_write import CacheWrite, GroupArrays, tpu, xla
+
+Host = Any  # a NumPy array or None, in records that are annotated for JAX arrays
 
 SINKS = 4
 # float32 products on a TPU are sums of bfloat16 products; the other types round results to 8 bits of mantissa.
@@ -27,7 +30,12 @@ LIMIT = 2e-2
 # An error of the means, which are float32 sums of any order.
 MEANS_LIMIT = 1e-4
 
-_CALLS = {"attend": ("decode", "ring", "chunk"), "attend_causal": ("causal",), "write": ("token", "tokens", "append")}
+PAGE = 128  # slots of a page
+_CALLS = {
+    "attend": ("decode", "ring", "chunk", "pages"),
+    "attend_causal": ("causal",),
+    "write": ("token", "tokens", "append", "page"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Check:
     Attributes:
       kind: the kernel.
       call: "decode" (a full group), "ring" (with a compensation token), "chunk" (many queries against the cache),
-        "causal", "token" and "tokens" (writes to a ring), "append" (a write to a full group).
+        "causal", "token" and "tokens" (writes to a ring), "append" (a write to a full group); "pages" and "page" are
+        "ring" and "token" on a pool of pages.
       heads: K and G.
       slots: S, slots of the cache; tokens of the chunk for "causal".
     """
@@ -62,12 +71,7 @@ class Check:
 
 def checks_of(kind: Kind, heads: tuple[int, int], slots: int) -> list[Check]:
     """Return the checks of a kernel on caches of `slots` slots, K and G as in `heads`."""
-    calls = {
-        "attend": ("decode", "ring", "chunk"),
-        "attend_causal": ("causal",),
-        "write": ("token", "tokens", "append"),
-    }
-    return [Check(kind, call, heads, slots) for call in calls[kind.op]]
+    return [Check(kind, call, heads, slots) for call in _CALLS[kind.op]]
 
 
 def run(check: Check, implementation: Implementation, interpret: bool = False) -> float:
@@ -85,10 +89,10 @@ class _Random:
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
 
-    def normal(self, *shape: int, dtype: str = "float32") -> np.ndarray:
+    def normal(self, *shape: int, dtype: str = "float32") -> Host:
         return self.rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype))
 
-    def cached(self, *shape: int, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
+    def cached(self, *shape: int, dtype: str) -> tuple[Host, Host]:
         """Return values [B,K,S,H] of a cache type and their scales [B,K,1,S]."""
         if dtype != "int8":
             return self.normal(*shape, dtype=dtype), None
@@ -96,22 +100,22 @@ class _Random:
         return self.rng.integers(-127, 128, shape, np.int8), scale
 
 
-def _real(x: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+def _real(x: Host, scale: Host) -> Host:
     """Return float64 values of a cached array [B,K,S,H]."""
     x = x.astype(np.float64)
     return x if scale is None else x * scale[:, :, 0, :, None]
 
 
-def _poison(x: np.ndarray, seen: np.ndarray) -> np.ndarray:
+def _poison(x: Host, seen: Host) -> Host:
     """Return x [B,K,S,H] with NaN in slots that bool [B,S] leaves out; int8 has none and stays."""
     return x if x.dtype == np.int8 else np.where(seen[:, None, :, None], x, np.asarray(np.nan, x.dtype))
 
 
-def _poison_scale(x: np.ndarray | None, seen: np.ndarray) -> np.ndarray | None:
+def _poison_scale(x: Host, seen: Host) -> Host:
     return x if x is None else np.where(seen[:, None, None, :], x, np.float32(np.nan))
 
 
-def error_of(got: Any, want: np.ndarray) -> float:
+def error_of(got: Any, want: Host) -> float:
     """Return the largest max|a - b| / max|b| of a query row [..., H], NaN if any value is NaN.
 
     Each row counts alone, because means over many random values are small. NumPy's maximum keeps NaN.
@@ -121,7 +125,7 @@ def error_of(got: Any, want: np.ndarray) -> float:
     return float(np.max(difference / np.maximum(largest, 1e-30)))
 
 
-def _softmax(q, k, v, sees, means=None, n=None) -> tuple[np.ndarray, np.ndarray]:
+def _softmax(q, k, v, sees, means=None, n=None) -> tuple[Host, Host]:
     """Return float64 outputs [B,K,R,H] and log-sum-exps [B,K,R] of q over the slots that `sees` [B,1,R,S] shows.
 
     Means [B,K,1,H] count n [B] times. Rows that see nothing are zero, and their log-sum-exp is -inf.
@@ -140,7 +144,7 @@ def _softmax(q, k, v, sees, means=None, n=None) -> tuple[np.ndarray, np.ndarray]
     return weights @ v / np.where(total > 0, total, 1.0), lse
 
 
-def _edges(slots: int, rows: int) -> np.ndarray:
+def _edges(slots: int, rows: int) -> Host:
     """Return ragged lengths, int32 [rows]: all slots, one, none, and about half."""
     return np.asarray([slots, 1, 0, slots // 2 + 1][:rows], np.int32)
 
@@ -149,9 +153,36 @@ def _scale(H: int) -> float:
     return float(1 / np.sqrt(H))
 
 
+def _compensation(q: Host, means: tuple[Host, Host], n: Host) -> State:
+    k_mean, v_mean = (jnp.asarray(x, jnp.float32) for x in means)
+    return attention.compensation(jnp.asarray(q), k_mean, v_mean, jnp.asarray(n), _scale(q.shape[-1]))
+
+
+class _Pages:
+    """A pool with the pages of all rows in random order; its last page belongs to no row."""
+
+    def __init__(self, rows: int, slots: int):
+        each = -(-slots // PAGE)
+        self.table = np.random.default_rng(4).permutation(rows * each).reshape(rows, each).astype(np.int32)
+
+    def pool(self, x: Host) -> Host:
+        """Return rows [B,K,S,H], or scales [B,K,1,S], as pages [P,K,page,H] or [P,K,1,page]."""
+        if x is None:
+            return None
+        axis = 3 if x.shape[2] == 1 else 2
+        x = np.moveaxis(x, axis, 2)
+        B, K, S, width = x.shape
+        each = self.table.shape[1]
+        blank = np.asarray(0 if x.dtype == np.int8 else np.nan, x.dtype)
+        x = np.concatenate([x, np.full((B, K, each * PAGE - S, width), blank)], axis=2)
+        pool = np.full((B * each + 1, K, PAGE, width), blank)
+        pool[self.table] = x.reshape(B, K, each, PAGE, width).swapaxes(1, 2)
+        return np.moveaxis(pool, 2, axis)
+
+
 def _attend(check: Check, implementation: Implementation, interpret: bool) -> float:
     (K, G), S, H, random = check.heads, check.slots, check.kind.head_dim, _Random(1)
-    chunk = check.call == "chunk"
+    chunk, pages = check.call == "chunk", _Pages(3, S) if check.call == "pages" else None
     B, R = 3, G * (128 // G + 1 if chunk else 1)
     lengths = _edges(S, B)
     seen = np.arange(S) < lengths[:, None]
@@ -162,21 +193,20 @@ def _attend(check: Check, implementation: Implementation, interpret: bool) -> fl
         n = np.asarray([1000, 37, 0], np.int32)
         k_mean, v_mean = (np.where(n[:, None, None, None] > 0, random.normal(B, K, 1, H), np.nan) for _ in "kv")
         means = k_mean, v_mean
-        arrays = (jnp.asarray(x, jnp.float32) for x in means)
-        state = attention.compensation(jnp.asarray(q), *arrays, jnp.asarray(n), _scale(H))
-    part = Part(
-        *(jnp.asarray(x) for x in (q, _poison(k, seen), _poison(v, seen), lengths)),
-        state,
-        *(None if x is None else jnp.asarray(_poison_scale(x, seen)) for x in (k_scale, v_scale)),
-    )
+        state = _compensation(q, means, n)
+    scales = (_poison_scale(x, seen) for x in (k_scale, v_scale))
+    part = Part(q, _poison(k, seen), _poison(v, seen), lengths, state, *scales)
+    if pages is not None:
+        names = ("k", "v", "k_scale", "v_scale")
+        part = part._replace(block_table=pages.table, **{name: pages.pool(getattr(part, name)) for name in names})
     backend = dispatch.backend_module(implementation)
     options = {"scale": _scale(H), "return_state": chunk} | ({"interpret": True} if interpret else {})
-    got = jax.jit(functools.partial(backend.attend, **options))(part)
+    got = jax.jit(functools.partial(backend.attend, **options))(jax.tree.map(jnp.asarray, part))
     want, lse = _softmax(q.astype(np.float64), _real(k, k_scale), _real(v, v_scale), seen[:, None, None, :], means, n)
     return _error_of_state(got, want, lse) if chunk else error_of(got, want)
 
 
-def _error_of_state(state, want: np.ndarray, lse: np.ndarray) -> float:
+def _error_of_state(state, want: Host, lse: Host) -> float:
     """Return the larger of the errors of the outputs and of the log-sum-exps of a state."""
     acc, m, l = (np.asarray(x, np.float64) for x in state)
     some = np.isfinite(lse)
@@ -194,16 +224,15 @@ def _causal(check: Check, implementation: Implementation, interpret: bool) -> fl
     q = random.normal(B, K, G * T, H, dtype=check.kind.query)
     k, v = (random.normal(B, K, T, H, dtype=check.kind.cache) for _ in "kv")
     means = tuple(np.where(n[:, None, None, None] > 0, random.normal(B, K, 1, H), np.nan) for _ in "kv")
-    state = attention.compensation(
-        jnp.asarray(q), *(jnp.asarray(x, jnp.float32) for x in means), jnp.asarray(n), _scale(H)
-    )
-    part = Part(*(jnp.asarray(x) for x in (q, _poison(k, seen), _poison(v, seen), lengths)), state)
+    state = _compensation(q, means, n)
+    part = jax.tree.map(jnp.asarray, Part(q, _poison(k, seen), _poison(v, seen), lengths, state))
     backend = dispatch.backend_module(implementation)
     options = {"start": 0, "group_size": G, "scale": _scale(H)} | ({"interpret": True} if interpret else {})
     got = np.asarray(jax.jit(functools.partial(backend.attend_causal, **options))(part)).astype(np.float64)
     token = np.arange(G * T) // G
     sees = (np.arange(T)[None, :] <= token[:, None])[None, None] & seen[:, None, None, :]
-    want, _ = _softmax(*(x.astype(np.float64) for x in (q, k, v)), sees, means, n)
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    want, _ = _softmax(q, k, v, sees, means, n)
     # Rows past a row's tokens are finite and meaningless.
     exists = (token < lengths[:, None])[:, None, :, None]
     return error_of(np.where(exists, got, 0.0), np.where(exists, want, 0.0))
@@ -212,19 +241,19 @@ def _causal(check: Check, implementation: Implementation, interpret: bool) -> fl
 class _Writes(NamedTuple):
     """Lengths before a write, tokens written, and the window of each row; None for a full group."""
 
-    lengths: np.ndarray
-    counts: np.ndarray
-    window: np.ndarray | None
+    lengths: Host
+    counts: Host
+    window: Host
 
 
 def _writes(call: str, S: int) -> _Writes:
     if call == "append":
         lengths, counts = [0, S - 40, 7], [40, 40, 0]
         return _Writes(np.asarray(lengths, np.int32), np.asarray(counts, np.int32), None)
-    T = 1 if call == "token" else 40
+    T = 40 if call == "tokens" else 1
     window = np.asarray([S - SINKS, S - SINKS, 37, 37], np.int32)
     lengths = np.asarray([0, S + 3, 90, 41], np.int32)  # empty, wrapped, wrapped twice, just full
-    return _Writes(lengths, np.asarray([T, T, T, 0 if T > 1 else 1], np.int32), window)
+    return _Writes(lengths, np.asarray([T, T, T, int(call == "token")], np.int32), window)
 
 
 def _write(check: Check, implementation: Implementation, interpret: bool) -> float:
@@ -234,15 +263,20 @@ def _write(check: Check, implementation: Implementation, interpret: bool) -> flo
     B, T = len(lengths), int(counts.max())
     total = int((lengths + counts).max())
     arrays = [x for _ in "kv" for x in random.cached(B, K, total, H, dtype=check.kind.cache)]
-    history = GroupArrays(*(arrays[i] for i in (0, 2, 1, 3)))
+    history: Any = GroupArrays(arrays[0], arrays[2], arrays[1], arrays[3])
     before = _group(history, plan, lengths, S, blank=None)
     want = _group(history, plan, lengths + counts, S, blank=before)
     index = np.minimum(lengths[:, None] + np.arange(T), total - 1)
-    new = GroupArrays(
+    new: Any = GroupArrays(
         *(np.take_along_axis(x, index[:, None, :, None], axis=2) for x in (history.k, history.v)),
         *(None if x is None else np.take_along_axis(x, index[:, None, None, :], axis=3) for x in history[2:4]),
     )
-    call = CacheWrite(before, new, lengths, counts, window, 0 if window is None else SINKS)
+    table = None
+    if check.call == "page":
+        pages = _Pages(B, S)
+        table = pages.table
+        before, want = (GroupArrays(*map(pages.pool, x[:4]), *x[4:]) for x in (before, want))
+    call = CacheWrite(before, new, lengths, counts, window, 0 if window is None else SINKS, table)
     arguments = jax.tree.map(jnp.asarray, call._replace(sinks=None))
     write = functools.partial(tpu.write, interpret=interpret) if implementation == "pallas_tpu" else xla.write
     got = jax.jit(lambda x: write(x._replace(sinks=call.sinks)))(arguments)
@@ -261,7 +295,7 @@ def _write(check: Check, implementation: Implementation, interpret: bool) -> flo
     return max(errors)
 
 
-def _group(history: GroupArrays, plan: _Writes, lengths: np.ndarray, S: int, blank: GroupArrays | None) -> GroupArrays:
+def _group(history: Any, plan: _Writes, lengths: Host, S: int, blank: Any) -> Any:
     """Return the group of S slots after `lengths` tokens of each row; what no token reaches is that of `blank`."""
     B, K, _, H = history.k.shape
     folds = plan.window is not None
@@ -305,7 +339,7 @@ def has_kernel(kind: Kind, implementation: Implementation) -> bool:
 def why_unsupported(kind: Kind, implementation: Implementation) -> str | None:
     """Return why the implementation cannot run this kind, or None if it can."""
     H = kind.head_dim
-    keys = jax.ShapeDtypeStruct((1, 1, 32, H), jnp.dtype(kind.cache))
+    keys: Any = jax.ShapeDtypeStruct((1, 1, 32, H), jnp.dtype(kind.cache))
     if kind.op == "write":
         return cache_write.unsupported(implementation, GroupArrays(keys, keys))
     queries = jax.ShapeDtypeStruct((1, 1, 32, H), jnp.dtype(kind.query))

@@ -37,7 +37,7 @@ from .kernels.backend import Implementation, Kind
 
 log = logging.getLogger("razor_jax")
 
-SECONDS = 60.0  # for the checks of one kernel; about two are normal
+SECONDS = 120.0  # for the checks of one kernel; about two are normal
 HEADS = (2, 4)  # K and G of a check
 SLOTS = 4160  # more than one block of the kernels in bfloat16
 CAUSAL_TOKENS = 700
@@ -90,7 +90,8 @@ def settle(kinds: Sequence[Kind], implementation: Implementation, mesh: Mesh | N
     device = target_device()
     if device is None:
         return
-    keys = [(device.device_kind, implementation, kind) for kind in kinds if checks.has_kernel(kind, implementation)]
+    kinds = [kind for kind in kinds if checks.has_kernel(kind, implementation)]
+    keys: list[tuple[str, Implementation, Kind]] = [(device.device_kind, implementation, kind) for kind in kinds]
     new = [key for key in keys if key not in _verdicts]
     for key in new:
         _accept(key, _verdict(key[2], implementation, device))

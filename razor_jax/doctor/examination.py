@@ -158,6 +158,7 @@ def examine(
     started = time.monotonic()
     if interpret and backend.platform() != "cpu":
         raise ValueError(f"the kernels run on this {backend.platform()}: interpret them on a CPU (JAX_PLATFORMS=cpu)")
+    wanted: list[tuple[str, Implementation, checks.Check]]
     wanted = [(shape.name, *one) for shape in _SHAPES for one in _checks(shape)]
     if interpret:
         wanted += [

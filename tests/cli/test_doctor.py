@@ -35,8 +35,8 @@ def test_the_kernels_are_interpreted_and_right(run, small, monkeypatch, tmp_path
     report = json.loads(file.read_text())
     assert report["verdict"] == "right"
     ran = {(each["implementation"], each["call"]) for each in report["checks"]}
-    calls = {"decode", "ring", "chunk", "causal"}
-    writes = {"token", "tokens", "append"}
+    calls = {"decode", "ring", "chunk", "pages", "causal"}
+    writes = {"token", "tokens", "append", "page"}
     assert ran == {
         *(("xla", call) for call in calls | writes),
         *(("pallas_tpu", call) for call in calls | writes),
@@ -58,10 +58,10 @@ def test_a_wrong_implementation_is_named_and_the_exit_code_is_1(run, small, monk
     file = tmp_path / "report.json"
     done = run("doctor", "--no-time", "--json", file)
     assert done.exit_code == 1
-    assert "3 of 7 checks of xla failed: report it with this file" in " ".join(done.stderr.split())
+    assert "4 of 9 checks of xla failed: report it with this file" in " ".join(done.stderr.split())
     report = json.loads(file.read_text(), parse_constant=pytest.fail)  # no NaN
     assert report["verdict"] == "wrong"
-    assert {each["call"] for each in report["checks"] if each["reason"]} == {"decode", "ring", "chunk"}
+    assert {each["call"] for each in report["checks"] if each["reason"]} == {"decode", "ring", "chunk", "pages"}
     assert report["speeds"] is None
 
 
@@ -82,7 +82,7 @@ def test_a_verdict_on_a_chip_counts_for_the_next_process(run, small, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     report = examine(timed=False)
     assert {each.call: each.reason for each in report.failed} == dict.fromkeys(
-        ("decode", "ring", "chunk"), "RuntimeError: Mosaic failed"
+        ("decode", "ring", "chunk", "pages"), "RuntimeError: Mosaic failed"
     )
     assert {(c.kernel.split()[0], c.implementation, c.why) for c in report.choices} == {
         ("attend", "xla", "the kernel failed its check"),
