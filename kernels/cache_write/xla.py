@@ -95,22 +95,22 @@ def _write_ring_chunk_in_pages(call: CacheWrite) -> GroupArrays:
     # Pages that the row does not have are read from page 0, and not put back.
     source, target = jnp.where(valid, table, 0), jnp.where(valid, table, len(group.k))
 
-    def row(pool, axis: int):
-        return None if pool is None else jnp.moveaxis(pool[source], 1, axis).reshape(_row_shape(pool, table, axis))
+    def row(pool: jax.Array, axis: int) -> jax.Array:
+        return jnp.moveaxis(pool[source], 1, axis).reshape(_row_shape(pool, table, axis))
 
-    def put(pool, x, axis: int):
-        if pool is None:
-            return None
+    def put(pool: jax.Array, x: jax.Array, axis: int) -> jax.Array:
         pages = x.reshape(*x.shape[:axis], table.shape[1], page, *x.shape[axis + 1 :])
         pages = jnp.moveaxis(pages, axis, 1).reshape(B * table.shape[1], *pool.shape[1:])
         return pool.at[target.reshape(-1)].set(pages, mode="drop")
 
-    rows = GroupArrays(row(group.k, 2), row(group.v, 2), row(group.k_scale, 3), row(group.v_scale, 3), *group[4:])
+    rows = group._replace(k=row(group.k, 2), v=row(group.v, 2))
+    if group.k_scale is not None and group.v_scale is not None:
+        rows = rows._replace(k_scale=row(group.k_scale, 3), v_scale=row(group.v_scale, 3))
     rows = _write_ring_chunk(call._replace(group=rows, block_table=None))
-    k, v, k_scale, v_scale = (
-        put(pool, x, axis) for pool, x, axis in zip(group[:4], rows[:4], (2, 2, 3, 3), strict=True)
-    )
-    return GroupArrays(k, v, k_scale, v_scale, *rows[4:])
+    written = rows._replace(k=put(group.k, rows.k, 2), v=put(group.v, rows.v, 2))
+    if group.k_scale is None or group.v_scale is None or rows.k_scale is None or rows.v_scale is None:
+        return written
+    return written._replace(k_scale=put(group.k_scale, rows.k_scale, 3), v_scale=put(group.v_scale, rows.v_scale, 3))
 
 
 def _row_shape(pool: jax.Array, table: jax.Array, axis: int) -> tuple[int, ...]:

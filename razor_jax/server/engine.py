@@ -36,7 +36,7 @@ from ..text.policy import Policy, choose_policy
 from ..text.row_output import RowOutput, end_ids
 from . import pages as paging
 from . import programs, scheduler
-from .engine_answer import Answer, cuts, token_logprobs
+from .engine_answer import Answer, checkpoints, cuts, token_logprobs
 from .engine_device import Device
 from .generation import Delta, EngineStats, Finished, Generation, Listener, Refused, TokenLogprob
 from .prefix import Prefix, PrefixStore, chain
@@ -270,7 +270,7 @@ class RazorEngine:
         answer = Answer(generation, listener, output, stop_ids, self._segments(generation))
         # Log probabilities of the prompt need all of its logits.
         if self.layout.prefixes and not generation.prompt_logprobs:
-            answer.keys = chain(self._root, generation.prompt, cuts(generation))
+            answer.keys = chain(self._root, generation.prompt, checkpoints(generation))
         return answer
 
     def _segments(self, generation: Generation) -> tuple[tuple[int, int], ...]:
@@ -294,8 +294,9 @@ class RazorEngine:
     def _find_prefixes(self) -> None:
         """Let waiting requests start behind the longest stored prefix of their prompts."""
         for waiting in self._state.waiting:
-            keys = self._answers[waiting.request.id].keys
-            found = [each for each in map(self._store.find, keys.values()) if each is not None]
+            answer = self._answers[waiting.request.id]
+            keys = [key for tokens, key in answer.keys.items() if tokens < len(answer.generation.prompt)]
+            found = [each for each in map(self._store.find, keys) if each is not None]
             tokens, shared = (found[-1].tokens, self._shared(found[-1])) if found else (0, ())
             if (waiting.reused, waiting.shared) != (tokens, shared):
                 self._state = scheduler.reuse(self._state, waiting.request.id, tokens, shared)

@@ -48,9 +48,14 @@ class Answer:
         return self.running.slot
 
 
+def checkpoints(generation: Generation) -> list[int]:
+    """Return the checkpoints within the prompt or at its end, ascending."""
+    return sorted({at for at in generation.checkpoints if 0 < at <= len(generation.prompt)})
+
+
 def cuts(generation: Generation) -> list[int]:
-    """Return the checkpoints that cut the prompt, ascending."""
-    return sorted({cut for cut in generation.checkpoints if 0 < cut < len(generation.prompt)})
+    """Return the checkpoints that cut the prompt, ascending: the end of the prompt cuts nothing."""
+    return [at for at in checkpoints(generation) if at < len(generation.prompt)]
 
 
 def token_logprobs(tokens: Iterable[int], scores: Sequence[np.ndarray], top: int) -> list[TokenLogprob]:
@@ -66,4 +71,4 @@ def token_logprobs(tokens: Iterable[int], scores: Sequence[np.ndarray], top: int
     ]
 
 
-__all__: Sequence[str] = ("Answer", "cuts", "token_logprobs")
+__all__: Sequence[str] = ("Answer", "checkpoints", "cuts", "token_logprobs")

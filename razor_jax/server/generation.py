@@ -45,7 +45,9 @@ class Generation:
       stop: strings that end the answer.
       logprobs: None for none, 0 for the chosen tokens, k for the k likeliest tokens too.
       prompt_logprobs: return log probabilities of the prompt's tokens in the first Delta.
-      checkpoints: prompt lengths whose cache should be kept for other prompts that start the same.
+      checkpoints: prompt lengths whose cache should be kept for other prompts that start the same. Each is the end of
+        a document, and what follows is a question about it, as in `generate(…, cache=)`. So checkpoints within the
+        prompt are part of what is asked; a checkpoint at its end changes nothing.
       grammar: constraint on the tokens.
     """
 

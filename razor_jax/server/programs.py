@@ -237,11 +237,12 @@ def write_layer(
         row = row.replace(table=None)
         if group.k_mean is None or group.v_mean is None:
             return row
-        means = (
-            lax.dynamic_update_slice_in_dim(x, new, slot, axis=0)
-            for x, new in ((group.k_mean, row.k_mean), (group.v_mean, row.v_mean))
+        return row.replace(
+            **{
+                name: lax.dynamic_update_slice_in_dim(getattr(group, name), getattr(row, name), slot, axis=0)
+                for name in ("k_mean", "v_mean")
+            }
         )
-        return row.replace(**dict(zip(("k_mean", "v_mean"), means, strict=True)))
 
     return tuple(map(whole, layer, written))
 
@@ -404,7 +405,7 @@ def copy_prefix(
     for layer, means in zip(layers, stored, strict=True):
         groups, entries = [], []
         for group, kept in zip(map(copied, layer), means, strict=True):
-            if kept is None:
+            if kept is None or group.k_mean is None or group.v_mean is None:
                 entries.append(None)
             else:
                 k_mean, k_kept = exchange(group.k_mean, kept[0])

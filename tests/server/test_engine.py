@@ -172,6 +172,14 @@ def test_a_prefix_is_reused_and_hit_equals_miss(engine):
     assert [each.finished.cached_tokens for each in heard] == [0, 45, 45]
     assert [each.finished.cached_tokens for each in missed] == [0, 0, 0]
     assert engine.stats().cached_tokens == before + 90
+    # The end of a prompt may be a checkpoint too, for the next turn of the conversation.
+    plain = dataclasses.replace(first, id="plain", checkpoints=())
+    ended = dataclasses.replace(plain, id="ended", checkpoints=(65,))
+    assert answers(engine, ended)[0].logprobs == answers(engine, plain)[0].logprobs
+    turn = Generation("turn", (*first.prompt, *heard[0].tokens, 9), 5, engines.GREEDY, checkpoints=(65,))
+    (again,) = answers(engine, turn)
+    assert again.finished.cached_tokens == 65
+    assert again.tokens == answers(fresh, turn)[0].tokens
     for hit, miss in zip(heard, missed, strict=True):
         assert hit.tokens == miss.tokens
         assert hit.logprobs == miss.logprobs  # floats, bit for bit
