@@ -99,15 +99,19 @@ class RazorEngine:
             check_int(name, value, 1)
         self.params = params
         policy = choose_policy(params, razor)
-        capacity = check_int("capacity", capacity or min(8192, params.config.max_position_embeddings), 1)
+        most = min(8192, params.config.max_position_embeddings)
+        capacity = check_int("capacity", most if capacity is None else capacity, 1)
         spec = cache_spec(params, policy, capacity)
         page = page_tokens or (64 if spec.implementation == "xla" else 128)
-        typical = check_int("typical_tokens", typical_tokens or -(-capacity // 2), 1)
+        typical = check_int("typical_tokens", -(-capacity // 2) if typical_tokens is None else typical_tokens, 1)
         self.layout = paging.choose_layout(spec, slots, page, cache_bytes, typical, prefix_bytes)
         self._block, self._prefills = block, prefills
         self._segment_tokens = capacity
         if policy is not None and policy.prefill_chunk is not None:
             self._segment_tokens = min(capacity, policy.prefill_chunk)
+        elif policy is None and params.config.rope.kind != "dynamic":
+            # Dense attention in small calls is exact, so a chunk needs no staging for the rest of the prompt.
+            self._segment_tokens = min(capacity, chunk)
         self._staged_tokens = -(-self._segment_tokens // chunk) * chunk
         self.staging_bytes = prefills * programs.staging_bytes(params, self._staged_tokens)
         paging.check_memory(self.layout.cache_bytes, self.staging_bytes)
