@@ -36,7 +36,7 @@ from .scores import HeadScores, ProbeMeta
 from .state import State
 
 GRID = (0.25, 0.5, 0.75)  # gates at which the integrated gradient is taken
-STEPS = 72
+STEPS = 72  # at least; 6 per document
 RATE = 0.06  # Adam's
 PENALTY = 0.02  # final weight of the gates' sum
 RISE = 0.7  # share of the steps in which the penalty rises to its final weight
@@ -75,7 +75,7 @@ def gate_heads(
     *,
     razor: RazorConfig | None = None,
     calibration: Calibration = CALIBRATION,
-    steps: int = STEPS,
+    steps: int | None = None,
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> HeadScores:
@@ -87,11 +87,13 @@ def gate_heads(
     Args:
       razor: policy of the windowed heads; None for the checkpoint's recommendation, or the paper's.
       calibration: one document per step, in turn.
+      steps: None for 6 per document, 72 at least.
       state: file to resume from and to save each step to.
 
     Memory: K/V of all documents, dense and windowed.
     """
     policy = razor or params.razor or RazorConfig()
+    steps = max(STEPS, 6 * calibration.documents) if steps is None else steps
     # First of all: a state of another search is refused before minutes are spent.
     saved = State(state, run_of(params, "gates", policy, calibration) | {"steps": steps})
     parts = readings(Ablation(params, calibration.tasks(params), policy))
