@@ -22,7 +22,7 @@ def params():
 @pytest.fixture(scope="module")
 def real(params):
     """A server of razor-mini with four slots."""
-    engine = RazorEngine(params, slots=4, capacity=1024, chunk=128, block=4)
+    engine = RazorEngine(params, slots=4, capacity=1024, chunk=128, block=4, prefix_bytes=8 * 2**20)
     engine.start()
     with serve(engine, params.assets, params.config.vocab_size, 1024) as running:
         yield running

@@ -7,6 +7,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -177,7 +178,7 @@ class ScriptedEngine:
         if live.output.finished:
             self._finish(live, live.output.finish_reason)
 
-    def _finish(self, live: _Live, reason: str, message: str = "") -> None:
+    def _finish(self, live: _Live, reason: Any, message: str = "") -> None:
         with self._lock:
             self._live.pop(live.generation.id, None)
         self._ended[reason] += 1
