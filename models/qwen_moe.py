@@ -33,15 +33,13 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     bias = bool(hf.get("attention_bias", False))
     read = huggingface.decoder(hf, qkv_bias=bias, output_bias=bias, qk_norm=True)
     count = hf.get("num_local_experts", hf.get("num_experts", _COUNT))
-    dense = set(hf.get("mlp_only_layers") or ()).intersection(range(read.num_layers))
-    dense.update(layer for layer in range(read.num_layers) if (layer + 1) % hf["decoder_sparse_step"])
+    only, step = hf.get("mlp_only_layers") or (), hf["decoder_sparse_step"]
+    dense = tuple(layer for layer in range(read.num_layers) if layer in only or (layer + 1) % step)
     if not count or len(dense) == read.num_layers:
         raise ValueError(f"num_experts={count}: no layer has experts; use model_type qwen3 for a dense model")
     if hf["num_experts_per_tok"] > count:
         raise ValueError(f"num_experts_per_tok={hf['num_experts_per_tok']} must be at most num_experts={count}")
-    experts = Experts(
-        count, hf["num_experts_per_tok"], hf["moe_intermediate_size"], hf["norm_topk_prob"], tuple(sorted(dense))
-    )
+    experts = Experts(count, hf["num_experts_per_tok"], hf["moe_intermediate_size"], hf["norm_topk_prob"], dense)
     return dataclasses.replace(read, experts=experts)
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int
 
 from . import experts
-from .config import ModelConfig
+from .config import Experts, ModelConfig
 from .experts import ExpertLinear
 from .linear import Linear
 from .rope import Tables, rotate
@@ -101,12 +101,12 @@ class Block(nn.Module):
         x = x + self.o(out.transpose(0, 2, 1, 3, 4).astype(x.dtype))
         y = self.mlp_norm(x)
         if self.experts is not None:
-            return x + self._mix(y)
+            return x + self._mix(y, self.experts)
         return x + self.down(nn.silu(self.gate(y)) * self.up(y))
 
-    def _mix(self, y: jax.Array) -> jax.Array:
+    def _mix(self, y: jax.Array, kind: Experts) -> jax.Array:
         """Send y [B, T, D] through the experts that the router chooses."""
-        share = experts.shares(self.router(y), self.experts)
+        share = experts.shares(self.router(y), kind)
         maps = {"gate": self.expert_gate(), "up": self.expert_up(), "down": self.expert_down()}
         if self.mix is not None:
             return self.mix(y, share, maps).astype(y.dtype)
