@@ -11,6 +11,7 @@ import dataclasses
 import pytest
 
 from razor_jax import RazorConfig, planner
+from razor_jax.doctor import examination
 from razor_jax.models.config import ModelConfig, Rope
 from razor_jax.planner import Job
 
@@ -87,23 +88,28 @@ def compiled(function):
         raise Compiled
     return call
 
+def zeros(self, *shape, dtype="float32"):
+    return np.zeros(shape, jax.numpy.dtype(dtype))
+
 checks.jax = types.SimpleNamespace(**vars(jax) | {"jit": compiled})
-done = []
-for shape in examination._SHAPES:
-    for kind in shape.kinds:
-        assert checks.has_kernel(kind, "pallas_tpu") and checks.why_unsupported(kind, "pallas_tpu") is None
-        slots = proof.CAUSAL_TOKENS if kind.op == "attend_causal" else checks.slots_of(kind.cache)
-        for check in checks.checks_of(kind, shape.heads, slots):
-            try:
-                checks.run(check, "pallas_tpu")
-            except Compiled:
-                done.append(str(check))
+checks._Random.normal = zeros  # values do not matter to a compiler
+shape, done = examination._SHAPES[json.loads(sys.argv[1])], []
+for kind in shape.kinds:
+    assert checks.has_kernel(kind, "pallas_tpu") and checks.why_unsupported(kind, "pallas_tpu") is None
+    slots = proof.CAUSAL_TOKENS if kind.op == "attend_causal" else checks.slots_of(kind.cache)
+    for check in checks.checks_of(kind, shape.heads, slots):
+        try:
+            checks.run(check, "pallas_tpu")
+        except Compiled:
+            done.append(str(check))
+            print(check, flush=True)
 print(json.dumps([len(done), len(set(done)), programs]))
 """
 
 
-def test_every_check_of_the_doctor_compiles():
-    (numbers,) = tpu_compiler.run(CHECKS, None)
-    done, different, kernels = numbers
-    assert done == different == kernels
-    assert done > 30
+@pytest.mark.parametrize(
+    ("shape", "checks"), [(0, 25), (1, 17), (2, 9)], ids=[f"{s.name}-{s.query}" for s in examination._SHAPES]
+)
+def test_every_check_of_the_doctor_compiles_to_a_kernel(shape, checks):
+    (numbers,) = tpu_compiler.run(CHECKS, shape, timeout=1800)
+    assert numbers == [checks] * 3
