@@ -215,12 +215,14 @@ def _error_of_state(state, want: Host, lse: Host) -> float:
 
 def _causal(check: Check, implementation: Implementation, interpret: bool) -> float:
     (K, G), T, H, random = check.heads, check.slots, check.kind.head_dim, _Random(2)
-    lengths, n = np.asarray([T, T // 3 + 1], np.int32), np.asarray([0, 37], np.int32)
+    lengths: Host = np.asarray([T, T // 3 + 1], np.int32)
+    n = np.asarray([0, 37], np.int32)
     B = len(lengths)
     seen = np.arange(T) < lengths[:, None]
     q = random.normal(B, K, G * T, H, dtype=check.kind.query)
     k, v = (random.normal(B, K, T, H, dtype=check.kind.cache) for _ in "kv")
-    means = tuple(np.where(n[:, None, None, None] > 0, random.normal(B, K, 1, H), np.nan) for _ in "kv")
+    k_mean, v_mean = (np.where(n[:, None, None, None] > 0, random.normal(B, K, 1, H), np.nan) for _ in "kv")
+    means = k_mean, v_mean
     state = _compensation(q, means, n)
     part = jax.tree.map(jnp.asarray, Part(q, _poison(k, seen), _poison(v, seen), lengths, state))
     backend = dispatch.backend_module(implementation)
@@ -260,23 +262,23 @@ def _write(check: Check, implementation: Implementation, interpret: bool) -> flo
     B, T = len(lengths), int(counts.max())
     total = int((lengths + counts).max())
     arrays = [x for _ in "kv" for x in random.cached(B, K, total, H, dtype=check.kind.cache)]
-    history: Any = GroupArrays(arrays[0], arrays[2], arrays[1], arrays[3])
+    history = _record(arrays[0], arrays[2], arrays[1], arrays[3])
     before = _group(history, plan, lengths, S, blank=None)
     want = _group(history, plan, lengths + counts, S, blank=before)
     index = np.minimum(lengths[:, None] + np.arange(T), total - 1)
-    new: Any = GroupArrays(
+    new = _record(
         *(np.take_along_axis(x, index[:, None, :, None], axis=2) for x in (history.k, history.v)),
         *(None if x is None else np.take_along_axis(x, index[:, None, None, :], axis=3) for x in history[2:4]),
     )
-    table = None
+    table: Host = None
     if check.call == "page":
         pages = _Pages(B, S)
         table = pages.table
-        before, want = (GroupArrays(*map(pages.pool, x[:4]), *x[4:]) for x in (before, want))
+        before, want = (_record(*map(pages.pool, x[:4]), *x[4:]) for x in (before, want))
     call = CacheWrite(before, new, lengths, counts, window, 0 if window is None else SINKS, table)
     arguments = jax.tree.map(jnp.asarray, call._replace(sinks=None))
     write = functools.partial(tpu.write, interpret=interpret) if implementation == "pallas_tpu" else xla.write
-    got = jax.jit(lambda x: write(x._replace(sinks=call.sinks)))(arguments)
+    got: Any = jax.jit(lambda x: write(x._replace(sinks=call.sinks)))(arguments)
     for name in ("k", "v", "k_scale", "v_scale"):
         a, b = (getattr(x, name) for x in (got, want))
         if b is not None and not np.array_equal(np.asarray(a).view(np.uint8), b.view(np.uint8)):
@@ -292,6 +294,10 @@ def _write(check: Check, implementation: Implementation, interpret: bool) -> flo
     return max(errors)
 
 
+def _record(*arrays: Host) -> Any:
+    return GroupArrays(*arrays)
+
+
 def _group(history: Any, plan: _Writes, lengths: Host, S: int, blank: Any) -> Any:
     """Return the group of S slots after `lengths` tokens of each row; what no token reaches is that of `blank`."""
     B, K, _, H = history.k.shape
@@ -300,8 +306,8 @@ def _group(history: Any, plan: _Writes, lengths: Host, S: int, blank: Any) -> An
         values = [np.full((B, K, S, H), 0 if x.dtype == np.int8 else np.nan, x.dtype) for x in history[:2]]
         scales = [None if x is None else np.full((B, K, 1, S), np.nan, np.float32) for x in history[2:4]]
         means = [np.full((B, K, 1, H), np.nan, np.float32) if folds else None for _ in "kv"]
-        blank = GroupArrays(*values, *scales, *means)
-    group = GroupArrays(*(None if x is None else x.copy() for x in blank))
+        blank = _record(*values, *scales, *means)
+    group = _record(*(None if x is None else x.copy() for x in blank))
     for b, length in enumerate(lengths):
         positions = np.arange(length)
         slots = positions

@@ -158,8 +158,7 @@ def examine(
     started = time.monotonic()
     if interpret and backend.platform() != "cpu":
         raise ValueError(f"the kernels run on this {backend.platform()}: interpret them on a CPU (JAX_PLATFORMS=cpu)")
-    wanted: list[tuple[str, Implementation, checks.Check]]
-    wanted = [(shape.name, *one) for shape in _SHAPES for one in _checks(shape)]
+    wanted = [(shape.name, name, check) for shape in _SHAPES for name, check in _checks(shape)]
     if interpret:
         wanted += [
             (shape.name, name, check) for name in INTERPRETED for shape in _TINY for check in _tiny_checks(shape, name)
