@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Float, Float32, Int32
 
@@ -34,6 +35,7 @@ class Prompt(NamedTuple):
       tokens: int32 [B, T].
       layer: index of the layer.
       heads: the layer's KV heads, in the order of k and v, by their number in the checkpoint.
+      longest: bound on the lengths. Shapes of a state may depend on it, and not on T, which is padded.
       config: shapes of the model.
     """
 
@@ -43,6 +45,7 @@ class Prompt(NamedTuple):
     tokens: jax.Array
     layer: int
     heads: tuple[int, ...]
+    longest: int
     config: ModelConfig
 
     @property
@@ -99,6 +102,8 @@ class CacheMethod:
     kind: ClassVar[Kind] = "evicts"
     observes: ClassVar[int | None] = 0
     """Newest query rows of a prompt that `see` gets; None for all, 0 for none."""
+    repeats: ClassVar[bool] = False
+    """Whether the prompt is read a second time right after itself; then `see` gets the rows of this repetition."""
     evicts_later: ClassVar[bool] = False
     """Whether later tokens go into the state; otherwise a tail keeps all of them."""
     slot_extras: ClassVar[int] = 0
@@ -115,7 +120,9 @@ class CacheMethod:
 
     def describe(self) -> str:
         """Return the method and its settings in one line, for reports."""
-        fields = (f"{f.name} {getattr(self, f.name)}" for f in dataclasses.fields(self) if f.name != "budget")
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "budget"}
+        given = {name: x for name, x in given.items() if not isinstance(x, tuple)}  # a number per head is too long
+        fields = (f"{name} {x.name if isinstance(x, CacheMethod) else x}" for name, x in given.items())
         kept = f"{self.budget} tokens" if isinstance(self.budget, int) else f"{self.budget:.1%} of the prompt's bytes"
         return ", ".join((f"{self.name}, {kept}", *fields))
 
@@ -144,6 +151,16 @@ class CacheMethod:
             return jnp.full(jnp.shape(lengths), self.budget, jnp.int32)
         # float32 rounds the product by less than this margin up to 80,000 tokens.
         return jnp.ceil(jnp.float32(self.share(slot_bytes)) * lengths - 0.01).astype(jnp.int32)
+
+    def rooms(self, longest: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return every length up to `longest` and its room, int32 [lengths], where `longest` has `slots` slots.
+
+        Methods whose layers or heads differ in size take from it the largest size that any prompt needs.
+        """
+        lengths = np.arange(1, longest + 1, dtype=np.int32)
+        if isinstance(self.budget, int):
+            return lengths, np.full_like(lengths, self.budget)
+        return lengths, np.ceil(lengths * (slots / longest)).astype(np.int32)
 
     def start(self, prompt: Prompt) -> Any:
         """Return the statistics before the first row, a pytree of arrays; None without statistics."""

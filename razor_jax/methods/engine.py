@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _ROUND = 64  # `longest` is a multiple, so that prompts of about the same length share programs
 
 Layer = tuple[Any, ...]
+Attend = Callable[[jax.Array, jax.Array], kernel.State]
 RunLayer = Callable[["Params", int, jax.Array, Layer, AttentionMetadata], tuple[jax.Array, Layer]]
 
 
@@ -53,6 +54,19 @@ class Kept(flax.struct.PyTreeNode):
     def map_slots(self, change: Callable[[jax.Array, int], jax.Array]) -> Kept:
         """Return the state itself: it never grows."""
         return self
+
+
+@dataclasses.dataclass
+class _Reading:
+    """What the layers of one prompt pass on while they are traced.
+
+    Attributes:
+      tokens: int32 [B, T].
+      repetition: hidden states [B, T, D] of the prompt read a second time, of methods that do so.
+    """
+
+    tokens: jax.Array
+    repetition: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +157,7 @@ class Engine(OneDevice):
         if not fresh:
             return meta, cache, self._later
         cache = cache.replace(window=meta.new)
-        return meta.replace(window=meta.new), cache, functools.partial(self._prompt, tokens)
+        return meta.replace(window=meta.new), cache, functools.partial(self._prompt, _Reading(tokens))
 
     def compress(self, prompt: Prompt, seen: Any, dtype: Any) -> Any:
         """Return the state of a layer of a prompt."""
@@ -153,32 +167,52 @@ class Engine(OneDevice):
         )
 
     def _prompt(
-        self, tokens: jax.Array, params: Params, index: int, x: jax.Array, layer: Layer, meta: AttentionMetadata
+        self, read: _Reading, params: Params, index: int, x: jax.Array, layer: Layer, meta: AttentionMetadata
     ) -> tuple[jax.Array, Layer]:
         """Run a layer over a prompt with exact attention, and compress it."""
-        c, C = self.config, min(CHUNK, x.shape[1])
+        c, C, method = self.config, min(CHUNK, x.shape[1]), self.method
         block = functools.partial(Block(c).apply, {"params": params.weights[f"blocks_{index}"]})
-        cos, sin = _tables(c, meta, x.shape[1])
-        k, v = cast(tuple[jax.Array, jax.Array], block(x, (cos, sin), method="keys_values"))
-        dtype = meta.spec.dtype
-        prompt = Prompt(
-            k.astype(dtype), v.astype(dtype), meta.new, tokens[:, : x.shape[1]], index, self.order[index], c
-        )
+        tables = _tables(c, meta, x.shape[1])
+        k, v = cast(tuple[jax.Array, jax.Array], block(x, tables, method="keys_values"))
+        dtype, tokens = meta.spec.dtype, read.tokens[:, : x.shape[1]]
+        prompt = Prompt(k.astype(dtype), v.astype(dtype), meta.new, tokens, index, self.order[index], self.longest, c)
+        own = functools.partial(attend_own, meta=meta, group_size=c.group_size, slopes=None, return_state=True)
 
-        def chunk(number: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-            x, seen = carry
-            start = number * C
-            here, here_cos, here_sin = (lax.dynamic_slice_in_dim(a, start, C, axis=1) for a in (x, cos, sin))
-            q = cast(jax.Array, block(here, (here_cos, here_sin), method="queries"))
-            own = functools.partial(attend_own, meta=meta, start=start, group_size=c.group_size, slopes=None)
-            state = cast(kernel.State, own(q, k, v, return_state=True, implementation=meta.spec.kernels))
-            seen = self._see(seen, q, state, start, prompt)
-            out = block(here, kernel.finish(state, here.dtype), method="output_and_mlp")
-            return lax.dynamic_update_slice_in_dim(x, out, start, axis=1), seen
+        def run(x: jax.Array, tables: rope.Tables, seen: Any, attend: Attend) -> tuple[jax.Array, Any]:
+            def chunk(number: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+                x, seen = carry
+                start = number * C
+                here, cos, sin = (lax.dynamic_slice_in_dim(a, start, C, axis=1) for a in (x, *tables))
+                q = cast(jax.Array, block(here, (cos, sin), method="queries"))
+                state = attend(q, start)
+                if seen is not None:
+                    seen = self._see(seen, q, state, start, prompt)
+                out = block(here, kernel.finish(state, here.dtype), method="output_and_mlp")
+                return lax.dynamic_update_slice_in_dim(x, out, start, axis=1), seen
 
-        chunks = (jnp.max(meta.new) + C - 1) // C
-        x, seen = lax.fori_loop(0, chunks, chunk, (x, self.method.start(prompt)))
-        kept = Kept(self.compress(prompt, seen, dtype), self.method.evicts_later)
+            return lax.fori_loop(0, (jnp.max(meta.new) + C - 1) // C, chunk, (x, seen))
+
+        def attend(q: jax.Array, start: jax.Array) -> kernel.State:
+            return cast(kernel.State, own(q, k, v, start=start, implementation=meta.spec.kernels))
+
+        seen = method.start(prompt)
+        if method.repeats:
+            again = _tables(c, meta.replace(length=meta.new), x.shape[1])
+            y = x if index == 0 else read.repetition
+            k_again, v_again = cast(tuple[jax.Array, jax.Array], block(y, again, method="keys_values"))
+
+            def attend_again(q: jax.Array, start: jax.Array) -> kernel.State:
+                options = {"scale": c.head_dim**-0.5, "implementation": meta.spec.kernels}
+                state = kernel.attend(q, k, v, meta.new, return_state=True, **options)
+                return cast(
+                    kernel.State, own(q, k_again, v_again, start=start, state=state, implementation=meta.spec.kernels)
+                )
+
+            read.repetition, seen = run(cast(jax.Array, y), again, seen, attend_again)
+            x, _ = run(x, tables, None, attend)
+        else:
+            x, seen = run(x, tables, seen, attend)
+        kept = Kept(self.compress(prompt, seen, dtype), method.evicts_later)
         x, kept = lax.optimization_barrier((x, kept))
         return x, (kept, *layer[1:])
 
@@ -196,7 +230,9 @@ class Engine(OneDevice):
             counted &= at >= prompt.lengths[:, None] - newest
         log_total = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1.0)), 0.0)
         scaled = q.reshape(*shape, H).astype(jnp.float32) / math.sqrt(H)
-        rows = QueryRows(scaled, log_total.reshape(shape), at, counted)
+        # The rows of a repetition come after all keys of the prompt.
+        after = prompt.k.shape[2] if self.method.repeats else 0
+        rows = QueryRows(scaled, log_total.reshape(shape), at + after, counted)
         return lax.cond(jnp.any(counted), lambda: self.method.see(seen, rows, prompt), lambda: seen)
 
     def _later(
@@ -273,7 +309,7 @@ def _state_shapes(engine: Engine, dtype: str, batch: int, layer: int) -> tuple[l
         shape = (batch, c.num_kv_heads, engine.longest, c.head_dim)
         k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         tokens, lengths = jnp.zeros((batch, engine.longest), jnp.int32), jnp.zeros((batch,), jnp.int32)
-        prompt = Prompt(k, v, lengths, tokens, layer, engine.order[layer], c)
+        prompt = Prompt(k, v, lengths, tokens, layer, engine.order[layer], engine.longest, c)
         leaves, structure = jax.tree.flatten(engine.compress(prompt, engine.method.start(prompt), dtype))
         structures.append(structure)
         return leaves

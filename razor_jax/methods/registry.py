@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from .adakv import AdaExpectedAttention, AdaKV
 from .base import CacheMethod
+from .corm import CORM
+from .elastic import ElasticCache
 from .expected_attention import ExpectedAttention
 from .h2o import H2O
+from .headkv import HeadKV
 from .knorm import KNorm
+from .kvzip import KVzip
+from .pyramidkv import PyramidKV
 from .snapkv import SnapKV
 from .streaming import StreamingLLM
 from .tova import TOVA
@@ -20,6 +26,13 @@ METHODS: dict[str, type[CacheMethod]] = {
     "tova": TOVA,
     "h2o": H2O,
     "expected": ExpectedAttention,
+    "adakv": AdaKV,
+    "adakv-expected": AdaExpectedAttention,
+    "pyramidkv": PyramidKV,
+    "kvzip": KVzip,
+    "headkv": HeadKV,
+    "elastic": ElasticCache,
+    "corm": CORM,
 }
 
 
@@ -32,7 +45,8 @@ def by_name(text: str, budget: float | int) -> CacheMethod:
     if name not in METHODS:
         raise ValueError(f"method {name!r}: use one of {', '.join(METHODS)}")
     method = METHODS[name]
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(method) if f.name != "budget"}
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(method) if isinstance(f.default, int | float)}
+    kinds.pop("budget")
     given: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         field, _, value = part.partition("=")

@@ -18,6 +18,7 @@ from tests.support import tiny
 B, K, G, H, T = 2, 2, 2, 8, 40
 CONFIG = ModelConfig("llama", 61, 32, 48, 2, K * G, K, H, 512)
 LENGTHS = np.asarray([40, 27], np.int32)
+IMPORTANCE = ((1.0, 0.2), (0.5, 2.0))  # of two layers with two KV heads
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def attention_map(q: np.ndarray, k: np.ndarray) -> np.ndarray:
 def prompt_of(k: np.ndarray, v: np.ndarray, lengths: np.ndarray = LENGTHS, number: int = 0, tokens=None) -> Prompt:
     """A layer's prompt, heads in the checkpoint's order."""
     tokens = np.zeros((k.shape[0], k.shape[2]), np.int32) if tokens is None else tokens
-    return Prompt(*map(jnp.asarray, (k, v, lengths, tokens)), number, tuple(range(k.shape[1])), CONFIG)
+    return Prompt(*map(jnp.asarray, (k, v, lengths, tokens)), number, tuple(range(k.shape[1])), k.shape[2], CONFIG)
 
 
 def observe(method: CacheMethod, q: np.ndarray, prompt: Prompt, chunk: int = 16):
