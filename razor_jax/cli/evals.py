@@ -20,12 +20,12 @@ from razor_jax.cli.terminal import note
 from razor_jax.evals import agreement, conversation, long_generation, plots, protocol, ruler
 from razor_jax.evals import needle as needles
 from razor_jax.evals.haystack import Haystack
-from razor_jax.evals.methods import row_name
+from razor_jax.evals.methods import make, row_name
 from razor_jax.evals.protocol import CachedModel, Example, Form, System
 from razor_jax.evals.provenance import provenance, write_results
 from razor_jax.evals.settings import settings
 from razor_jax.evals.table import Table
-from razor_jax.methods import METHODS, by_name
+from razor_jax.methods import METHODS
 
 app = typer.Typer(
     cls=terminal.Commands,
@@ -304,7 +304,7 @@ def prepare(model: ModelOptions, policy: CompressedOptions, rows: RowOptions, ru
     names, budget = asked.pop("method") or [], asked.pop("budget")
     made = settings(params, policy.compressed(params), **asked, seed=run.seed)
     try:
-        made += [CachedModel(row_name(name), params, by_name(name, budget)) for name in names]
+        made += [CachedModel(row_name(name), params, make(params, name, budget)) for name in names]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--method") from error
     return Job(params, model.model, made, run.out, run.as_json)

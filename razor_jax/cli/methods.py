@@ -45,19 +45,19 @@ def methods(
             raise typer.BadParameter(f"{name!r}: use {', '.join(study.TASKS)}", param_hint="--tasks")
     params = model.load()
     razor = policy.compressed(params)
-    share = budget or razor_share(params, razor, tokens)
+    grid, haystack = Grid((tokens,), documents=documents, facts=facts, seed=run.seed), Haystack.load(run.haystack)
+    share = budget or study.razor_share(params, razor, names, grid, haystack)  # type: ignore[arg-type]
     try:
         rows = study.settings(params, razor, method or [], share)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--method") from error
-    grid = Grid((tokens,), documents=documents, facts=facts, seed=run.seed)
     records = None if run.out is None else run.out / "records.jsonl"
     with contextlib.ExitStack() as bars:
         found = study.compare(
             rows,
             names,  # type: ignore[arg-type]
             grid,
-            Haystack.load(run.haystack),
+            haystack,
             batch=run.batch,
             resume=records,
             progress=lambda name: bars.enter_context(progress_bar(name)),
@@ -76,9 +76,3 @@ def methods(
         print_json(content)
     else:
         Console().print(found.render(f"{found.tokens:,} tokens a document, {share:.1%} of the dense cache's bytes"))
-
-
-def razor_share(params: study.Params, razor: study.RazorConfig, tokens: int) -> float:
-    """Return the bytes of Razor's cache of a document, as a share of the dense cache's."""
-    dense, ours = (study.document_bytes(study.CachedModel("", params, policy), tokens) for policy in (None, razor))
-    return ours / dense

@@ -17,15 +17,30 @@ from rich.table import Table as RichTable
 
 from ..cache import make_spec
 from ..config import RazorConfig
-from ..methods import METHODS, CacheMethod, by_name
+from ..heads import find_heads
+from ..methods import METHODS, CacheMethod, HeadKV, by_name
 from ..methods.engine import bind
 from ..params import Params
-from ..text.generate import generate
+from ..text.generate import prefill
+from ..text.session import Session
 from . import needle
 from .conversation import Conversation
 from .haystack import Haystack
-from .protocol import CachedModel, Example, Progress, System, dense, encode_example, run
+from .protocol import (
+    CachedModel,
+    EncodedExample,
+    Example,
+    Progress,
+    Stopwatch,
+    System,
+    batches,
+    dense,
+    encode_example,
+    run,
+)
 from .table import Table
+
+_BLOCK = 256  # tokens of a copy in the head probe of HeadKV; it reads four
 
 TaskName = Literal["needle", "needles", "several", "conversation", "inside"]
 
@@ -53,11 +68,20 @@ def settings(params: Params, razor: RazorConfig, names: Sequence[str], budget: f
 
     Raises ValueError for an unknown method or field.
     """
-    return [
-        dense(params),
-        CachedModel("Razor", params, razor),
-        *(CachedModel(row_name(name), params, by_name(name, budget)) for name in names or METHODS),
-    ]
+    rows = [dense(params), CachedModel("Razor", params, razor)]
+    return rows + [CachedModel(row_name(name), params, make(params, name, budget)) for name in names or METHODS]
+
+
+def make(params: Params, name: str, budget: float | int) -> CacheMethod:
+    """Return a method by its name, with the importance of this model's heads if it needs one.
+
+    Importance is the larger of the echo and the induction score of a short head probe.
+    """
+    method = by_name(name, budget)
+    if isinstance(method, HeadKV):
+        importance = tuple(tuple(map(float, layer)) for layer in find_heads(params, block=_BLOCK).best)
+        method = dataclasses.replace(method, importance=importance)
+    return method
 
 
 def row_name(name: str) -> str:
@@ -76,12 +100,36 @@ def document_bytes(setting: CachedModel, tokens: int) -> int:
     return make_spec(split, dim, tokens, razor, params.dtype).kv_bytes(1)
 
 
-def seconds(setting: CachedModel, documents: Sequence[Sequence[int]], new_tokens: int = 32) -> tuple[float, float]:
-    """Return seconds of prefill per document and of decoding per token of one row, on warm programs."""
-    params = setting.params.replace(assets=None)  # no stop tokens: every row decodes as many
-    for _ in range(2):  # the first run compiles
-        times = generate(params, list(documents), razor=setting.razor, max_new_tokens=new_tokens)[0].timings
-    return times.prefill_seconds / len(documents), times.decode_seconds / (new_tokens - 1)
+def razor_share(
+    params: Params, razor: RazorConfig, tasks: Sequence[TaskName], grid: needle.Grid, haystack: Haystack
+) -> float:
+    """Return the bytes of Razor's cache of the longest document, as a share of the dense cache's."""
+    variants = {TASKS[name].variant for name in tasks}
+    made = [example for variant in variants for example in needle.examples(params, variant, grid, haystack=haystack)]
+    tokens = max(len(encode_example(params, example)[0]) for example in made)
+    whole, ours = (document_bytes(CachedModel("", params, policy), tokens) for policy in (None, razor))
+    return ours / whole
+
+
+def seconds(setting: CachedModel, texts: Sequence[EncodedExample], batch: int, new_tokens: int) -> tuple[float, float]:
+    """Return seconds of prefill per document and of a decode step of `batch` rows, without compilation.
+
+    Shapes are those of the task that asked these questions, so its programs run again.
+    """
+    totals = [len(document) + max(map(len, asked)) + new_tokens for document, asked in texts]
+    documents = [document for document, _ in texts]
+    capacity, part = next(batches([len(document) for document in documents], totals, range(len(texts)), batch))
+    rows = [texts[part[i % len(part)]] for i in range(batch)]
+    with Stopwatch() as watch:
+        cache = prefill(setting.params, [document for document, _ in rows], razor=setting.razor, capacity=capacity)
+    session = Session(
+        setting.params, [asked[0] for _, asked in rows], max_new_tokens=new_tokens, cache=cache, owns_cache=True
+    )
+    for _ in session.run():
+        pass
+    results = session.results()
+    steps = max(len(result.tokens) for result in results) - 1
+    return watch.seconds / batch, results[0].timings.decode_seconds / max(1, steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +140,7 @@ class Comparison:
       tables: one per task.
       tokens: tokens of the longest document.
       bytes: per row, those of its cache of such a document.
-      times: per row, seconds of prefill per document and of decoding per token.
+      times: per row, seconds of prefill per document, and of a decode step of a whole batch.
     """
 
     tables: dict[TaskName, Table]
@@ -103,7 +151,7 @@ class Comparison:
     def render(self, title: str) -> RichTable:
         """Return shares of right answers by task, bytes and times, for the terminal."""
         table = RichTable(title=title, box=box.SIMPLE, title_justify="left")
-        for name in ("method", *self.tables, "bytes", "of dense", "prefill s", "ms per token"):
+        for name in ("method", *self.tables, "bytes", "of dense", "prefill s", "ms a step"):
             table.add_column(name, justify="left" if name == "method" else "right")
         whole = next(iter(self.bytes.values()))
         for name, size in self.bytes.items():
@@ -148,13 +196,14 @@ def compare(
       progress: called with a task's name, returns what `protocol.run` calls.
       options: further arguments of `protocol.run`.
     """
-    params, tables, texts = rows[0].params, {}, []
+    params, tables = rows[0].params, {}
     made: dict[str, list[Example]] = {}
+    texts: dict[str, list[EncodedExample]] = {}
     for name in tasks:
         task = TASKS[name]
         if task.variant not in made:
             made[task.variant] = needle.examples(params, task.variant, grid, haystack=haystack)
-            texts += [encode_example(params, example)[0] for example in made[task.variant]]
+            texts[task.variant] = [encode_example(params, example) for example in made[task.variant]]
         systems: list[System] = [Conversation(row) if task.conversation else row for row in rows]
         tables[name] = run(
             systems,
@@ -165,11 +214,7 @@ def compare(
             progress=progress and progress(name),
             **options,
         )
-    longest = max(map(len, texts))
-    documents = (texts * batch)[:batch]
-    return Comparison(
-        tables,
-        longest,
-        {row.name: document_bytes(row, longest) for row in rows},
-        {row.name: seconds(row, documents) for row in rows},
-    )
+    longest = max(len(document) for each in texts.values() for document, _ in each)
+    variant = TASKS[tasks[0]].variant
+    times = {row.name: seconds(row, texts[variant], batch, needle.answer_tokens(variant)) for row in rows}
+    return Comparison(tables, longest, {row.name: document_bytes(row, longest) for row in rows}, times)

@@ -83,7 +83,9 @@ class CORM(CacheMethod):
             score=marks,
             position=positions,
         )
-        at = next_slot(state, jnp.where(newest, now, marks))
+        marked = jnp.where(state.used, jnp.where(newest, jnp.inf, marks), jnp.inf)
+        longest_ago = marked == marked.min(-1, keepdims=True)  # of several, the oldest token goes
+        at = next_slot(state, jnp.where(longest_ago, positions.astype(jnp.float32), jnp.inf))
         mark = jnp.where(own.max(axis=2) >= 1.0 / keys[..., 0], position[:, None].astype(jnp.float32), -1.0)
         here = jnp.broadcast_to(position[:, None], at.shape)
         return put_slot(state, at, k, v).replace(

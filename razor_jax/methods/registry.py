@@ -19,6 +19,7 @@ from .snapkv import SnapKV
 from .streaming import StreamingLLM
 from .tova import TOVA
 
+_BOOLEANS = {"true": True, "false": False}
 METHODS: dict[str, type[CacheMethod]] = {
     "knorm": KNorm,
     "streaming": StreamingLLM,
@@ -53,7 +54,7 @@ def by_name(text: str, budget: float | int) -> CacheMethod:
         if field not in kinds:
             raise ValueError(f"{name} has no field {field!r}: use {', '.join(kinds) or 'none'}")
         try:
-            given[field] = kinds[field](value)
-        except ValueError:
+            given[field] = _BOOLEANS[value] if kinds[field] is bool else kinds[field](value)
+        except (ValueError, KeyError):
             raise ValueError(f"{name}: {field}={value!r} is no {kinds[field].__name__}") from None
     return method(budget, **given)

@@ -145,7 +145,7 @@ def test_corm_drops_what_no_recent_step_found_important(budget, window):
         dropped = [t for t in old if mark[t] <= now - window]
         left = [t for t in old if t not in dropped]
         if len(tokens) - len(dropped) > budget:
-            dropped.append(min(left, key=mark.__getitem__))
+            dropped.append(min(left, key=lambda t: (mark[t], position_of(b, t))))
         return dropped
 
     check(CORM(budget, window=window), choose)
