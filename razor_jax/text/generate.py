@@ -161,7 +161,7 @@ def prefill(
     compilation.track_compilation()
     read = prompts.encode(params, document, part="document", raw=raw, template_kwargs=template_kwargs, what="document")
     policy = choose_policy(params, razor)
-    spec = spec_for(params, policy, read.longest, capacity, batch=len(read.rows), prompts=read.rows)
+    spec = spec_for(params, policy, read.longest, capacity, batch=len(read.rows), rows=read.rows)
     batch = placement_of(spec).to_devices(prompts.pad(read.rows, prompts.prompt_bucket(read.longest)))
     prompts.warn_beyond_trained(params.config, read.longest)
     with compilation.log_compilation("prefill"):

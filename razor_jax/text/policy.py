@@ -15,7 +15,7 @@ from ..memory import check_memory
 from ..methods.base import CacheMethod
 from ..methods.engine import bind
 from ..params import Params
-from . import prompts as buckets
+from . import prompts
 
 Policy = RazorConfig | CacheMethod | None | Literal["auto"]
 
@@ -50,17 +50,17 @@ def spec_for(
     capacity: int | None = None,
     *,
     batch: int = 1,
-    prompts: Sequence[Sequence[int]] = (),
+    rows: Sequence[Sequence[int]] = (),
 ) -> CacheSpec:
     """Return the spec of a cache of `batch` rows for `tokens` each. `capacity` overrides the bucketed capacity.
 
-    A cache method sizes the cache by the `prompts`; without them, a prompt may have up to `tokens`.
+    A cache method sizes the cache by the prompts, `rows`; without them, a prompt may have up to `tokens`.
 
     Raises MemoryError if the device cannot hold it.
     """
     room = room_for(tokens, capacity)
     if isinstance(razor, CacheMethod):
-        engine = bind(razor, params, max((len(row) for row in prompts), default=tokens))
+        engine = bind(razor, params, max((len(row) for row in rows), default=tokens))
         spec = dataclasses.replace(cache_spec(params, None, room), method=engine)
     else:
         spec = cache_spec(params, razor, room)
@@ -71,7 +71,7 @@ def spec_for(
 def room_for(tokens: int, capacity: int | None) -> int:
     """Return the capacity of a cache for `tokens` per row. Raises ValueError if they exceed `capacity`."""
     if capacity is None:
-        return buckets.capacity_bucket(tokens)
+        return prompts.capacity_bucket(tokens)
     capacity = check_int("capacity", capacity, 1)
     if tokens > capacity:
         raise ValueError(
@@ -89,4 +89,4 @@ def prefill_chunk(razor: RazorConfig | CacheMethod | None) -> int | None:
 def padded_batch(rows: Sequence[Sequence[int]], spec: CacheSpec) -> tuple[np.ndarray, np.ndarray]:
     """Return token rows as padded int32 [B, T] and lengths [B]. A mesh may need empty rows to fill the batch."""
     longest = max(len(row) for row in rows)
-    return buckets.pad([*rows, *[()] * placement_of(spec).padding(len(rows))], buckets.prompt_bucket(longest))
+    return prompts.pad([*rows, *[()] * placement_of(spec).padding(len(rows))], prompts.prompt_bucket(longest))

@@ -96,7 +96,7 @@ class Session:
             total = self.prompts.longest + max_new_tokens - 1
             policy = choose_policy(self.params, razor)
             rows = self.prompts.rows
-            spec = spec_for(self.params, policy, total, capacity, batch=len(rows), prompts=rows)
+            spec = spec_for(self.params, policy, total, capacity, batch=len(rows), rows=rows)
             prompts.warn_beyond_trained(self.params.config, total)
             return spec
         source = self.source

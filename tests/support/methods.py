@@ -112,7 +112,7 @@ def prefill(method, lengths, capacity: int = 192, params=None):
     """Logits and cache after prompts of the tiny model."""
     params = params or tiny.params(text=False)
     rows = [text(n) for n in lengths]
-    spec = spec_for(params, method, max(lengths), capacity, batch=len(rows), prompts=rows)
+    spec = spec_for(params, method, max(lengths), capacity, batch=len(rows), rows=rows)
     return _prefill(params, *map(jnp.asarray, prompts.pad(rows, prompts.prompt_bucket(max(lengths)))), spec=spec)
 
 
