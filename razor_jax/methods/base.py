@@ -32,8 +32,7 @@ class Prompt(NamedTuple):
     Attributes:
       k, v: [B, K, T, H] as they are cached, keys rotated.
       lengths: int32 [B], valid tokens of each row.
-      tokens: int32 [B, T].
-      layer: index of the layer.
+      layer: index of the layer; 0 for every layer, unless the method is `by_layer`.
       heads: the layer's KV heads, in the order of k and v, by their number in the checkpoint.
       longest: bound on the lengths. Shapes of a state may depend on it, and not on T, which is padded.
       config: shapes of the model.
@@ -42,7 +41,6 @@ class Prompt(NamedTuple):
     k: jax.Array
     v: jax.Array
     lengths: jax.Array
-    tokens: jax.Array
     layer: int
     heads: tuple[int, ...]
     longest: int
@@ -104,6 +102,8 @@ class CacheMethod:
     """Newest query rows of a prompt that `see` gets; None for all, 0 for none."""
     repeats: ClassVar[bool] = False
     """Whether the prompt is read a second time right after itself; then `see` gets the rows of this repetition."""
+    by_layer: ClassVar[bool] = False
+    """Whether layers or heads differ; otherwise layers of the same shapes share a compiled program."""
     evicts_later: ClassVar[bool] = False
     """Whether later tokens go into the state; otherwise a tail keeps all of them."""
     slot_extras: ClassVar[int] = 0

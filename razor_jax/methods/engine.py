@@ -37,7 +37,6 @@ _ROUND = 64  # `longest` is a multiple, so that prompts of about the same length
 
 Layer = tuple[Any, ...]
 Attend = Callable[[jax.Array, jax.Array], kernel.State]
-RunLayer = Callable[["Params", int, jax.Array, Layer, AttentionMetadata], tuple[jax.Array, Layer]]
 
 
 class Kept(flax.struct.PyTreeNode):
@@ -54,19 +53,6 @@ class Kept(flax.struct.PyTreeNode):
     def map_slots(self, change: Callable[[jax.Array, int], jax.Array]) -> Kept:
         """Return the state itself: it never grows."""
         return self
-
-
-@dataclasses.dataclass
-class _Reading:
-    """What the layers of one prompt pass on while they are traced.
-
-    Attributes:
-      tokens: int32 [B, T].
-      repetition: hidden states [B, T, D] of the prompt read a second time, of methods that do so.
-    """
-
-    tokens: jax.Array
-    repetition: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +115,7 @@ class Engine(OneDevice):
         c = self.config
         shape = (batch, c.num_kv_heads, self._tail(spec), c.head_dim)
         tail = Group(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype), None, None, windowed=False)
-        shapes, structure = _state_shapes(self, spec.dtype, batch, layer)
+        shapes, structure = _state_shapes(self, spec.dtype, batch, layer if self.method.by_layer else 0)
         state = jax.tree.unflatten(structure, [jnp.zeros(x.shape, x.dtype) for x in shapes])
         kept = Kept(state, self.method.evicts_later)
         return (kept,) if self.method.evicts_later else (kept, tail)
@@ -146,18 +132,21 @@ class Engine(OneDevice):
 
         return kv.repeat_rows(cache, grow, batch, spec)
 
-    def begin(
-        self, cache: KVCache, lengths: jax.Array, tokens: jax.Array, fresh: bool
-    ) -> tuple[AttentionMetadata, KVCache, RunLayer]:
-        """Return a call's metadata, the cache with its new lengths, and how a layer runs."""
-        asked = jnp.clip(lengths.astype(jnp.int32), 0, tokens.shape[1])
+    def begin(self, cache: KVCache, lengths: jax.Array, T: int, fresh: bool) -> tuple[AttentionMetadata, KVCache]:
+        """Return a call's metadata, and the cache with its new lengths, as `cache.begin`."""
+        asked = jnp.clip(lengths.astype(jnp.int32), 0, T)
         full = (self.occupied(cache) + asked > cache.spec.capacity) & (not fresh)
-        meta, cache = kv.begin(cache, jnp.where(full, 0, asked), tokens.shape[1], fresh)
+        meta, cache = kv.begin(cache, jnp.where(full, 0, asked), T, fresh)
         cache = cache.replace(overflow=cache.overflow | full)
         if not fresh:
-            return meta, cache, self._later
-        cache = cache.replace(window=meta.new)
-        return meta.replace(window=meta.new), cache, functools.partial(self._prompt, _Reading(tokens))
+            return meta, cache
+        return meta.replace(window=meta.new), cache.replace(window=meta.new)
+
+    def layers(self, fresh: bool) -> Callable[..., tuple[jax.Array, Layer]]:
+        """Return what runs the layers of a call, one after the other, as `functional` runs its own."""
+        if fresh:
+            return _Prompt(self).run
+        return lambda block, weights, slopes, x, layer, meta: _run_later(self, block, weights, x, layer, meta)
 
     def compress(self, prompt: Prompt, seen: Any, dtype: Any) -> Any:
         """Return the state of a layer of a prompt."""
@@ -166,55 +155,63 @@ class Engine(OneDevice):
             prompt, seen, self.method.room(prompt.lengths, size), self.method.slots(self.longest, size)
         )
 
-    def _prompt(
-        self, read: _Reading, params: Params, index: int, x: jax.Array, layer: Layer, meta: AttentionMetadata
-    ) -> tuple[jax.Array, Layer]:
-        """Run a layer over a prompt with exact attention, and compress it."""
+    def prompt_layer(
+        self,
+        block: Block,
+        index: int,
+        weights: Any,
+        x: jax.Array,
+        repetition: jax.Array | None,
+        layer: Layer,
+        meta: AttentionMetadata,
+    ) -> tuple[jax.Array, jax.Array | None, Layer]:
+        """Run a layer over a prompt x [B, T, D] with exact attention, and compress it.
+
+        `repetition` [B, T, D] are the hidden states of the prompt read a second time, None without.
+        """
         c, C, method = self.config, min(CHUNK, x.shape[1]), self.method
-        block = functools.partial(Block(c).apply, {"params": params.weights[f"blocks_{index}"]})
+        part = functools.partial(block.apply, {"params": weights})
         tables = _tables(c, meta, x.shape[1])
-        k, v = cast(tuple[jax.Array, jax.Array], block(x, tables, method="keys_values"))
-        dtype, tokens = meta.spec.dtype, read.tokens[:, : x.shape[1]]
-        prompt = Prompt(k.astype(dtype), v.astype(dtype), meta.new, tokens, index, self.order[index], self.longest, c)
-        own = functools.partial(attend_own, meta=meta, group_size=c.group_size, slopes=None, return_state=True)
+        k, v = cast(tuple[jax.Array, jax.Array], part(x, tables, method="keys_values"))
+        cached = (a.astype(meta.spec.dtype) for a in (k, v))
+        prompt = Prompt(*cached, meta.new, index, self.order[index], self.longest, c)
+        options = {"group_size": c.group_size, "slopes": None, "return_state": True}
+        own = functools.partial(attend_own, meta=meta, implementation=meta.spec.kernels, **options)
 
         def run(x: jax.Array, tables: rope.Tables, seen: Any, attend: Attend) -> tuple[jax.Array, Any]:
             def chunk(number: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
                 x, seen = carry
                 start = number * C
                 here, cos, sin = (lax.dynamic_slice_in_dim(a, start, C, axis=1) for a in (x, *tables))
-                q = cast(jax.Array, block(here, (cos, sin), method="queries"))
+                q = cast(jax.Array, part(here, (cos, sin), method="queries"))
                 state = attend(q, start)
                 if seen is not None:
                     seen = self._see(seen, q, state, start, prompt)
-                out = block(here, kernel.finish(state, here.dtype), method="output_and_mlp")
+                out = cast(jax.Array, part(here, kernel.finish(state, here.dtype), method="output_and_mlp"))
                 return lax.dynamic_update_slice_in_dim(x, out, start, axis=1), seen
 
             return lax.fori_loop(0, (jnp.max(meta.new) + C - 1) // C, chunk, (x, seen))
 
         def attend(q: jax.Array, start: jax.Array) -> kernel.State:
-            return cast(kernel.State, own(q, k, v, start=start, implementation=meta.spec.kernels))
+            return cast(kernel.State, own(q, k, v, start=start))
 
         seen = method.start(prompt)
-        if method.repeats:
+        if repetition is None:
+            x, seen = run(x, tables, seen, attend)
+        else:
             again = _tables(c, meta.replace(length=meta.new), x.shape[1])
-            y = x if index == 0 else read.repetition
-            k_again, v_again = cast(tuple[jax.Array, jax.Array], block(y, again, method="keys_values"))
+            k_again, v_again = cast(tuple[jax.Array, jax.Array], part(repetition, again, method="keys_values"))
 
             def attend_again(q: jax.Array, start: jax.Array) -> kernel.State:
-                options = {"scale": c.head_dim**-0.5, "implementation": meta.spec.kernels}
-                state = kernel.attend(q, k, v, meta.new, return_state=True, **options)
-                return cast(
-                    kernel.State, own(q, k_again, v_again, start=start, state=state, implementation=meta.spec.kernels)
-                )
+                settings = {"scale": c.head_dim**-0.5, "implementation": meta.spec.kernels}
+                state = kernel.attend(q, k, v, meta.new, return_state=True, **settings)
+                return cast(kernel.State, own(q, k_again, v_again, start=start, state=state))
 
-            read.repetition, seen = run(cast(jax.Array, y), again, seen, attend_again)
+            repetition, seen = run(repetition, again, seen, attend_again)
             x, _ = run(x, tables, None, attend)
-        else:
-            x, seen = run(x, tables, seen, attend)
-        kept = Kept(self.compress(prompt, seen, dtype), method.evicts_later)
+        kept = Kept(self.compress(prompt, seen, meta.spec.dtype), method.evicts_later)
         x, kept = lax.optimization_barrier((x, kept))
-        return x, (kept, *layer[1:])
+        return x, repetition, (kept, *layer[1:])
 
     def _see(self, seen: Any, q: jax.Array, state: kernel.State, start: jax.Array, prompt: Prompt) -> Any:
         """Let the method observe a chunk of query rows, unless it observes none of them."""
@@ -235,18 +232,13 @@ class Engine(OneDevice):
         rows = QueryRows(scaled, log_total.reshape(shape), at + after, counted)
         return lax.cond(jnp.any(counted), lambda: self.method.see(seen, rows, prompt), lambda: seen)
 
-    def _later(
-        self, params: Params, index: int, x: jax.Array, layer: Layer, meta: AttentionMetadata
+    def later_layer(
+        self, block: Block, weights: Any, x: jax.Array, layer: Layer, meta: AttentionMetadata
     ) -> tuple[jax.Array, Layer]:
-        """Run a layer over tokens that come after the prompt."""
-        attend = self._step_by_step if self.method.evicts_later else self._with_tail
-        block = Block(self.config)
-        rope_tables = _tables(self.config, meta, x.shape[1])
-        weights = {"params": params.weights[f"blocks_{index}"]}
-        return cast(
-            tuple[jax.Array, Layer],
-            block.apply(weights, x, rope_tables, functools.partial(attend, meta), layer),
-        )
+        """Run a layer over tokens x [B, T, D] that come after the prompt."""
+        attend = functools.partial(self._step_by_step if self.method.evicts_later else self._with_tail, meta)
+        tables = _tables(self.config, meta, x.shape[1])
+        return cast(tuple[jax.Array, Layer], block.apply({"params": weights}, x, tables, attend, layer))
 
     def _with_tail(
         self, meta: AttentionMetadata, q: jax.Array, k: jax.Array, v: jax.Array, layer: Layer
@@ -295,6 +287,31 @@ class Engine(OneDevice):
         return jnp.moveaxis(out, 0, 2).reshape(B, K, T * G, H), (kept,)
 
 
+class _Prompt:
+    """The layers of one prompt, run in order."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self._index = engine, 0
+        self._repetition: jax.Array | None = None
+
+    def run(
+        self, block: Block, weights: Any, slopes: Any, x: jax.Array, layer: Layer, meta: AttentionMetadata
+    ) -> tuple[jax.Array, Layer]:
+        """Run the next layer."""
+        method, index = self._engine.method, self._index
+        if method.repeats and index == 0:
+            self._repetition = x
+        self._index += 1
+        index = index if method.by_layer else 0
+        x, self._repetition, layer = _run_prompt(self._engine, block, index, weights, x, self._repetition, layer, meta)
+        return x, layer
+
+
+# From the host, layers of the same shapes share a compiled program; under jit they share a trace.
+_run_prompt = jax.jit(Engine.prompt_layer, static_argnames=("self", "block", "index"))
+_run_later = jax.jit(Engine.later_layer, static_argnames=("self", "block"))
+
+
 def _tables(config: ModelConfig, meta: AttentionMetadata, T: int) -> rope.Tables:
     positions = meta.length[:, None] + jnp.arange(T, dtype=jnp.int32)
     return rope.tables(config.rope, config.head_dim, positions, meta.length + meta.new)
@@ -308,8 +325,7 @@ def _state_shapes(engine: Engine, dtype: str, batch: int, layer: int) -> tuple[l
     def compress() -> list[jax.Array]:
         shape = (batch, c.num_kv_heads, engine.longest, c.head_dim)
         k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-        tokens, lengths = jnp.zeros((batch, engine.longest), jnp.int32), jnp.zeros((batch,), jnp.int32)
-        prompt = Prompt(k, v, lengths, tokens, layer, engine.order[layer], engine.longest, c)
+        prompt = Prompt(k, v, jnp.zeros((batch,), jnp.int32), layer, engine.order[layer], engine.longest, c)
         leaves, structure = jax.tree.flatten(engine.compress(prompt, engine.method.start(prompt), dtype))
         structures.append(structure)
         return leaves

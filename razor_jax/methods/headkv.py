@@ -39,6 +39,7 @@ class HeadKV(SnapKV):
 
     name: ClassVar = "HeadKV-R2"
     source: ClassVar = "arXiv 2410.19258"
+    by_layer: ClassVar = True
     slot_extras: ClassVar = 1
 
     def check(self, config: ModelConfig) -> None:

@@ -31,6 +31,7 @@ class PyramidKV(SnapKV):
 
     name: ClassVar = "PyramidKV"
     source: ClassVar = "arXiv 2406.02069"
+    by_layer: ClassVar = True
 
     def sizes(self, room: Any, lengths: Any, layer: int, layers: int) -> Any:
         """Return how many tokens a layer keeps, int32 like `room` and `lengths`, which are JAX or NumPy arrays."""

@@ -38,10 +38,9 @@ def attention_map(q: np.ndarray, k: np.ndarray) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def prompt_of(k: np.ndarray, v: np.ndarray, lengths: np.ndarray = LENGTHS, number: int = 0, tokens=None) -> Prompt:
+def prompt_of(k: np.ndarray, v: np.ndarray, lengths: np.ndarray = LENGTHS, number: int = 0) -> Prompt:
     """A layer's prompt, heads in the checkpoint's order."""
-    tokens = np.zeros((k.shape[0], k.shape[2]), np.int32) if tokens is None else tokens
-    return Prompt(*map(jnp.asarray, (k, v, lengths, tokens)), number, tuple(range(k.shape[1])), k.shape[2], CONFIG)
+    return Prompt(*map(jnp.asarray, (k, v, lengths)), number, tuple(range(k.shape[1])), k.shape[2], CONFIG)
 
 
 def observe(method: CacheMethod, q: np.ndarray, prompt: Prompt, chunk: int = 16):
