@@ -34,6 +34,7 @@ from .kernels.choice import choose_for_model
 
 if TYPE_CHECKING:
     from .mesh.placement import MeshPlacement
+    from .methods.engine import Engine
 
 # Slots that a kernel reads are whole tiles: on TPU of the smallest type, or the cache is copied each step.
 _TILE = {"pallas_tpu": 32, "mosaic_gpu": 8}
@@ -53,6 +54,7 @@ class CacheSpec:
       implementation: of attention and cache writes.
       forced: whether the implementation was requested by name.
       placement: how the cache is spread over a mesh; None for one device.
+      method: another cache method (`methods`), with `razor` None; None for Razor and dense attention.
     """
 
     capacity: int
@@ -64,6 +66,7 @@ class CacheSpec:
     implementation: Implementation = "xla"
     forced: bool = False
     placement: MeshPlacement | None = None
+    method: Engine | None = None
 
     @property
     def sinks(self) -> int:
@@ -117,6 +120,8 @@ class CacheSpec:
 
     def describe(self) -> str:
         """Return the policy in one line, for reports."""
+        if self.method is not None:
+            return self.method.describe()
         if self.razor is None:
             return "dense"
         if not self.heads.scopes:
@@ -125,7 +130,9 @@ class CacheSpec:
         return f"ALiBi scopes of {min(kept):,} to {max(kept):,} tokens" if kept else "no ALiBi head is cut"
 
     def kv_bytes(self, batch: int) -> int:
-        """Return the bytes of all groups as `cache.init` allocates them."""
+        """Return the bytes of all groups as `init` allocates them."""
+        if self.method is not None:
+            return self.method.kv_bytes(self, batch)
         total = 0
         for layer in range(self.heads.num_layers):
             for heads, windowed, scope in self.groups(layer):
@@ -231,13 +238,13 @@ class KVCache(flax.struct.PyTreeNode):
     """The state of B sequences. Every leaf has a leading batch axis; everything else is static.
 
     Attributes:
-      layers: the head groups of each layer, retrieval heads first.
+      layers: the head groups (`Group`) of each layer, retrieval heads first; under another method, what it keeps.
       length: int32 [B], tokens that each row has seen.
       window: int32 [B], W of each row; 0 until the first `extend` sets it from its lengths.
       overflow: bool [B], rows that were asked to hold more than the capacity and were left untouched.
     """
 
-    layers: tuple[tuple[Group, ...], ...]
+    layers: tuple[tuple[Any, ...], ...]
     length: jax.Array
     window: jax.Array
     overflow: jax.Array
@@ -379,6 +386,8 @@ def by_group(layer: tuple[Group, ...]) -> Iterator[tuple[Group, slice]]:
 
 def dropped(spec: CacheSpec, length: Any, window: Any) -> Any:
     """Return n = max(0, length - N0 - W), int32 [B]; with ALiBi by the shortest scope. Takes JAX or NumPy arrays."""
+    if spec.method is not None:
+        return spec.method.dropped(spec, length, window)
     if spec.razor is None:
         return length * 0
     if spec.heads.scopes:

@@ -23,6 +23,7 @@ from .params import Params
 
 if TYPE_CHECKING:
     from .mesh.placement import MeshPlacement
+    from .methods.engine import Engine
     from .models.config import ModelConfig
 
 Logits = Literal["last", "all", "none"]
@@ -78,6 +79,8 @@ def cache_spec(
     params: Params, razor: RazorConfig | None, capacity: int, layout: Literal["slot", "head"] | None = None
 ) -> CacheSpec:
     """Return the spec of a cache for these params under a policy. Raises as `init_cache`."""
+    if not isinstance(razor, RazorConfig | None):
+        raise TypeError(f"razor={razor!r}: give a RazorConfig or None; a method's cache comes from razor_jax.prefill")
     require_split(params, razor)
     config, split = params.config, params.heads_or_all
     placement = None if params.placement is None else params.placement.for_cache(split, razor, layout)
@@ -146,6 +149,8 @@ def extend_known(
     ends = {name: weight for name, weight in params.weights.items() if not name.startswith("blocks_")}
     x = _embed(config, ends, tokens, placement=cache.spec.placement)
     run = _layer_in_place if in_place else _layer
+    if cache.spec.method is not None:
+        run = cache.spec.method.layers(fresh)
     layers = list(cache.layers)
     for index, layer in enumerate(layers):
         # Only `layers` holds the arrays of a layer that is written in place.
@@ -161,7 +166,8 @@ def extend_known(
 
 @functools.partial(jax.jit, static_argnames=("T", "fresh"))
 def _begin_call(cache: KVCache, lengths: Ids, T: int, fresh: bool) -> tuple[AttentionMetadata, KVCache]:
-    return kv.begin(cache, lengths, T, fresh)
+    begin = kv.begin if cache.spec.method is None else cache.spec.method.begin
+    return begin(cache, lengths, T, fresh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "placement"))
@@ -380,8 +386,10 @@ class OneDevice:
         return 0
 
 
-def placement_of(spec: CacheSpec) -> OneDevice | MeshPlacement:
-    """Return where calls on caches of this spec run."""
+def placement_of(spec: CacheSpec) -> OneDevice | MeshPlacement | Engine:
+    """Return where calls on caches of this spec run, or the engine of its method."""
+    if spec.method is not None:
+        return spec.method
     return _ONE_DEVICE if spec.placement is None else spec.placement
 
 

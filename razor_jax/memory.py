@@ -33,7 +33,7 @@ def check_memory(spec: CacheSpec, batch: int, free: int | None = None) -> None:
     ways = [f"{fits:,} tokens per row fit"] * (fits > 0) + [f"{rows:,} rows fit"] * (rows > 0)
     if jnp.dtype(spec.dtype).itemsize > 1:
         ways.append("kv_dtype='int8' takes about half")
-    if spec.razor is None:
+    if spec.razor is None and spec.method is None:
         ways.append("a RazorConfig takes less than dense attention")
     raise MemoryError(
         f"a cache of {batch:,} × {spec.capacity:,} tokens needs {needed(spec.capacity, batch) / 2**30:,.2f} GiB "

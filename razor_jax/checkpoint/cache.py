@@ -54,6 +54,8 @@ def save_cache(
     if kv.deleted(cache):
         raise ValueError("this cache was consumed by a later call: save the cache that the call returned")
     check_cache(params, cache)
+    if cache.spec.method is not None:
+        raise ValueError(f"caches of {cache.spec.method.method.name} are not saved: save one of a RazorConfig or dense")
     if pending is not None and len(pending) != cache.batch:
         raise ValueError(f"pending has {len(pending)} rows, the cache {cache.batch}: give one list of tokens per row")
     with (

@@ -24,6 +24,7 @@ from . import (
     generate,
     heads,
     longbench,
+    methods,
     plan,
     reproduce,
     serve,
@@ -58,6 +59,7 @@ app.command()(bench.bench)
 app.command()(doctor.doctor)
 evals.app.command()(longbench.longbench)
 evals.app.command()(ablations.ablations)
+evals.app.command()(methods.methods)
 evals.app.command(add_help_option=False, context_settings=_PASS_ON)(ablations.harness)
 app.add_typer(evals.app, name="eval")
 app.add_typer(cache.app, name="cache")

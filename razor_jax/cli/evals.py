@@ -20,10 +20,12 @@ from razor_jax.cli.terminal import note
 from razor_jax.evals import agreement, conversation, long_generation, plots, protocol, ruler
 from razor_jax.evals import needle as needles
 from razor_jax.evals.haystack import Haystack
+from razor_jax.evals.methods import make, row_name
 from razor_jax.evals.protocol import CachedModel, Example, Form, System
 from razor_jax.evals.provenance import provenance, write_results
 from razor_jax.evals.settings import settings
 from razor_jax.evals.table import Table
+from razor_jax.methods import METHODS
 
 app = typer.Typer(
     cls=terminal.Commands,
@@ -42,6 +44,10 @@ class RowOptions:
     no_compensation: Annotated[bool, Rows("--no-compensation", help="Also without the compensation token.")] = False
     random_heads: Annotated[int, Rows(min=0, help="Also the same number of heads at random: how many draws.")] = 0
     all_windowed: Annotated[bool, Rows("--all-windowed", help="Also with every head windowed.")] = False
+    method: Annotated[list[str] | None, Rows(help=f"Also another cache method: {', '.join(METHODS)}; repeatable.")] = (
+        None
+    )
+    budget: Annotated[float, Rows(min=0.0, max=1.0, help="Of these methods: share of the dense cache.")] = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Job:
 
     def table(self, name: str, systems: Sequence[System], examples: Sequence[Example], **options: Any) -> Table:
         """Run one table, with a progress bar."""
-        with _bar(name) as progress:
+        with progress_bar(name) as progress:
             table = protocol.run(systems, examples, resume=self.records, progress=progress, **options)
         if not self.as_json:
             Console().print(table.render(name))
@@ -274,7 +280,7 @@ def agreement_command(
 
 def _agreement(job: Job, name: str, passages: Sequence[agreement.Passage], batch: int) -> list[dict[str, Any]]:
     """Run, print and return the agreement of each row with dense."""
-    with _bar(name) as progress:
+    with progress_bar(name) as progress:
         rows = agreement.run(job.rows, passages, batch=batch, resume=job.records, progress=progress)
     if not job.as_json:
         Console().print(agreement.render(rows, f"agreement with {job.rows[0].name}, {name}"))
@@ -294,7 +300,13 @@ def _by_written(table: Table) -> list[dict[str, Any]]:
 def prepare(model: ModelOptions, policy: CompressedOptions, rows: RowOptions, run: RunOptions) -> Job:
     """Load the model and make the rows of its tables."""
     params = model.load()
-    made = settings(params, policy.compressed(params), **dataclasses.asdict(rows), seed=run.seed)
+    asked = dataclasses.asdict(rows)
+    names, budget = asked.pop("method") or [], asked.pop("budget")
+    made = settings(params, policy.compressed(params), **asked, seed=run.seed)
+    try:
+        made += [CachedModel(row_name(name), params, make(params, name, budget)) for name in names]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--method") from error
     return Job(params, model.model, made, run.out, run.as_json)
 
 
@@ -304,7 +316,7 @@ def columns(ask: str) -> tuple[bool, ...]:
 
 
 @contextlib.contextmanager
-def _bar(name: str) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(name: str) -> Iterator[Callable[[str, int, int], None]]:
     """Show questions answered per setting; silent when stderr is not a terminal."""
     off = not terminal.console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -23,6 +23,7 @@ import numpy as np
 from .. import compilation
 from ..cache import KVCache
 from ..config import HeadSplit, RazorConfig
+from ..methods import CacheMethod
 from ..params import Params, weights_fingerprint, with_heads
 from ..text import prompts
 from ..text.generate import generate, prefill
@@ -130,7 +131,7 @@ class CachedModel:
 
     name: str
     params: Params
-    razor: RazorConfig | None
+    razor: RazorConfig | CacheMethod | None
 
     def identity(self) -> dict[str, Any]:
         """Return weights, heads, policy, types and backend."""
@@ -139,6 +140,7 @@ class CachedModel:
             "weights": weights_fingerprint(params),
             "heads": [split_.retrieval, split_.scopes] if self.razor is not None else None,
             "razor": None if self.razor is None else dataclasses.asdict(self.razor),
+            **({"method": self.razor.name} if isinstance(self.razor, CacheMethod) else {}),
             "dtype": str(params.dtype),
             "int8": params.int8,  # int8 weights have the fingerprint of the weights they were rounded from
             "implementation": params.implementation,

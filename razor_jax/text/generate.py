@@ -58,8 +58,9 @@ def generate(
         those, or token ids ([T], [B, T] or a list of [T]). If the checkpoint has a chat template, a string is a user's
         message; with `cache`, it is a question about the cached document. Other checkpoints continue the text.
       max_new_tokens: limit per prompt.
-      razor: cache policy; None for dense attention; "auto" for the policy that the checkpoint recommends, or
-        that of the paper if it recommends none, or dense attention for params without a head split.
+      razor: cache policy, or a method of `razor_jax.methods`; None for dense attention; "auto" for the policy that the
+        checkpoint recommends, or that of the paper if it recommends none, or dense attention for params without a head
+        split.
       sampling: sampling rule; None for greedy decoding.
       seed: random seed. Row i draws with the key of the seed folded with i.
       stop: strings that end a row. The text is cut before the stop string.
@@ -160,7 +161,7 @@ def prefill(
     compilation.track_compilation()
     read = prompts.encode(params, document, part="document", raw=raw, template_kwargs=template_kwargs, what="document")
     policy = choose_policy(params, razor)
-    spec = spec_for(params, policy, read.longest, capacity, batch=len(read.rows))
+    spec = spec_for(params, policy, read.longest, capacity, batch=len(read.rows), rows=read.rows)
     batch = placement_of(spec).to_devices(prompts.pad(read.rows, prompts.prompt_bucket(read.longest)))
     prompts.warn_beyond_trained(params.config, read.longest)
     with compilation.log_compilation("prefill"):

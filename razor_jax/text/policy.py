@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,13 +12,15 @@ from ..cache import CacheSpec
 from ..config import RazorConfig, check_int
 from ..functional import cache_spec, placement_of, require_split
 from ..memory import check_memory
+from ..methods.base import CacheMethod
+from ..methods.engine import bind
 from ..params import Params
 from . import prompts
 
-Policy = RazorConfig | None | Literal["auto"]
+Policy = RazorConfig | CacheMethod | None | Literal["auto"]
 
 
-def choose_policy(params: Params, razor: Policy) -> RazorConfig | None:
+def choose_policy(params: Params, razor: Policy) -> RazorConfig | CacheMethod | None:
     """Return the policy of a call.
 
     "auto" is dense attention for params without a head split, otherwise the policy that the checkpoint recommends,
@@ -30,20 +33,37 @@ def choose_policy(params: Params, razor: Policy) -> RazorConfig | None:
         if razor != "auto":
             raise ValueError(f"razor={razor!r}: give a RazorConfig, None for dense attention, or 'auto'")
         razor = None if params.heads is None else params.razor or RazorConfig()
+    if isinstance(razor, CacheMethod):
+        return razor
     if not isinstance(razor, RazorConfig | None):
-        raise TypeError(f"razor={razor!r}: give a RazorConfig, None for dense attention, or 'auto'")
+        raise TypeError(
+            f"razor={razor!r}: give a RazorConfig, a method of razor_jax.methods, None for dense attention, or 'auto'"
+        )
     require_split(params, razor)
     return razor
 
 
 def spec_for(
-    params: Params, razor: RazorConfig | None, tokens: int, capacity: int | None = None, *, batch: int = 1
+    params: Params,
+    razor: RazorConfig | CacheMethod | None,
+    tokens: int,
+    capacity: int | None = None,
+    *,
+    batch: int = 1,
+    rows: Sequence[Sequence[int]] = (),
 ) -> CacheSpec:
     """Return the spec of a cache of `batch` rows for `tokens` each. `capacity` overrides the bucketed capacity.
 
+    A cache method sizes the cache by the prompts, `rows`; without them, a prompt may have up to `tokens`.
+
     Raises MemoryError if the device cannot hold it.
     """
-    spec = cache_spec(params, razor, room_for(tokens, capacity))
+    room = room_for(tokens, capacity)
+    if isinstance(razor, CacheMethod):
+        engine = bind(razor, params, max((len(row) for row in rows), default=tokens))
+        spec = dataclasses.replace(cache_spec(params, None, room), method=engine)
+    else:
+        spec = cache_spec(params, razor, room)
     check_memory(spec, batch)
     return spec
 
@@ -61,9 +81,9 @@ def room_for(tokens: int, capacity: int | None) -> int:
     return capacity
 
 
-def prefill_chunk(razor: RazorConfig | None) -> int | None:
+def prefill_chunk(razor: RazorConfig | CacheMethod | None) -> int | None:
     """Return the number of tokens per step of streaming prefill, None for exact prefill."""
-    return None if razor is None else razor.prefill_chunk
+    return razor.prefill_chunk if isinstance(razor, RazorConfig) else None
 
 
 def padded_batch(rows: Sequence[Sequence[int]], spec: CacheSpec) -> tuple[np.ndarray, np.ndarray]:

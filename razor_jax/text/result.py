@@ -56,12 +56,12 @@ class KVReport:
         dropped = kv.dropped(spec, np.asarray(cache.length), np.asarray(cache.window))
         return cls(
             setting=spec.describe(),
-            share=1.0 if spec.razor is None else split.share,
+            share=0.0 if spec.method is not None else 1.0 if spec.razor is None else split.share,
             batch=cache.batch,
             capacity=spec.capacity,
             dtype=spec.dtype,
             allocated_bytes=kv.allocated_bytes(cache),
-            same_type_bytes=dataclasses.replace(spec, razor=None).kv_bytes(cache.batch),
+            same_type_bytes=dataclasses.replace(spec, razor=None, method=None).kv_bytes(cache.batch),
             dense_bytes=spec.dense_bytes(cache.batch),
             dropped_tokens=tuple(int(n) for n in dropped),
             implementation=spec.implementation,

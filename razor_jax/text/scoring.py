@@ -72,7 +72,7 @@ def score(
     total = max(len(a) + len(b) for a, b in zip(context.rows, target.rows, strict=True))
     prompts.warn_beyond_trained(params.config, total)
     chunk = 1 if exact else CHUNK
-    spec = spec_for(params, policy, total, batch=len(context.rows))
+    spec = spec_for(params, policy, total, batch=len(context.rows), rows=context.rows)
     tokens, lengths = padded_batch(context.rows, spec)
     targets, target_lengths = padded_batch(target.rows, spec)
     with compilation.log_compilation("score"):

@@ -95,13 +95,15 @@ class Session:
             # The last generated token is never written to the cache.
             total = self.prompts.longest + max_new_tokens - 1
             policy = choose_policy(self.params, razor)
-            spec = spec_for(self.params, policy, total, capacity, batch=len(self.prompts.rows))
+            rows = self.prompts.rows
+            spec = spec_for(self.params, policy, total, capacity, batch=len(rows), rows=rows)
             prompts.warn_beyond_trained(self.params.config, total)
             return spec
         source = self.source
-        if not isinstance(razor, str) and razor != source.spec.razor:
+        made = source.spec.razor if source.spec.method is None else source.spec.method.method
+        if not isinstance(razor, str) and razor != made:
             raise ValueError(
-                f"razor={razor} differs from the policy of the cache ({source.spec.razor}): "
+                f"razor={razor} differs from the policy of the cache ({made}): "
                 "leave razor out, or prefill again with this policy"
             )
         check_cache(self.params, source)
@@ -110,7 +112,8 @@ class Session:
                 f"the cache holds {source.batch} rows, but there are {len(self.prompts.rows)} prompts: "
                 "give one prompt per row, or a cache of one row"
             )
-        seen = np.broadcast_to(np.asarray(source.length), (len(self.prompts.rows),))
+        used = source.length if source.spec.method is None else source.spec.method.occupied(source)
+        seen = np.broadcast_to(np.asarray(used), (len(self.prompts.rows),))
         total = int(max(n + len(row) for n, row in zip(seen, self.prompts.rows, strict=True))) + max_new_tokens - 1
         prompts.warn_beyond_trained(self.params.config, total)
         fits = capacity is None and total <= source.spec.capacity

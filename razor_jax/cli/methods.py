@@ -1,0 +1,78 @@
+"""`razor-jax eval methods`: other cache methods beside Razor, at equal bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from razor_jax.cli.evals import RunOptions, progress_bar
+from razor_jax.cli.options import CompressedOptions, ModelOptions, grouped
+from razor_jax.cli.terminal import note, print_json
+from razor_jax.evals import methods as study
+from razor_jax.evals.haystack import Haystack
+from razor_jax.evals.needle import Grid
+from razor_jax.evals.provenance import provenance, write_results
+from razor_jax.methods import METHODS
+
+
+@grouped
+def methods(
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of a dense cache's bytes; by default that of Razor."),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(METHODS)}, with fields as in snapkv:window=32; repeatable. All by default."),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(study.TASKS)}.")] = ",".join(study.TASKS),
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of document, question and answer.")] = 2048,
+    documents: Annotated[int, typer.Option(min=1, help="Documents per task (needle: and depth).")] = 8,
+    facts: Annotated[int, typer.Option(min=1, help="Facts of a document, in the tasks with many.")] = 16,
+    *,
+    model: ModelOptions,
+    policy: CompressedOptions,
+    run: RunOptions,
+) -> None:
+    """Compare cache methods at equal bytes: needles, conversation, and questions inside the prefill."""
+    names = [name.strip() for name in tasks.split(",")]
+    for name in names:
+        if name not in study.TASKS:
+            raise typer.BadParameter(f"{name!r}: use {', '.join(study.TASKS)}", param_hint="--tasks")
+    params = model.load()
+    razor = policy.compressed(params)
+    grid, haystack = Grid((tokens,), documents=documents, facts=facts, seed=run.seed), Haystack.load(run.haystack)
+    share = budget or study.razor_share(params, razor, names, grid, haystack)  # type: ignore[arg-type]
+    try:
+        rows = study.settings(params, razor, method or [], share)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--method") from error
+    records = None if run.out is None else run.out / "records.jsonl"
+    with contextlib.ExitStack() as bars:
+        found = study.compare(
+            rows,
+            names,  # type: ignore[arg-type]
+            grid,
+            haystack,
+            batch=run.batch,
+            resume=records,
+            progress=lambda name: bars.enter_context(progress_bar(name)),
+        )
+    content = {
+        "eval": "methods",
+        **provenance(params, model.model),
+        "budget": share,
+        "grid": dataclasses.asdict(grid),
+        "settings": {row.name: "dense" if row.razor is None else row.razor.describe() for row in rows},
+        **found.to_dict(),
+    }
+    if run.out is not None:
+        note(f"saved {write_results(run.out / 'methods.json', content)}")
+    if run.as_json:
+        print_json(content)
+    else:
+        Console().print(found.render(f"{found.tokens:,} tokens a document, {share:.1%} of the dense cache's bytes"))

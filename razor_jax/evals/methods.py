@@ -1,0 +1,220 @@
+"""Cache methods at equal bytes: the same model, documents and questions under every method.
+
+    razor-jax eval methods --model razor-mini --budget 0.2
+
+Every method gets the bytes of the same share of a document's dense cache. A document is compressed before its questions
+are known; the task `inside` puts each question into the prefill, the order that most methods were made for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from rich import box
+from rich.table import Table as RichTable
+
+from ..cache import make_spec
+from ..config import RazorConfig
+from ..heads import find_heads
+from ..methods import METHODS, CacheMethod, HeadKV, by_name
+from ..methods.engine import bind
+from ..params import Params
+from ..text.generate import prefill
+from ..text.session import Session
+from . import needle
+from .conversation import Conversation
+from .haystack import Haystack
+from .protocol import (
+    CachedModel,
+    EncodedExample,
+    Example,
+    Progress,
+    Stopwatch,
+    System,
+    batches,
+    dense,
+    encode_example,
+    run,
+)
+from .table import Table
+
+_BLOCK = 256  # tokens of a copy in the head probe of HeadKV; it reads four
+
+TaskName = Literal["needle", "needles", "several", "conversation", "inside"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A column of the table: a needle variant, and how its questions are put."""
+
+    variant: needle.Variant
+    conversation: bool = False
+    inside: bool = False
+
+
+TASKS: dict[TaskName, Task] = {
+    "needle": Task("single"),
+    "needles": Task("facts"),
+    "several": Task("multi-query"),
+    "conversation": Task("facts", conversation=True),
+    "inside": Task("facts", inside=True),
+}
+
+
+def settings(params: Params, razor: RazorConfig, names: Sequence[str], budget: float | int) -> list[CachedModel]:
+    """Return dense attention, Razor under its own policy, and the named methods at a budget.
+
+    Raises ValueError for an unknown method or field.
+    """
+    rows = [dense(params), CachedModel("Razor", params, razor)]
+    return rows + [CachedModel(row_name(name), params, make(params, name, budget)) for name in names or METHODS]
+
+
+def make(params: Params, name: str, budget: float | int) -> CacheMethod:
+    """Return a method by its name, with the importance of this model's heads if it needs one.
+
+    Importance is the larger of the echo and the induction score of a short head probe.
+    """
+    method = by_name(name, budget)
+    if isinstance(method, HeadKV):
+        importance = tuple(tuple(map(float, layer)) for layer in find_heads(params, block=_BLOCK).best)
+        method = dataclasses.replace(method, importance=importance)
+    return method
+
+
+def row_name(name: str) -> str:
+    """Return the name of a method's row: as its paper calls it, with the fields that were given."""
+    method, _, fields = name.partition(":")
+    title = METHODS[method].name if method in METHODS else method
+    return f"{title} ({fields})" if fields else title
+
+
+def document_bytes(setting: CachedModel, tokens: int) -> int:
+    """Return the bytes of a cache that holds a document of exactly `tokens` tokens and nothing else."""
+    params, razor = setting.params, setting.razor
+    split, dim = params.heads_or_all, params.config.head_dim
+    if isinstance(razor, CacheMethod):
+        return bind(razor, params, tokens).prompt_bytes(make_spec(split, dim, tokens, None, params.dtype), tokens)
+    return make_spec(split, dim, tokens, razor, params.dtype).kv_bytes(1)
+
+
+def razor_share(
+    params: Params, razor: RazorConfig, tasks: Sequence[TaskName], grid: needle.Grid, haystack: Haystack
+) -> float:
+    """Return the bytes of Razor's cache of the longest document, as a share of the dense cache's."""
+    variants = {TASKS[name].variant for name in tasks}
+    made = [example for variant in variants for example in needle.examples(params, variant, grid, haystack=haystack)]
+    tokens = max(len(encode_example(params, example)[0]) for example in made)
+    whole, ours = (document_bytes(CachedModel("", params, policy), tokens) for policy in (None, razor))
+    return ours / whole
+
+
+def seconds(setting: CachedModel, texts: Sequence[EncodedExample], batch: int, new_tokens: int) -> tuple[float, float]:
+    """Return seconds of prefill per document and of a decode step of `batch` rows, without compilation.
+
+    Shapes are those of the task that asked these questions, so its programs run again.
+    """
+    totals = [len(document) + max(map(len, asked)) + new_tokens for document, asked in texts]
+    documents = [document for document, _ in texts]
+    capacity, part = next(batches([len(document) for document in documents], totals, range(len(texts)), batch))
+    rows = [texts[part[i % len(part)]] for i in range(batch)]
+    with Stopwatch() as watch:
+        cache = prefill(setting.params, [document for document, _ in rows], razor=setting.razor, capacity=capacity)
+    session = Session(
+        setting.params, [asked[0] for _, asked in rows], max_new_tokens=new_tokens, cache=cache, owns_cache=True
+    )
+    for _ in session.run():
+        pass
+    results = session.results()
+    steps = max(len(result.tokens) for result in results) - 1
+    return watch.seconds / batch, results[0].timings.decode_seconds / max(1, steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Tables of several tasks with the same rows.
+
+    Attributes:
+      tables: one per task.
+      tokens: tokens of the longest document.
+      bytes: per row, those of its cache of such a document.
+      times: per row, seconds of prefill per document, and of a decode step of a whole batch.
+    """
+
+    tables: dict[TaskName, Table]
+    tokens: int
+    bytes: dict[str, int]
+    times: dict[str, tuple[float, float]]
+
+    def render(self, title: str) -> RichTable:
+        """Return shares of right answers by task, bytes and times, for the terminal."""
+        table = RichTable(title=title, box=box.SIMPLE, title_justify="left")
+        for name in ("method", *self.tables, "bytes", "of dense", "prefill s", "ms a step"):
+            table.add_column(name, justify="left" if name == "method" else "right")
+        whole = next(iter(self.bytes.values()))
+        for name, size in self.bytes.items():
+            right = (f"{each[name].score.share:.1%}" for each in self.tables.values())
+            prefill, decode = self.times[name]
+            figures = (f"{size:,}", f"{size / whole:.1%}", f"{prefill:.2f}", f"{1000 * decode:.1f}")
+            table.add_row(name, *right, *figures)
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything, for JSON: a summary of each row, and the tables with paired intervals against dense."""
+        rows = [
+            {
+                "method": name,
+                "bytes": size,
+                "prefill_seconds": self.times[name][0],
+                "decode_seconds": self.times[name][1],
+                "right": {task: table[name].score._asdict() for task, table in self.tables.items()},
+                "minus_razor": {task: table.difference(name, "Razor")._asdict() for task, table in self.tables.items()},
+            }
+            for name, size in self.bytes.items()
+        ]
+        tables = [{"task": task, **table.to_dict()} for task, table in self.tables.items()]
+        return {"document_tokens": self.tokens, "rows": rows, "tables": tables}
+
+
+def compare(
+    rows: Sequence[CachedModel],
+    tasks: Sequence[TaskName],
+    grid: needle.Grid,
+    haystack: Haystack,
+    *,
+    batch: int = 8,
+    progress: Callable[[str], Progress] | None = None,
+    **options: Any,
+) -> Comparison:
+    """Ask every row the questions of every task.
+
+    Args:
+      rows: dense first.
+      grid: documents of one length.
+      progress: called with a task's name, returns what `protocol.run` calls.
+      options: further arguments of `protocol.run`.
+    """
+    params, tables = rows[0].params, {}
+    made: dict[str, list[Example]] = {}
+    texts: dict[str, list[EncodedExample]] = {}
+    for name in tasks:
+        task = TASKS[name]
+        if task.variant not in made:
+            made[task.variant] = needle.examples(params, task.variant, grid, haystack=haystack)
+            texts[task.variant] = [encode_example(params, example) for example in made[task.variant]]
+        systems: list[System] = [Conversation(row) if task.conversation else row for row in rows]
+        tables[name] = run(
+            systems,
+            made[task.variant],
+            question_inside_prefill=task.inside,
+            max_new_tokens=needle.answer_tokens(task.variant),
+            batch=batch,
+            progress=progress and progress(name),
+            **options,
+        )
+    longest = max(len(document) for each in texts.values() for document, _ in each)
+    variant = TASKS[tasks[0]].variant
+    times = {row.name: seconds(row, texts[variant], batch, needle.answer_tokens(variant)) for row in rows}
+    return Comparison(tables, longest, {row.name: document_bytes(row, longest) for row in rows}, times)

@@ -1,0 +1,121 @@
+"""Cache methods on made-up layers and on a tiny model, and the float64 attention map that they are checked against."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from razor_jax import functional
+from razor_jax.methods.base import CacheMethod, Prompt, QueryRows
+from razor_jax.models.config import ModelConfig
+from razor_jax.text import loop, prompts
+from razor_jax.text.policy import spec_for
+from tests.support import tiny
+
+B, K, G, H, T = 2, 2, 2, 8, 40
+CONFIG = ModelConfig("llama", 61, 32, 48, 2, K * G, K, H, 512)
+LENGTHS = np.asarray([40, 27], np.int32)
+IMPORTANCE = ((1.0, 0.2), (0.5, 2.0))  # of two layers with two KV heads
+
+
+@functools.cache
+def layer(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q [B, K, T, G, H], and k and v [B, K, T, H], float32: sharp attention, different in every head."""
+    rng = np.random.default_rng(seed)
+    q = 2 * rng.standard_normal((B, K, T, G, H))
+    k, v = rng.standard_normal((2, B, K, T, H)) * rng.uniform(0.5, 2, (2, B, K, T, 1))
+    return q.astype(np.float32), k.astype(np.float32), v.astype(np.float32)
+
+
+def attention_map(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Causal attention weights, float64 [B, K, G, T, T], row by row."""
+    logits = np.einsum("bktgh,bkjh->bkgtj", q.astype(np.float64), k.astype(np.float64)) / np.sqrt(q.shape[-1])
+    logits = np.where(np.tril(np.ones(logits.shape[-2:], bool)), logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def prompt_of(k: np.ndarray, v: np.ndarray, lengths: np.ndarray = LENGTHS, number: int = 0) -> Prompt:
+    """A layer's prompt, heads in the checkpoint's order."""
+    return Prompt(*map(jnp.asarray, (k, v, lengths)), number, tuple(range(k.shape[1])), k.shape[2], CONFIG)
+
+
+def observe(method: CacheMethod, q: np.ndarray, prompt: Prompt, chunk: int = 16):
+    """The method's statistics, its rows given chunk by chunk as the engine does."""
+    logits = np.einsum("bktgh,bkjh->bktgj", q, np.asarray(prompt.k)).astype(np.float64) / np.sqrt(q.shape[-1])
+    logits = np.where(np.tril(np.ones((q.shape[2],) * 2, bool))[:, None], logits, -np.inf)
+    log_total = np.log(np.exp(logits).sum(-1)).astype(np.float32)
+    scaled = (q / np.sqrt(q.shape[-1])).astype(np.float32)
+    seen, lengths = method.start(prompt), np.asarray(prompt.lengths)[:, None]
+    for first in range(0, q.shape[2], chunk):
+        at = np.arange(first, min(first + chunk, q.shape[2]), dtype=np.int32)
+        counted = at < lengths
+        if method.observes is not None:
+            counted &= at >= lengths - method.observes
+        if counted.any():
+            rows = QueryRows(*map(jnp.asarray, (scaled[:, :, at], log_total[:, :, at], at, counted)))
+            seen = method.see(seen, rows, prompt)
+    return seen
+
+
+def state_of(method: CacheMethod, seed: int = 0, slots: int | None = None, number: int = 0):
+    """The state that the method makes of the made-up layer."""
+    q, k, v = layer(seed)
+    prompt = prompt_of(k, v, number=number)
+    room = method.room(prompt.lengths, 8 * H)
+    return method.compress(prompt, observe(method, q, prompt), room, slots or method.slots(T, 8 * H))
+
+
+def kept_tokens(state_k: np.ndarray, valid: np.ndarray, k: np.ndarray) -> list[list[set[int]]]:
+    """Which tokens of k each row and head kept, found by their keys: they differ."""
+    found = []
+    for row in range(k.shape[0]):
+        heads = []
+        for head in range(k.shape[1]):
+            kept = np.asarray(state_k)[row, head, : int(np.asarray(valid)[row, head])]
+            heads.append({int(np.argmin(((k[row, head] - x) ** 2).sum(-1))) for x in kept})
+            assert len(heads[-1]) == len(kept), "a token was kept twice"
+        found.append(heads)
+    return found
+
+
+def best_tokens(scores: np.ndarray, lengths: np.ndarray, room) -> list[list[set[int]]]:
+    """The tokens of highest score [B, K, T] of each row and head."""
+    counts = np.minimum(np.asarray(room), lengths)
+    return [
+        [set(np.argsort(-head[:n], kind="stable")[:count].tolist()) for head in row]
+        for row, n, count in zip(scores, lengths, counts, strict=True)
+    ]
+
+
+def text(length: int) -> list[int]:
+    """Different ordinary tokens: equal ones have keys of equal norms, and methods would break ties by rounding."""
+    ids = np.arange(len(tiny.SPECIALS), tiny.CONFIG.vocab_size)
+    return np.random.default_rng(length).permutation(ids)[:length].tolist()
+
+
+@functools.partial(jax.jit, static_argnames=("spec",))
+def _prefill(params, tokens, lengths, spec):
+    return loop.read_prompt(
+        params, functional.placement_of(spec).init(spec, tokens.shape[0], lengths), tokens, lengths, None, fresh=True
+    )
+
+
+extend = jax.jit(functional.extend, static_argnames="logits")
+
+
+def prefill(method, lengths, capacity: int = 192, params=None):
+    """Logits and cache after prompts of the tiny model."""
+    params = params or tiny.params(text=False)
+    rows = [text(n) for n in lengths]
+    spec = spec_for(params, method, max(lengths), capacity, batch=len(rows), rows=rows)
+    return _prefill(params, *map(jnp.asarray, prompts.pad(rows, prompts.prompt_bucket(max(lengths)))), spec=spec)
+
+
+def follow(cache, tokens, lengths=None):
+    """Logits [B, T, V] of `tokens` [B, T] after the cache, and the new cache."""
+    lengths = np.full(tokens.shape[0], tokens.shape[1], np.int32) if lengths is None else lengths
+    return extend(tiny.params(text=False), cache, jnp.asarray(tokens), jnp.asarray(lengths), logits="all")
