@@ -13,11 +13,12 @@ from .arrays import CacheWrite, GroupArrays
 
 def write(call: CacheWrite) -> GroupArrays:
     """Append tokens to a head group; see `CacheWrite`."""
+    token = call.tokens.k.shape[2] == 1
+    if call.block_table is not None and not token:
+        return _write_chunk_in_pages(call)
     if call.window is None:
         return _write_full(call)
-    if call.tokens.k.shape[2] == 1:
-        return _write_ring_token(call)
-    return _write_ring_chunk(call) if call.block_table is None else _write_ring_chunk_in_pages(call)
+    return _write_ring_token(call) if token else _write_ring_chunk(call)
 
 
 def dropped(lengths: jax.Array, window: jax.Array, sinks: jax.Array | int) -> jax.Array:
@@ -84,16 +85,22 @@ def _read_slot(call: CacheWrite, slot: jax.Array) -> GroupArrays:
     return GroupArrays(k, v, *scales)
 
 
-def _write_ring_chunk_in_pages(call: CacheWrite) -> GroupArrays:
-    """Write T tokens per row: gather its pages, write the row, and put its pages back."""
-    group, table = call.group, call.block_table
-    window, sinks = _ring(call)
+def _write_chunk_in_pages(call: CacheWrite) -> GroupArrays:
+    """Write T tokens per row: gather its pages, write the row, and put its pages back.
+
+    On TPU a scatter of tokens would copy the whole pool, a scatter of pages copies nothing.
+    """
+    group, table, window = call.group, call.block_table, call.window
     assert table is not None
     page, B = group.k.shape[2], table.shape[0]
-    last = jnp.minimum(call.lengths + call.counts, sinks + window)
-    valid = (jnp.arange(table.shape[1], dtype=jnp.int32) * page < last[:, None]) & (call.counts > 0)[:, None]
+    first_slot = jnp.arange(table.shape[1], dtype=jnp.int32) * page
+    end = call.lengths + call.counts
+    last = end if window is None else jnp.minimum(end, call.sinks + window)
+    valid = (first_slot < last[:, None]) & (call.counts > 0)[:, None]
+    # Only a ring changes slots before its length.
+    changes = valid & (first_slot + page > call.lengths[:, None]) if window is None else valid
     # Pages that the row does not have are read from page 0, and not put back.
-    source, target = jnp.where(valid, table, 0), jnp.where(valid, table, len(group.k))
+    source, target = jnp.where(valid, table, 0), jnp.where(changes, table, len(group.k))
 
     def row(pool: jax.Array, axis: int) -> jax.Array:
         return jnp.moveaxis(pool[source], 1, axis).reshape(_row_shape(pool, table, axis))
@@ -106,7 +113,7 @@ def _write_ring_chunk_in_pages(call: CacheWrite) -> GroupArrays:
     rows = group._replace(k=row(group.k, 2), v=row(group.v, 2))
     if group.k_scale is not None and group.v_scale is not None:
         rows = rows._replace(k_scale=row(group.k_scale, 3), v_scale=row(group.v_scale, 3))
-    rows = _write_ring_chunk(call._replace(group=rows, block_table=None))
+    rows = write(call._replace(group=rows, block_table=None))
     written = rows._replace(k=put(group.k, rows.k, 2), v=put(group.v, rows.v, 2))
     if group.k_scale is None or group.v_scale is None or rows.k_scale is None or rows.v_scale is None:
         return written

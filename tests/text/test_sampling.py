@@ -209,7 +209,7 @@ def test_presence_and_frequency_penalties_follow_their_formula(numbers):
     want -= (counts > 0) * numbers.get("presence_penalty", 0)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     with pytest.raises(ValueError, match="need `counts`"):
-        sampling.process_logits(rule, logits)
+        sampling.process_logits(rule, jnp.asarray(logits))
 
 
 def test_each_row_of_a_batch_has_the_token_that_its_rule_gives_it_alone():
@@ -239,7 +239,7 @@ def test_each_row_of_a_batch_has_the_token_that_its_rule_gives_it_alone():
 def test_log_probabilities_and_the_likeliest_tokens():
     logits = rows(32)[:4]
     token = np.asarray([3, 0, 31, 7], np.int32)
-    chosen, ids, values = sampling.logprobs(logits, token, 5)
+    chosen, ids, values = sampling.logprobs(jnp.asarray(logits), jnp.asarray(token), 5)
     want = scipy.special.log_softmax(logits.astype(np.float64), axis=-1)
     np.testing.assert_allclose(chosen, want[np.arange(4), token], atol=1e-5)
     np.testing.assert_array_equal(ids, np.argsort(-want, axis=-1, kind="stable")[:, :5])
