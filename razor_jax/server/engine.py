@@ -31,6 +31,7 @@ from .. import compilation
 from ..cache import ring_length
 from ..config import check_int
 from ..functional import cache_spec
+from ..methods.base import CacheMethod
 from ..params import Params, weights_fingerprint
 from ..text.policy import Policy, choose_policy
 from ..text.row_output import RowOutput, end_ids
@@ -87,7 +88,7 @@ class RazorEngine:
           prefix_bytes: part of the cache for prefixes of prompts; None for an eighth, 0 for none.
 
         Raises:
-          ValueError: a size out of range, a mesh, or ALiBi.
+          ValueError: a size out of range, a mesh, ALiBi, or another cache method.
           MemoryError: the cache does not fit the device.
         """
         compilation.track_compilation()
@@ -99,6 +100,8 @@ class RazorEngine:
             check_int(name, value, 1)
         self.params = params
         policy = choose_policy(params, razor)
+        if isinstance(policy, CacheMethod):
+            raise ValueError(f"razor={policy}: the engine serves a RazorConfig, or None for dense attention")
         most = min(8192, params.config.max_position_embeddings)
         capacity = check_int("capacity", most if capacity is None else capacity, 1)
         spec = cache_spec(params, policy, capacity)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from razor_jax import RazorConfig
+from razor_jax.methods.registry import by_name
+from razor_jax.server.engine import RazorEngine
 from razor_jax.server.generation import Generation
 
-from ..support import engines
+from ..support import engines, tiny
 from ..support.engines import answers, request, run, submit
 
 
@@ -74,3 +76,17 @@ class Forced:
 
     def accept(self, token):
         assert not self.left or token == self.left.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"razor": by_name("snapkv", 0.5)}, "the engine serves a RazorConfig, or None for dense attention"),
+        ({"cache_bytes": 10_000}, "cache_bytes=10,000: a row of 160 tokens and what every cache has take"),
+        ({"slots": 0}, "slots=0: must be an integer, at least 1"),
+        ({"capacity": 0}, "capacity=0: must be an integer, at least 1"),
+    ],
+)
+def test_what_the_engine_cannot_serve_is_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        RazorEngine(tiny.params(), **{"razor": engines.RAZOR, **engines.SIZES, **options})
