@@ -308,8 +308,14 @@ class _Prompt:
 
 
 # From the host, layers of the same shapes share a compiled program; under jit they share a trace.
-_run_prompt = jax.jit(Engine.prompt_layer, static_argnames=("self", "block", "index"))
-_run_later = jax.jit(Engine.later_layer, static_argnames=("self", "block"))
+@functools.partial(jax.jit, static_argnames=("engine", "block", "index"))
+def _run_prompt(engine: Engine, block: Block, index: int, weights, x, repetition, layer: Layer, meta):
+    return engine.prompt_layer(block, index, weights, x, repetition, layer, meta)
+
+
+@functools.partial(jax.jit, static_argnames=("engine", "block"))
+def _run_later(engine: Engine, block: Block, weights, x, layer: Layer, meta) -> tuple[jax.Array, Layer]:
+    return engine.later_layer(block, weights, x, layer, meta)
 
 
 def _tables(config: ModelConfig, meta: AttentionMetadata, T: int) -> rope.Tables:

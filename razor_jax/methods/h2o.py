@@ -61,11 +61,8 @@ class H2O(CacheMethod):
         # The new token is among the newest, too.
         newest = state.position > (position[:, None] - _recent(state.room))[..., None]
         at = next_slot(state, jnp.where(newest, jnp.inf, scores))
-        state = put_slot(state, at, k, v)
-        here = jnp.broadcast_to(position[:, None], at.shape)
-        return state.replace(
-            score=write_slot(scores, at, own.mean(axis=2)), position=write_slot(state.position, at, here)
-        )
+        positions = write_slot(state.position, at, jnp.broadcast_to(position[:, None], at.shape))
+        return put_slot(state, at, k, v).replace(score=write_slot(scores, at, own.mean(axis=2)), position=positions)
 
 
 def _recent(room: jax.Array) -> jax.Array:
