@@ -104,7 +104,7 @@ def razor_share(
     params: Params, razor: RazorConfig, tasks: Sequence[TaskName], grid: needle.Grid, haystack: Haystack
 ) -> float:
     """Return the bytes of Razor's cache of the longest document, as a share of the dense cache's."""
-    variants = {TASKS[name].variant for name in tasks}
+    variants: set[needle.Variant] = {TASKS[name].variant for name in tasks}
     made = [example for variant in variants for example in needle.examples(params, variant, grid, haystack=haystack)]
     tokens = max(len(encode_example(params, example)[0]) for example in made)
     whole, ours = (document_bytes(CachedModel("", params, policy), tokens) for policy in (None, razor))

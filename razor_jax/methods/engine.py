@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .. import cache as kv
@@ -132,9 +133,11 @@ class Engine(OneDevice):
 
         return kv.repeat_rows(cache, grow, batch, spec)
 
-    def begin(self, cache: KVCache, lengths: jax.Array, T: int, fresh: bool) -> tuple[AttentionMetadata, KVCache]:
+    def begin(
+        self, cache: KVCache, lengths: jax.Array | np.ndarray, T: int, fresh: bool = False
+    ) -> tuple[AttentionMetadata, KVCache]:
         """Return a call's metadata, and the cache with its new lengths, as `cache.begin`."""
-        asked = jnp.clip(lengths.astype(jnp.int32), 0, T)
+        asked = jnp.clip(jnp.asarray(lengths, jnp.int32), 0, T)
         full = (self.occupied(cache) + asked > cache.spec.capacity) & (not fresh)
         meta, cache = kv.begin(cache, jnp.where(full, 0, asked), T, fresh)
         cache = cache.replace(overflow=cache.overflow | full)
