@@ -282,9 +282,14 @@ def _slopes(params: Params, index: int) -> np.ndarray | None:
     return alibi.slopes(c.num_heads).reshape(c.num_kv_heads, c.group_size)[list(params.order(index))]
 
 
+def _methods(block: Block, weights: Any) -> Callable[..., Any]:
+    """Return the function that calls a method of the block on its weights: `run(*args, method=name)`."""
+    return functools.partial(block.apply, {"params": weights})
+
+
 def _layer_at_once(block: Block, weights, slopes, x: jax.Array, layer: tuple[Group, ...], meta):
     placement, config = placement_of(meta.spec), block.config
-    run = functools.partial(block.apply, {"params": weights})
+    run = _methods(block, weights)
 
     def attend(q, k, v, state):
         return placement.attend_and_write(q, k, v, state, meta, slopes)
@@ -303,7 +308,7 @@ def _layer_in_chunks(block: Block, weights, slopes, x: jax.Array, layer: tuple[G
     placement, config = placement_of(meta.spec), block.config
     # A compiler that changes the layout of a loop's weights (seen for TPU 7x) would do so for all layers at once.
     weights, x = lax.optimization_barrier((weights, x))
-    run = functools.partial(block.apply, {"params": weights})
+    run = _methods(block, weights)
     B, T, _ = x.shape
     chunks = (jnp.max(meta.new) + CHUNK - 1) // CHUNK
 
