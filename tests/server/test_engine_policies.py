@@ -58,7 +58,7 @@ def test_a_row_that_is_not_finite_ends_with_an_error_and_no_other_notices():
     assert [each.reason for each in heard[1:3]] == ["error", "error"]
     assert heard[1].tokens == []
     assert heard[2].tokens == [9, 9, engines.POISON]
-    assert "the logits are not finite" in heard[1].finished.message
+    assert "the logits of this answer are not finite" in heard[1].finished.message
     # What the failed rows left in pages and staging buffers hurts nobody.
     assert [(heard.tokens, heard.reason) for each in good for heard in answers(made, each)] == alone
 
