@@ -146,8 +146,8 @@ def _pages_for_bytes(
     one_row = sum(map(_product, longest, sizes))
     if budget < fixed + one_row:
         raise ValueError(
-            f"cache_bytes={budget:,}: a row of {spec.capacity:,} tokens and what every cache has take "
-            f"{fixed + one_row:,} bytes; raise cache_bytes or lower capacity"
+            f"cache_bytes less prefix_bytes is {budget:,}: a row of {spec.capacity:,} tokens and what every cache has "
+            f"take {fixed + one_row:,} bytes; raise cache_bytes, or lower prefix_bytes or capacity"
         )
     # Every pool holds one longest row; what is left is shared out in typical rows.
     rows = (budget - fixed - one_row) / sum(map(_product, typical, sizes))

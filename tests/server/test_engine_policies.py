@@ -82,7 +82,10 @@ class Forced:
     ("options", "message"),
     [
         ({"razor": by_name("snapkv", 0.5)}, "the engine serves a RazorConfig, or None for dense attention"),
-        ({"cache_bytes": 10_000}, "cache_bytes=10,000: a row of 160 tokens and what every cache has take"),
+        (
+            {"cache_bytes": 10_000, "prefix_bytes": 0},
+            "cache_bytes less prefix_bytes is 10,000: a row of 160 tokens and what every cache has take",
+        ),
         ({"slots": 0}, "slots=0: must be an integer, at least 1"),
         ({"capacity": 0}, "capacity=0: must be an integer, at least 1"),
     ],
