@@ -95,7 +95,7 @@ def test_chunks_of_a_long_question_are_one_call():
     assert len(generate(question, cache=cache, max_new_tokens=3).tokens) == 3
 
 
-def test_what_a_method_cannot_do_is_refused_by_name(tmp_path):
+def test_what_a_method_cannot_do_is_refused_by_name(tmp_path, unchecked):
     params = tiny.params(text=False)
     with pytest.raises(TypeError, match="comes from razor_jax"):
         razor_jax.init_cache(params, batch=1, capacity=64, razor=KEEPS_TAIL)
