@@ -176,8 +176,8 @@ class Engine(OneDevice):
         part = functools.partial(block.apply, {"params": weights})
         tables = _tables(c, meta, x.shape[1])
         k, v = cast(tuple[jax.Array, jax.Array], part(x, tables, method="keys_values"))
-        cached = (a.astype(meta.spec.dtype) for a in (k, v))
-        prompt = Prompt(*cached, meta.new, index, self.order[index], self.longest, c)
+        cached_k, cached_v = (a.astype(meta.spec.dtype) for a in (k, v))
+        prompt = Prompt(cached_k, cached_v, meta.new, index, self.order[index], self.longest, c)
         options = {"group_size": c.group_size, "slopes": None, "return_state": True}
         own = functools.partial(attend_own, meta=meta, implementation=meta.spec.kernels, **options)
 

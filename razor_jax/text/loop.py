@@ -95,11 +95,15 @@ def _copy(source: KVCache, *, batch: int, capacity: int) -> KVCache:
     return placement.pin_cache(placement.broadcast(source, batch, capacity))
 
 
-def _read(params: Params, cache: KVCache, tokens, lengths, chunk: int | None, *, fresh: bool):
+def _read(
+    params: Params, cache: KVCache, tokens: Ids, lengths: Ids, chunk: int | None, *, fresh: bool
+) -> tuple[jax.Array, KVCache]:
     """Run `read_prompt` from the host, in place: streaming prefill as one program, exact prefill layer by layer."""
     if chunk is not None and chunk < tokens.shape[1]:
         return _stream(params, cache, tokens, lengths, chunk)
-    return extend_known(params, cache, tokens, lengths, "last", fresh=fresh, in_place=True)
+    logits, cache = extend_known(params, cache, tokens, lengths, "last", fresh=fresh, in_place=True)
+    assert logits is not None
+    return logits, cache
 
 
 @functools.partial(jax.jit, static_argnames=("chunk",), donate_argnames=("cache",))
