@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from .tokenize import Tokenizer
 _PROBES = ("0", "x")
 # A shorter system prompt is cheaper to read again than to keep, and would fix the window of a long prompt behind it.
 MIN_SYSTEM_TOKENS = 256
+_LONGEST_WORD = 64
+_LAST_WORD = re.compile(rf"(?<!\s)\s+\S{{1,{_LONGEST_WORD}}}\s*\Z")
 _ROLES = ("system", "user", "assistant", "tool")
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
@@ -118,7 +121,7 @@ class Prompts:
             except ValueError:  # The template does not take such a conversation.
                 return 0
             common = min(common, _common_length(text, other))
-        head = self.tokenizer.encode(text[:common], False)
+        head = self.tokenizer.encode(text[: _before_last_word(text, common)], False)
         both = min(len(head), len(tokens))
         different = np.flatnonzero(head[:both] != tokens[:both])
         return int(different[0]) if len(different) else both
@@ -213,6 +216,16 @@ def _with_text(start: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
     content = start[-1]["content"]
     more = content + text if isinstance(content, str) else [*content, {"type": "text", "text": text}]
     return [*start[:-1], {**start[-1], "content": more}]
+
+
+def _before_last_word(text: str, end: int) -> int:
+    """Return where the last word of text[:end] begins, with the white space before it; `end` without such a word.
+
+    What follows `end` may join its last word or white space in one token, and then another question has another start.
+    """
+    tail = text[max(0, end - 2 * _LONGEST_WORD) : end]
+    match = _LAST_WORD.search(tail)
+    return end if match is None else end - len(tail) + match.start()
 
 
 def _common_length(one: str, other: str) -> int:

@@ -191,7 +191,8 @@ def test_the_system_prompt_and_marked_parts_are_checkpoints(server):
     seen = server.engine.seen[-1]
     text = [tiny.assets().decode(seen.prompt[:length], skip_special=False) for length in seen.checkpoints]
     begin = f"<s><|system|>{'be brief ' * 40}<|end|><|user|>"
-    assert text == [begin, begin + "a document", begin + "a document and more"]
+    # The last word is left out: what follows it may join it in one token.
+    assert text == [begin.removesuffix(" <|end|><|user|>"), begin + "a", begin + "a document and"]
     messages[0]["content"] = "be brief"
     assert server.http.post("/v1/chat/completions", json={"messages": messages}).status_code == 200
     assert len(server.engine.seen[-1].checkpoints) == 2  # A short system prompt is read again.
