@@ -158,11 +158,11 @@ def examine(
     started = time.monotonic()
     if interpret and backend.platform() != "cpu":
         raise ValueError(f"the kernels run on this {backend.platform()}: interpret them on a CPU (JAX_PLATFORMS=cpu)")
-    wanted = [(shape.name, name, check) for shape in _SHAPES for name, check in _checks(shape)]
-    if interpret:
-        wanted += [
-            (shape.name, name, check) for name in INTERPRETED for shape in _TINY for check in _tiny_checks(shape, name)
-        ]
+    wanted: list[tuple[str, Implementation, checks.Check]] = [
+        (shape.name, name, check) for shape in _SHAPES for name, check in _checks(shape)
+    ]
+    for name in INTERPRETED if interpret else ():
+        wanted.extend((shape.name, name, check) for shape in _TINY for check in _tiny_checks(shape, name))
     checked: list[tuple[Kind, Checked]] = []
     for done, (model, implementation, check) in enumerate(wanted):
         progress("checked", done, len(wanted))
