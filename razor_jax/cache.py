@@ -444,8 +444,8 @@ def positions(group: Group, meta: AttentionMetadata, slots: jax.Array | None = N
 
 
 def deleted(cache: KVCache) -> bool:
-    """Return whether the cache was donated to a call, so that its memory is gone."""
-    return cache.length.is_deleted()
+    """Return whether the cache was donated to a call, so that its memory, or that of some layers, is gone."""
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
 
 
 def allocated_bytes(cache: KVCache) -> int:

@@ -145,13 +145,14 @@ def extend_known(
     _check_call(cache, tokens, lengths, logits)
     check_cache(params, cache)
     T, config = tokens.shape[1], params.config
-    meta, cache = _begin_call(cache, lengths, T, fresh)
+    # A program would copy the arrays that it only passes on.
+    meta, begun = _begin_call(cache.replace(layers=()), lengths, T, fresh)
     ends = {name: weight for name, weight in params.weights.items() if not name.startswith("blocks_")}
     x = _embed(config, ends, tokens, placement=cache.spec.placement)
     run = _layer_in_place if in_place else _layer
     if cache.spec.method is not None:
         run = cache.spec.method.layers(fresh)
-    layers = list(cache.layers)
+    layers, cache = list(cache.layers), begun
     for index, layer in enumerate(layers):
         # Only `layers` holds the arrays of a layer that is written in place.
         block = Block(config, config.first_like(index), placement_of(cache.spec).mix)
@@ -186,7 +187,7 @@ def _embed(config: ModelConfig, weights: Any, tokens: Ids, *, placement: MeshPla
 def _run_layer(
     block: Block,
     weights: Any,
-    slopes: np.ndarray | None,
+    slopes: Ids | None,
     x: jax.Array,
     layer: tuple[Group, ...],
     meta: AttentionMetadata,

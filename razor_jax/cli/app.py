@@ -71,7 +71,12 @@ def main() -> None:
     warnings.showwarning = lambda message, *place: terminal.warn(str(message))
     logging.getLogger("razor_jax").propagate = False  # libraries set up the root logger: no line twice
     terminal.watch_interrupts()
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == terminal.INTERRUPTED:
+            terminal.end_soon()
+        raise
 
 
 def _version(wanted: bool | None) -> None:

@@ -85,10 +85,6 @@ class Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             console.print()
-            # Threads of libraries must not delay the end.
-            timer = threading.Timer(PATIENCE, os._exit, (INTERRUPTED,))
-            timer.daemon = True
-            timer.start()
             raise typer.Exit(INTERRUPTED) from None
         except (typer.Abort, BrokenPipeError):
             raise
@@ -98,6 +94,13 @@ class Commands(typer.core.TyperGroup):
                 raise
             fail(_sentence(error))
             raise typer.Exit(1) from error
+
+
+def end_soon() -> None:
+    """End the program in `PATIENCE` seconds, whatever threads of libraries still do."""
+    timer = threading.Timer(PATIENCE, os._exit, (INTERRUPTED,))
+    timer.daemon = True
+    timer.start()
 
 
 def watch_interrupts() -> None:

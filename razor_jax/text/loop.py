@@ -70,7 +70,9 @@ def begin(
     else:
         source = source if in_place else _copy(source, batch=tokens.shape[0], capacity=spec.capacity)
         logits, cache = _read(params, source, tokens, lengths, chunk, fresh=False)
-    return _first(cache, logits, tokens, lengths, stop_ids, limit, sampling, seed)
+    # A program would copy the layers that it only passes on.
+    bare = cache.replace(layers=())
+    return _first(bare, logits, tokens, lengths, stop_ids, limit, sampling, seed).replace(cache=cache)
 
 
 def prefill(

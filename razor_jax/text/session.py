@@ -144,11 +144,10 @@ class Session:
         tokens, lengths = padded_batch(self.prompts.rows, self.spec)
         # A cache that must grow cannot be written in place.
         in_place = self._owns_source and self.source is not None and self.source.spec == self.spec
-        source, self.source = self.source, None
         with self._timed("prefill"):
             self.state = loop.begin(
                 self.params,
-                source,
+                self.source,
                 *placement_of(self.spec).to_devices((tokens, lengths, self._stop_ids, self._limits)),
                 sampling=self.sampling,
                 seed=self.seed,
@@ -156,6 +155,7 @@ class Session:
                 chunk=prefill_chunk(self.spec.razor),
                 in_place=in_place,
             )
+            self.source = None
             self._collect()
         self._replay(loop.BLOCK)
 

@@ -149,5 +149,5 @@ def test_the_quick_preset_on_razor_mini(tmp_path):
 
 def test_documents_longer_than_the_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"20,480 tokens, but the model has .* positions"):
-        cli_reproduce.reproduce("razor-mini", "full", None, None, None, tmp_path / "x.json")
+        cli_reproduce.reproduce("razor-mini", "full", None, None, "auto", tmp_path / "x.json")
     assert not (tmp_path / "x.json").exists()

@@ -137,14 +137,14 @@ def test_an_interruption_before_anything_is_read_leaves_the_conversation_as_it_w
     for each in (chat, other):
         each.send("Hello", max_new_tokens=8)
     kept = chat.messages, chat.tokens
-    interrupt(monkeypatch, loop, "resume", 1)
+    interrupt(monkeypatch, loop, "begin", 1)
     with pytest.raises(KeyboardInterrupt):
         chat.send("More", max_new_tokens=8)
     assert (chat.messages, chat.tokens) == kept
     assert chat.send("More", max_new_tokens=8).tokens == other.send("More", max_new_tokens=8).tokens
 
 
-@pytest.mark.parametrize("step", ["resume", "decode_block"])
+@pytest.mark.parametrize("step", ["begin", "extend_known", "_first", "decode_block"])
 def test_a_conversation_that_loses_its_cache_is_read_again(monkeypatch, step):
     chat = Chat(tiny.params(), razor=WINDOW, capacity=256)
     chat.send("Hello", max_new_tokens=8)

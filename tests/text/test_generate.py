@@ -139,6 +139,16 @@ def test_a_deeper_model_compiles_no_more_programs(length):
     assert 4 <= programs(2) == programs(8) <= 9
 
 
+def test_an_owned_cache_is_written_in_place():
+    params = tiny.params(text=False)
+    cache = razor_jax.prefill(params, tiny.prompt(40), razor=WINDOW, capacity=128)
+    where = [group.k.unsafe_buffer_pointer() for layer in cache.layers for group in layer]
+    session = Session(params, tiny.prompt(9, seed=1), cache=cache, max_new_tokens=4, owns_cache=True)
+    for _ in session.run():
+        pass
+    assert [group.k.unsafe_buffer_pointer() for layer in session.cache.layers for group in layer] == where
+
+
 def test_tracing_counts_as_compilation_and_counts_once():
     @jax.jit
     def inner(x):
