@@ -128,17 +128,20 @@ def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32, weights: Lit
     scales.
     """
 
-    tokens, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, config.hidden_size))
-    rope = (jnp.zeros((1, 1, config.head_dim // 2)),) * 2
+    def shapes(module: nn.Module, x: jax.ShapeDtypeStruct, **states: Any) -> Any:
+        def init(x: jax.Array) -> Any:
+            # Inside the trace: outside it an operation needs a device, and a compiler's topology has none.
+            rope = (jnp.zeros((1, 1, config.head_dim // 2)),) * 2
+            return module.init(jax.random.key(0), x, rope=rope, attend=lambda q, k, v, state: (q, state), **states)
 
-    def shapes(module: nn.Module, x: jax.Array, states: Any) -> Any:
-        init = functools.partial(module.init, rope=rope, attend=lambda q, k, v, state: (q, state))
-        return nn.unbox(jax.eval_shape(init, jax.random.key(0), x, **states)["params"])
+        return nn.unbox(jax.eval_shape(init, x)["params"])
 
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    x = jax.ShapeDtypeStruct((1, 1, config.hidden_size), jnp.float32)
     # Layers of one kind are traced once.
     kinds = [config.first_like(layer) for layer in range(config.num_layers)]
-    blocks = {kind: shapes(Block(config, kind), x, {"state": None}) for kind in set(kinds)}
-    tree = shapes(Transformer(dataclasses.replace(config, num_layers=0)), tokens, {"states": ()})
+    blocks = {kind: shapes(Block(config, kind), x, state=None) for kind in set(kinds)}
+    tree = shapes(Transformer(dataclasses.replace(config, num_layers=0)), tokens, states=())
     tree |= {f"blocks_{layer}": blocks[kind] for layer, kind in enumerate(kinds)}
     tree = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), tree)
     return jax.eval_shape(quantize_tree, tree) if weights == "int8" else tree
