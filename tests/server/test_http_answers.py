@@ -162,7 +162,7 @@ def test_every_sampling_field_reaches_the_engine(server):
 
 
 def test_temperature_0_is_greedy_and_absent_seeds_differ(server):
-    """A request without a seed is drawn anew each time."""
+    """Two requests without a seed draw different tokens."""
     for _ in range(2):
         server.http.post("/v1/chat/completions", json={"messages": HELLO, "temperature": 0})
     first, second = server.engine.seen

@@ -198,7 +198,7 @@ def test_a_body_that_does_not_arrive_is_a_408():
 
 
 def test_a_full_queue_is_a_429_and_leaves_nothing_behind():
-    """A request of which only some answers fit the queue is refused whole."""
+    """A request with n answers is refused whole if the queue has no room for all of them."""
     with serve_script(tiny.assets(), tiny.CONFIG.vocab_size, slots=1, max_waiting=1) as server:
         server.engine.gate.clear()
         response = server.http.post(CHAT, json={"messages": HELLO, "n": 3})
