@@ -1,8 +1,9 @@
 """Causal importance of heads: window KV heads and measure the loss of held-out retrieval questions.
 
-Exact prefill computes the same keys and values under every split. Documents are therefore read once into a dense cache
-and once into a cache with every head windowed. The cache of any split takes each head from one of the two. The split
-is an argument of one compiled program, which runs a question and its answer: hundreds of splits need one compilation.
+Exact prefill computes the same keys and values under every split. Documents are therefore read once, into a dense
+cache, and its tokens are written to a cache with every head windowed. The cache of any split takes each head from one
+of the two. The split is an argument of one compiled program, which runs a question and its answer: hundreds of splits
+need one compilation.
 """
 
 from __future__ import annotations
@@ -90,6 +91,10 @@ class Ablation:
     def __init__(self, params: Params, tasks: Sequence[Task], razor: RazorConfig):
         """Read the documents. All tasks must have the same number of questions."""
         config = params.config
+        if razor.prefill_chunk is not None:
+            raise ValueError(
+                f"prefill_chunk={razor.prefill_chunk}: must be None, because streaming prefill depends on the split"
+            )
         self.shape = (config.num_layers, config.num_kv_heads)
         # All heads windowed and all heads dense have the same stored order, so both caches share one set of weights.
         self.params = with_heads(params, HeadSplit.none(*self.shape))
@@ -103,10 +108,12 @@ class Ablation:
                 "use longer documents or razor=RazorConfig.compact(window=…)"
             )
         capacity = max(map(len, documents)) + longest
-        # A retrieval head of a quantised cache is quantised too: a window of everything, which drops nothing.
-        quantised = razor.kv_dtype is not None
-        full = dataclasses.replace(razor, window=capacity, windowed_kv_dtype=None) if quantised else None
-        self.caches = [self._read(documents, capacity, policy) for policy in (full, razor)]
+        self._plain = self._read(documents, capacity, None)
+        self.caches = [self._plain, self._rewritten(documents, capacity, razor)]
+        if razor.kv_dtype is not None:
+            # A retrieval head of a quantised cache is quantised too: a window of everything, which drops nothing.
+            full = dataclasses.replace(razor, window=capacity, windowed_kv_dtype=None)
+            self.caches[0] = self._rewritten(documents, capacity, full)
         rows = [[question + answer for question, answer in task.turns] for task in tasks]
         tokens = np.asarray([prompts.pad(part, longest)[0] for part in rows])
         starts = np.asarray([[len(question) for question, _ in task.turns] for task in tasks], np.int32)
@@ -120,13 +127,28 @@ class Ablation:
             kept = mask_of(kept)
         if kept.shape != self.shape:
             raise ValueError(f"kept has shape {kept.shape}: must be [layers, KV heads] = {self.shape}")
-        losses, right = _answers(self.params, *self.caches, jnp.asarray(kept), *self.turns)
+        return self._answer(self.caches, kept)
+
+    def dense(self) -> Outcome:
+        """Answer all questions with dense attention over an unquantised cache."""
+        return self._answer([self._plain, self.caches[1]], np.ones(self.shape, bool))
+
+    def _answer(self, caches: Sequence[KVCache], kept: np.ndarray) -> Outcome:
+        losses, right = _answers(self.params, *caches, jnp.asarray(kept), *self.turns)
         return Outcome(np.asarray(losses, np.float64).reshape(-1), np.asarray(right).reshape(-1))
 
+    def _rewritten(self, documents: Sequence[tuple[int, ...]], capacity: int, razor: RazorConfig) -> KVCache:
+        """Return a cache under `razor` with the tokens of the dense one, as reading the documents would make it."""
+        if self.params.placement is not None:  # a mesh may spread the slots of a dense cache
+            return self._read(documents, capacity, razor)
+        lengths = self._plain.length
+        empty = init_cache(self.params, batch=len(documents), capacity=capacity, razor=razor, prompt_lengths=lengths)
+        whole = [group for (group,) in self._plain.layers]
+        meta, cache = kv.begin(empty, lengths, whole[0].k.shape[2], fresh=True)
+        layers = (_write(layer, old.k, old.v, meta) for layer, old in zip(empty.layers, whole, strict=True))
+        return cache.replace(layers=tuple(layers))
+
     def _read(self, documents: Sequence[tuple[int, ...]], capacity: int, razor: RazorConfig | None) -> KVCache:
-        chunk = razor.prefill_chunk if razor else None
-        if chunk is not None:
-            raise ValueError(f"prefill_chunk={chunk}: must be None, because streaming prefill depends on the split")
         width = prompts.prompt_bucket(max(map(len, documents)))
         parts = []
         for first in range(0, len(documents), _BATCH):
@@ -229,6 +251,9 @@ def split_of(heads: Iterable[Head], shape: tuple[int, int]) -> HeadSplit:
 @functools.partial(jax.jit, donate_argnames=("cache",))
 def _read(params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array) -> KVCache:
     return read_prompt(params, cache, tokens, lengths, None, fresh=True)[1]
+
+
+_write = jax.jit(kv.write, donate_argnames="layer")
 
 
 @jax.jit

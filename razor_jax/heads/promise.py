@@ -131,13 +131,11 @@ def answers(
     The mask None is dense attention over an unquantised cache.
     """
     found: list[list[np.ndarray]] = [[] for _ in masks]
-    plain = dataclasses.replace(razor, kv_dtype=None, windowed_kv_dtype=None)
     for first in range(0, len(tasks), _BATCH):
         batch = tasks[first : first + _BATCH]
         ablation = Ablation(params, batch, razor)
-        dense = ablation if razor == plain else Ablation(params, batch, plain)
         for right, mask in zip(found, masks, strict=True):
-            outcome = dense(np.ones(dense.shape, bool)) if mask is None else ablation(mask)
+            outcome = ablation.dense() if mask is None else ablation(mask)
             right.append(outcome.right.astype(int).reshape(-1, len(batch)).T)
         if progress is not None:
             progress(first + len(batch), len(tasks))

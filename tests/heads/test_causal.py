@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -63,6 +64,18 @@ def test_any_split_scores_as_on_its_own_cache(ablation, tasks, split):
     found = ablation(chosen)
     np.testing.assert_allclose(found.losses, want, atol=2e-5, rtol=0)
     np.testing.assert_array_equal(found.right, right)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_written_again_a_document_has_the_cache_that_reading_it_makes(ablation, tasks, kv_dtype):
+    razor = dataclasses.replace(RAZOR, kv_dtype=kv_dtype)
+    documents = [task.document for task in tasks]
+    capacity = ablation.caches[0].spec.capacity
+    want = ablation._read(documents, capacity, razor)
+    got = Ablation(tiny.params(), tasks, razor).caches[1]
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert got.spec == want.spec
 
 
 def test_another_split_compiles_nothing(ablation):
