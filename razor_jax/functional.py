@@ -151,7 +151,7 @@ def extend_known(
     x = _embed(config, ends, tokens, placement=cache.spec.placement)
     run = _layer_in_place if in_place else _layer
     if cache.spec.method is not None:
-        run = cache.spec.method.layers(fresh)
+        run = cache.spec.method.layers(jnp.asarray(tokens, jnp.int32), fresh)
     layers, cache = list(cache.layers), begun
     for index, layer in enumerate(layers):
         # Only `layers` holds the arrays of a layer that is written in place.

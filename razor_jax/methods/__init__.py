@@ -4,7 +4,9 @@ from .adakv import AdaExpectedAttention, AdaKV
 from .base import CacheMethod
 from .corm import CORM
 from .elastic import ElasticCache
+from .ems import EMS
 from .expected_attention import ExpectedAttention
+from .fastgen import FastGen, token_classes
 from .h2o import H2O
 from .headkv import HeadKV
 from .knorm import KNorm
@@ -17,6 +19,7 @@ from .tova import TOVA
 
 __all__ = [
     "CORM",
+    "EMS",
     "H2O",
     "METHODS",
     "TOVA",
@@ -25,6 +28,7 @@ __all__ = [
     "CacheMethod",
     "ElasticCache",
     "ExpectedAttention",
+    "FastGen",
     "HeadKV",
     "KNorm",
     "KVzip",
@@ -32,4 +36,5 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "by_name",
+    "token_classes",
 ]

@@ -145,10 +145,10 @@ class Engine(OneDevice):
             return meta, cache
         return meta.replace(window=meta.new), cache.replace(window=meta.new)
 
-    def layers(self, fresh: bool) -> Callable[..., tuple[jax.Array, Layer]]:
+    def layers(self, tokens: jax.Array, fresh: bool) -> Callable[..., tuple[jax.Array, Layer]]:
         """Return what runs the layers of a call, one after the other, as `functional` runs its own."""
         if fresh:
-            return _Prompt(self).run
+            return _Prompt(self, tokens).run
         return lambda block, weights, slopes, x, layer, meta: _run_later(self, block, weights, x, layer, meta)
 
     def compress(self, prompt: Prompt, seen: Any, dtype: Any) -> Any:
@@ -163,6 +163,7 @@ class Engine(OneDevice):
         block: Block,
         index: int,
         weights: Any,
+        tokens: jax.Array,
         x: jax.Array,
         repetition: jax.Array | None,
         layer: Layer,
@@ -170,14 +171,15 @@ class Engine(OneDevice):
     ) -> tuple[jax.Array, jax.Array | None, Layer]:
         """Run a layer over a prompt x [B, T, D] with exact attention, and compress it.
 
-        `repetition` [B, T, D] are the hidden states of the prompt read a second time, None without.
+        `tokens` int32 [B, T] are its ids, `repetition` [B, T, D] the hidden states of the prompt read a second time,
+        None without.
         """
         c, C, method = self.config, min(CHUNK, x.shape[1]), self.method
         part = functools.partial(block.apply, {"params": weights})
         tables = _tables(c, meta, x.shape[1])
         k, v = cast(tuple[jax.Array, jax.Array], part(x, tables, method="keys_values"))
         cached_k, cached_v = (a.astype(meta.spec.dtype) for a in (k, v))
-        prompt = Prompt(cached_k, cached_v, meta.new, index, self.order[index], self.longest, c)
+        prompt = Prompt(cached_k, cached_v, meta.new, index, self.order[index], self.longest, c, tokens)
         options = {"group_size": c.group_size, "slopes": None, "return_state": True}
         own = functools.partial(attend_own, meta=meta, implementation=meta.spec.kernels, **options)
 
@@ -293,8 +295,8 @@ class Engine(OneDevice):
 class _Prompt:
     """The layers of one prompt, run in order."""
 
-    def __init__(self, engine: Engine):
-        self._engine, self._index = engine, 0
+    def __init__(self, engine: Engine, tokens: jax.Array):
+        self._engine, self._tokens, self._index = engine, tokens, 0
         self._repetition: jax.Array | None = None
 
     def run(
@@ -306,14 +308,16 @@ class _Prompt:
             self._repetition = x
         self._index += 1
         index = index if method.by_layer else 0
-        x, self._repetition, layer = _run_prompt(self._engine, block, index, weights, x, self._repetition, layer, meta)
+        tokens = jnp.pad(self._tokens, ((0, 0), (0, x.shape[1] - self._tokens.shape[1])))
+        state = weights, tokens, x, self._repetition, layer, meta
+        x, self._repetition, layer = _run_prompt(self._engine, block, index, *state)
         return x, layer
 
 
 # From the host, layers of the same shapes share a compiled program; under jit they share a trace.
 @functools.partial(jax.jit, static_argnames=("engine", "block", "index"))
-def _run_prompt(engine: Engine, block: Block, index: int, weights, x, repetition, layer: Layer, meta):
-    return engine.prompt_layer(block, index, weights, x, repetition, layer, meta)
+def _run_prompt(engine: Engine, block: Block, index: int, weights, tokens, x, repetition, layer: Layer, meta):
+    return engine.prompt_layer(block, index, weights, tokens, x, repetition, layer, meta)
 
 
 @functools.partial(jax.jit, static_argnames=("engine", "block"))
@@ -334,7 +338,8 @@ def _state_shapes(engine: Engine, dtype: str, batch: int, layer: int) -> tuple[l
     def compress() -> list[jax.Array]:
         shape = (batch, c.num_kv_heads, engine.longest, c.head_dim)
         k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-        prompt = Prompt(k, v, jnp.zeros((batch,), jnp.int32), layer, engine.order[layer], engine.longest, c)
+        lengths, tokens = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, engine.longest), jnp.int32)
+        prompt = Prompt(k, v, lengths, layer, engine.order[layer], engine.longest, c, tokens)
         leaves, structure = jax.tree.flatten(engine.compress(prompt, engine.method.start(prompt), dtype))
         structures.append(structure)
         return leaves

@@ -9,7 +9,9 @@ from .adakv import AdaExpectedAttention, AdaKV
 from .base import CacheMethod
 from .corm import CORM
 from .elastic import ElasticCache
+from .ems import EMS
 from .expected_attention import ExpectedAttention
+from .fastgen import FastGen
 from .h2o import H2O
 from .headkv import HeadKV
 from .knorm import KNorm
@@ -34,6 +36,8 @@ METHODS: dict[str, type[CacheMethod]] = {
     "headkv": HeadKV,
     "elastic": ElasticCache,
     "corm": CORM,
+    "fastgen": FastGen,
+    "ems": EMS,
 }
 
 

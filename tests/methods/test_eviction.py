@@ -18,6 +18,7 @@ from tests.support.methods import (
     T,
     attention_map,
     kept_tokens,
+    later,
     layer,
     observe,
     prompt_of,
@@ -27,17 +28,9 @@ from tests.support.methods import (
 BUDGET, STEPS = 10, 20
 
 
-def later():
-    """q [B, steps, K, G, H], k and v [B, steps, K, H] of tokens after the prompt."""
-    rng = np.random.default_rng(3)
-    q = 2 * rng.standard_normal((B, STEPS, K, G, H))
-    k, v = rng.standard_normal((2, B, STEPS, K, H))
-    return q.astype(np.float32), k.astype(np.float32), v.astype(np.float32)
-
-
 def run(method):
     """The method's outputs [steps, B, K, G, H] and the tokens it keeps after each step."""
-    q, k, v = later()
+    q, k, v = later(STEPS)
     every = np.concatenate([layer()[1], np.moveaxis(k, 1, 2)], axis=2)
     state, outs, kept, one = state_of(method), [], [], jax.jit(method.step)
     for step in range(STEPS):
@@ -53,7 +46,7 @@ def simulate(method, first, choose):
 
     `first` are the tokens kept of the prompt. Tokens are numbered as in `run`: later ones from T on.
     """
-    q, k, v = (x.astype(np.float64) for x in later())
+    q, k, v = (x.astype(np.float64) for x in later(STEPS))
     keys, values = (np.concatenate([a, np.moveaxis(b, 1, 2)], axis=2) for a, b in zip(layer()[1:], (k, v), strict=True))
     sets, outs, kept = [[sorted(head) for head in row] for row in first], [], []
     for step in range(STEPS):
@@ -182,7 +175,7 @@ def test_the_queue_of_elastic_cache_is_first_in_first_out():
             frozen = sorted(first[b][head])[: BUDGET - 4]
             for step in range(4, STEPS):
                 assert kept[step][b][head] == {*frozen, *range(T + step - 3, T + step + 1)}
-    q, k, v = later()
+    q, k, v = later(STEPS)
     state = before
     for step in range(3):
         _, state = method.step(state, *(jnp.asarray(x[:, step]) for x in (q, k, v)), jnp.asarray(LENGTHS + step))

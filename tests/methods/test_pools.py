@@ -18,6 +18,7 @@ from tests.support.methods import (
     attention_map,
     best_tokens,
     layer,
+    pool_tokens,
     prompt_of,
     state_of,
 )  # fmt: skip
@@ -33,19 +34,6 @@ def window_scores():
     for b, n in enumerate(LENGTHS):
         scores[b, :, n - WINDOW :] = np.inf
     return scores
-
-
-def pool_tokens(pool):
-    """Which tokens each row and head kept."""
-    k, found = layer()[1], []
-    for row in range(B):
-        heads = [set() for _ in range(K)]
-        for slot in range(int(pool.valid[row])):
-            head = int(pool.owner[row, slot])
-            heads[head].add(int(np.argmin(((k[row, head] - np.asarray(pool.k)[row, slot]) ** 2).sum(-1))))
-        assert sum(map(len, heads)) == pool.valid[row]
-        found.append(heads)
-    return found
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.5])

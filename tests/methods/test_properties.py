@@ -27,8 +27,11 @@ every_method = pytest.mark.parametrize(
 TOKENS = np.stack([tiny.prompt(4, seed=row) for row in range(len(LENGTHS))])
 
 
+FIELDS = {"headkv": {"importance": IMPORTANCE}, "fastgen": {"special": (1,), "punctuation": tuple(range(20, 60))}}
+
+
 def make(name: str, budget):
-    return METHODS[name](budget, **({"importance": IMPORTANCE} if name == "headkv" else {}))
+    return METHODS[name](budget, **FIELDS.get(name, {}))
 
 
 @functools.cache

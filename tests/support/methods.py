@@ -30,6 +30,14 @@ def layer(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return q.astype(np.float32), k.astype(np.float32), v.astype(np.float32)
 
 
+def later(steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q [B, steps, K, G, H], and k and v [B, steps, K, H] of tokens after the prompt."""
+    rng = np.random.default_rng(3)
+    q = 2 * rng.standard_normal((B, steps, K, G, H))
+    k, v = rng.standard_normal((2, B, steps, K, H))
+    return q.astype(np.float32), k.astype(np.float32), v.astype(np.float32)
+
+
 def attention_map(q: np.ndarray, k: np.ndarray) -> np.ndarray:
     """Causal attention weights, float64 [B, K, G, T, T], row by row."""
     logits = np.einsum("bktgh,bkjh->bkgtj", q.astype(np.float64), k.astype(np.float64)) / np.sqrt(q.shape[-1])
@@ -38,9 +46,19 @@ def attention_map(q: np.ndarray, k: np.ndarray) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def prompt_of(k: np.ndarray, v: np.ndarray, lengths: np.ndarray = LENGTHS, number: int = 0) -> Prompt:
+def token_ids(tokens: int = T, rows: int = B) -> np.ndarray:
+    """Ids of the made-up prompts, int32 [rows, tokens]."""
+    return np.random.default_rng(5).integers(0, CONFIG.vocab_size, (rows, tokens)).astype(np.int32)
+
+
+def prompt_of(
+    k: np.ndarray, v: np.ndarray, lengths: np.ndarray = LENGTHS, number: int = 0, tokens: np.ndarray | None = None
+) -> Prompt:
     """A layer's prompt, heads in the checkpoint's order."""
-    return Prompt(*map(jnp.asarray, (k, v, lengths)), number, tuple(range(k.shape[1])), k.shape[2], CONFIG)
+    rows, heads, longest, _ = k.shape
+    tokens = token_ids(longest, rows) if tokens is None else tokens
+    arrays = map(jnp.asarray, (k, v, lengths))
+    return Prompt(*arrays, number, tuple(range(heads)), longest, CONFIG, jnp.asarray(tokens))
 
 
 def observe(method: CacheMethod, q: np.ndarray, prompt: Prompt, chunk: int = 16):
@@ -78,6 +96,19 @@ def kept_tokens(state_k: np.ndarray, valid: np.ndarray, k: np.ndarray) -> list[l
             kept = np.asarray(state_k)[row, head, : int(np.asarray(valid)[row, head])]
             heads.append({int(np.argmin(((k[row, head] - x) ** 2).sum(-1))) for x in kept})
             assert len(heads[-1]) == len(kept), "a token was kept twice"
+        found.append(heads)
+    return found
+
+
+def pool_tokens(pool) -> list[list[set[int]]]:
+    """Which tokens of the made-up layer each row and head kept in a pool."""
+    k, found = layer()[1], []
+    for row in range(B):
+        heads = [set() for _ in range(K)]
+        for slot in range(int(pool.valid[row])):
+            head = int(pool.owner[row, slot])
+            heads[head].add(int(np.argmin(((k[row, head] - np.asarray(pool.k)[row, slot]) ** 2).sum(-1))))
+        assert sum(map(len, heads)) == pool.valid[row]
         found.append(heads)
     return found
 
