@@ -3,6 +3,7 @@
 A folder contains `cache.json`, which describes the cache, and one Orbax checkpoint per layer with its head groups in
 logical order: k, v [B, K_group, S, H] with slot g of a head at index g, and one mean per head, independent of the mesh.
 S may be padded. Heads of a group are in the order of the split, those of a dense cache in the checkpoint's order.
+The cache of another method (`methods`) is stored as it is, one array per leaf of a layer.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from .. import cache as kv
 from ..cache import CacheSpec, Group, KVCache, ring_length
 from ..config import RazorConfig
 from ..files import atomic_directory, read_json, write_json
-from ..functional import cache_spec, check_cache
+from ..functional import cache_spec, check_cache, placement_of
 from ..mesh import relayout
+from ..methods.engine import bind
+from ..methods.record import from_record, to_record
 from ..params import Params, architecture_fingerprint, weights_fingerprint
 from ..sharding import nontrivial, replicate
 
@@ -54,8 +57,7 @@ def save_cache(
     if kv.deleted(cache):
         raise ValueError("this cache was consumed by a later call: save the cache that the call returned")
     check_cache(params, cache)
-    if cache.spec.method is not None:
-        raise ValueError(f"caches of {cache.spec.method.method.name} are not saved: save one of a RazorConfig or dense")
+    record = _record(cache, params, pending)
     if pending is not None and len(pending) != cache.batch:
         raise ValueError(f"pending has {len(pending)} rows, the cache {cache.batch}: give one list of tokens per row")
     with (
@@ -64,10 +66,14 @@ def save_cache(
     ):
         for index, layer in enumerate(cache.layers):
             # Layer by layer, so that the devices store a reordered copy of only one layer.
-            groups = _logical(cache.replace(layers=(layer,)), _dense_order(params, cache.spec, index))
-            checkpointer.save(_layer(folder, index), {str(number): _arrays(g) for number, g in enumerate(groups)})
+            if cache.spec.method is None:
+                groups = _logical(cache.replace(layers=(layer,)), _dense_order(params, cache.spec, index))
+                arrays = {str(number): _arrays(g) for number, g in enumerate(groups)}
+            else:
+                arrays = {"0": _leaves(layer)}
+            checkpointer.save(_layer(folder, index), arrays)
             checkpointer.wait_until_finished()
-        write_json(folder / RECORD, _record(cache, params, pending))
+        write_json(folder / RECORD, record)
 
 
 def load_cache(params: Params, directory: str | os.PathLike[str]) -> KVCache:
@@ -82,6 +88,8 @@ def load_cache(params: Params, directory: str | os.PathLike[str]) -> KVCache:
     kinds = {"length": ("lengths", np.int32), "window": ("windows", np.int32), "overflow": ("overflow", bool)}
     rows = {name: _to_devices(np.asarray(record[key], kind), params) for name, (key, kind) in kinds.items()}
     batch, layers, cache = len(record["lengths"]), [], None
+    if spec.method is not None:
+        return KVCache(_method_layers(path, spec, batch), spec=spec, **rows)
     # Shapes only: nothing is allocated.
     shapes = jax.eval_shape(lambda: [list(map(_arrays, layer)) for layer in kv.init(spec, batch).layers])
     for index, wanted in enumerate(shapes):
@@ -116,6 +124,8 @@ def _record(cache: KVCache, params: Params, pending: Sequence[Sequence[int]] | N
         "capacity": spec.capacity,
         "sinks": spec.sinks,
         "razor": None if spec.razor is None else dataclasses.asdict(spec.razor),
+        "method": None if spec.method is None else to_record(spec.method.method),
+        "longest_prompt": None if spec.method is None else spec.method.longest,
         "lengths": np.asarray(cache.length).tolist(),
         "windows": np.asarray(cache.window).tolist(),
         "overflow": np.asarray(cache.overflow).tolist(),
@@ -128,8 +138,8 @@ def _fields(spec: CacheSpec, params: Params) -> dict[str, Any]:
     return {
         "architecture": architecture_fingerprint(params.config),
         "weights": weights_fingerprint(params),
-        # A dense cache is the same under every split.
-        "retrieval_heads": [list(heads) for heads in spec.heads.retrieval] if spec.razor else None,
+        # A dense cache is the same under every split; one of a method has its heads in the stored order.
+        "retrieval_heads": [list(heads) for heads in spec.heads.retrieval] if spec.razor or spec.method else None,
         "scopes": [list(layer) for layer in spec.heads.scopes] if spec.razor else None,
         "dtype": spec.dtype,
         "windowed_dtype": spec.windowed_dtype or spec.dtype,
@@ -171,6 +181,9 @@ def _spec(path: Path, record: Mapping[str, Any], params: Params) -> CacheSpec:
     try:
         razor = None if record["razor"] is None else RazorConfig(**record["razor"])
         spec = dataclasses.replace(cache_spec(params, razor, record["capacity"]), placement=None)  # as stored
+        if record.get("method") is not None:
+            engine = bind(from_record(record["method"]), params, record["longest_prompt"])
+            spec = dataclasses.replace(spec, method=engine)
         here = _fields(spec, params)
         differ = [name for name in here if here[name] != record[name]]
     except (KeyError, TypeError) as error:
@@ -181,8 +194,10 @@ def _spec(path: Path, record: Mapping[str, Any], params: Params) -> CacheSpec:
             f"the cache in {path} was made with other params: {differences}. Use the same model, head split and types, "
             "or prefill again"
         )
-    # The ring lengths that the allocation allows.
+    # The ring lengths that the allocation allows; under a method, prompt lengths.
     least, most = spec.shortest_ring(0), spec.capacity if razor is None else ring_length(razor, spec.capacity)
+    if spec.method is not None:
+        least, most = 1, spec.method.longest
     for length, window in zip(record["lengths"], record["windows"], strict=True):
         unset = length == window == 0
         if not (unset or least <= window <= most):
@@ -234,17 +249,7 @@ def _read_layer(
     path: Path, index: int, wanted: Sequence[Mapping[str, Any]], spec: CacheSpec, order: tuple[int, ...] | None
 ) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
     """Return each group's arrays in one-device layout, and its static fields."""
-    folder = _layer(path, index)
-    names = {str(number): dict.fromkeys(arrays, 0) for number, arrays in enumerate(wanted)}
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(folder).item_metadata.tree
-            if jax.tree.structure(stored) != jax.tree.structure(names):
-                raise ValueError(f"it has {_names(stored)}, but the record describes {_names(names)}")
-            # One by one: if one of several concurrent reads fails, Orbax leaves the readers of the others running.
-            read = {group: {name: _read(checkpointer, folder, group, name) for name in names[group]} for group in names}
-    except Exception as error:  # Orbax raises a bare Exception for a damaged file
-        raise ValueError(f"{folder} cannot be read: {error.__cause__ or error}; save the cache again") from error
+    folder, read = _layer(path, index), _read_arrays(_layer(path, index), wanted)
     groups = []
     for number, (_, windowed, scope) in enumerate(spec.groups(index)):
         used = min(spec.capacity, scope or (spec.windowed_slots if windowed else spec.capacity))
@@ -256,6 +261,37 @@ def _read_layer(
             arrays = {name: x[:, list(order)] for name, x in arrays.items()}
         groups.append((arrays, {"windowed": windowed, "scope": scope}))
     return groups
+
+
+def _read_arrays(folder: Path, wanted: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
+    """Return the arrays of a layer's folder by group and name, which must be those that are wanted."""
+    names = {str(number): dict.fromkeys(arrays, 0) for number, arrays in enumerate(wanted)}
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(folder).item_metadata.tree
+            if jax.tree.structure(stored) != jax.tree.structure(names):
+                raise ValueError(f"it has {_names(stored)}, but the record describes {_names(names)}")
+            # One by one: if one of several concurrent reads fails, Orbax leaves the readers of the others running.
+            return {group: {name: _read(checkpointer, folder, group, name) for name in names[group]} for group in names}
+    except Exception as error:  # Orbax raises a bare Exception for a damaged file
+        raise ValueError(f"{folder} cannot be read: {error.__cause__ or error}; save the cache again") from error
+
+
+def _leaves(layer: Any) -> dict[str, jax.Array]:
+    """Return the arrays of a method's layer by number. Orbax takes no empty ones."""
+    return {str(number): x for number, x in enumerate(jax.tree.leaves(layer)) if x.size}
+
+
+def _method_layers(path: Path, spec: CacheSpec, batch: int) -> tuple[tuple[Any, ...], ...]:
+    """Return the layers of a method's cache."""
+    layers = []
+    for index, empty in enumerate(placement_of(spec).init(spec, batch).layers):
+        folder, wanted = _layer(path, index), _leaves(empty)
+        leaves, structure = jax.tree.flatten(empty)
+        for name, x in _read_arrays(folder, [wanted])["0"].items():
+            leaves[int(name)] = jnp.array(_fitted(f"{folder} cannot be read: 0/{name}", x, wanted[name], None, 0))
+        layers.append(jax.tree.unflatten(structure, leaves))
+    return tuple(layers)
 
 
 def _read(checkpointer: ocp.PyTreeCheckpointer, folder: Path, group: str, name: str) -> np.ndarray:

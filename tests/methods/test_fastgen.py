@@ -24,15 +24,19 @@ from tests.support.methods import (
     token_ids,
 )  # fmt: skip
 
-BUDGET = 14
 SPECIAL, PUNCTUATION = (3, 7), (11, 12, 13, 20, 21)
-METHOD = FastGen(BUDGET, SPECIAL, PUNCTUATION)
+SHARE = 0.6  # of frequent and local tokens each: large steps, so that heads stop on different rungs
+every_budget = pytest.mark.parametrize("budget", [8, 24])
 
 
-def ladder():
+def make(budget):
+    return FastGen(budget, SPECIAL, PUNCTUATION, SHARE, SHARE)
+
+
+def ladder(budget):
     """The rungs as sets of tokens and the attention that each retains, row by row of the float64 map."""
     weights, ids, sets, retained = attention_map(*layer()[:2]), token_ids(), {}, np.zeros((B, K, 5))
-    count = int(0.3 * BUDGET)
+    count = int(SHARE * budget)
     for b, n in enumerate(LENGTHS):
         special = {0} | {t for t in range(n) if ids[b, t] in SPECIAL}
         marks = special | {t for t in range(n) if ids[b, t] in PUNCTUATION}
@@ -50,22 +54,24 @@ def ladder():
     return sets, retained
 
 
-def test_a_rung_retains_the_attention_of_its_tokens():
-    sets, expected = ladder()
-    q, k, v = layer()
+@every_budget
+def test_a_rung_retains_the_attention_of_its_tokens(budget):
+    sets, expected = ladder(budget)
+    method, (q, k, v) = make(budget), layer()
     prompt = prompt_of(k, v)
-    found, retained = METHOD.ladder(prompt, observe(METHOD, q, prompt), METHOD.room(prompt.lengths, 64))
+    found, retained = method.ladder(prompt, observe(method, q, prompt), method.room(prompt.lengths, 64))
     assert_allclose(retained, expected, rtol=1e-5)
     for (b, head), rungs in sets.items():
         assert [set(np.flatnonzero(x).tolist()) for x in np.asarray(found)[b, head]] == rungs
 
 
-def test_heads_share_slots_out_by_attention_gained_per_slot():
-    sets, retained = ladder()
+@every_budget
+def test_heads_share_slots_out_by_attention_gained_per_slot(budget):
+    sets, retained = ladder(budget)
     sums = attention_map(*layer()[:2])
     expected, used = [], []
     for b, n in enumerate(LENGTHS):
-        rung, total = [0] * K, K * BUDGET
+        rung, total = [0] * K, K * budget
         while True:
             spent = sum(len(sets[b, head][rung[head]]) for head in range(K))
             steps = []
@@ -86,7 +92,7 @@ def test_heads_share_slots_out_by_attention_gained_per_slot():
             kept[head].add(t)
         expected.append(kept)
         used.append(rung)
-    assert pool_tokens(state_of(METHOD)) == expected
+    assert pool_tokens(state_of(make(budget))) == expected
     assert len({rung for row in used for rung in row}) > 1
 
 

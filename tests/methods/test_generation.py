@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
+import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -13,9 +15,10 @@ from razor_jax import RazorConfig, functional
 from razor_jax.evals.protocol import CachedModel
 from razor_jax.methods import H2O, METHODS, HeadKV, SnapKV, by_name
 from razor_jax.methods.engine import bind
+from razor_jax.methods.record import from_record, to_record
 from razor_jax.text.session import Session
 from tests.support import tiny
-from tests.support.methods import text
+from tests.support.methods import IMPORTANCE, text
 
 KEEPS_TAIL, EVICTS = SnapKV(0.3, window=8), H2O(0.3)
 both = pytest.mark.parametrize("method", [KEEPS_TAIL, EVICTS], ids=["SnapKV", "H2O"])
@@ -95,12 +98,50 @@ def test_chunks_of_a_long_question_are_one_call():
     assert len(generate(question, cache=cache, max_new_tokens=3).tokens) == 3
 
 
-def test_what_a_method_cannot_do_is_refused_by_name(tmp_path, unchecked):
+@both
+def test_a_saved_cache_answers_as_the_one_that_was_saved(method, tmp_path):
+    params = tiny.params(text=False)
+    cache = razor_jax.prefill(params, text(60), razor=method)
+    razor_jax.save_cache(cache, params, tmp_path / "cache", pending=[[7]])
+    read = razor_jax.load_cache(params, tmp_path / "cache")
+    assert read.spec == cache.spec
+    for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(read), strict=True):
+        assert one.dtype == other.dtype
+        assert_array_equal(one, other)
+    assert generate(text(5), cache=read).tokens == generate(text(5), cache=cache).tokens
+    assert razor_jax.checkpoint.cache.load_pending(tmp_path / "cache") == ((7,),)
+
+
+def test_a_saved_cache_is_refused_under_another_order_of_heads(tmp_path):
+    params = tiny.params(text=False)
+    razor_jax.save_cache(razor_jax.prefill(params, text(60), razor=KEEPS_TAIL), params, tmp_path / "cache")
+    other = razor_jax.with_heads(params, razor_jax.HeadSplit(((), ()), 2))
+    with pytest.raises(ValueError, match="retrieval_heads"):
+        razor_jax.load_cache(other, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_read_back_from_its_record(name):
+    fields = {"importance": IMPORTANCE} if name == "headkv" else {}
+    method = METHODS[name](0.3, **fields)
+    assert from_record(json.loads(json.dumps(to_record(method)))) == method
+
+
+def test_a_method_that_no_other_process_knows_is_not_saved(tmp_path):
+    class Mine(SnapKV):
+        name = "Mine"
+
+    params = tiny.params(text=False)
+    cache = razor_jax.prefill(params, text(60), razor=KEEPS_TAIL)
+    engine = dataclasses.replace(cache.spec.method, method=Mine(0.3))
+    with pytest.raises(ValueError, match="caches of Mine are not saved: save one of KNorm"):
+        razor_jax.save_cache(cache.replace(spec=dataclasses.replace(cache.spec, method=engine)), params, tmp_path / "x")
+
+
+def test_what_a_method_cannot_do_is_refused_by_name(unchecked):
     params = tiny.params(text=False)
     with pytest.raises(TypeError, match="comes from razor_jax"):
         razor_jax.init_cache(params, batch=1, capacity=64, razor=KEEPS_TAIL)
-    with pytest.raises(ValueError, match="caches of SnapKV are not saved"):
-        razor_jax.save_cache(razor_jax.prefill(params, text(30), razor=KEEPS_TAIL), params, tmp_path / "cache")
     with pytest.raises(ValueError, match="SnapKV needs rotary embedding"):
         bind(KEEPS_TAIL, params.replace(config=dataclasses.replace(params.config, alibi=True)), 10)
     with pytest.raises(ValueError, match="SnapKV runs on one device"):

@@ -1,0 +1,36 @@
+"""Methods as JSON, beside a saved cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .base import CacheMethod
+from .kvzip import RepetitionScores
+from .registry import METHODS
+
+_CLASSES = {cls.__name__: cls for cls in (*METHODS.values(), RepetitionScores)}
+
+
+def to_record(method: CacheMethod) -> dict[str, Any]:
+    """Return a method as JSON that `from_record` reads.
+
+    Raises ValueError for a class that is not in the registry, because no other process could find it.
+    """
+    kind = type(method).__name__
+    if _CLASSES.get(kind) is not type(method):
+        raise ValueError(
+            f"caches of {method.name} are not saved: save one of {', '.join(_CLASSES)}, of a RazorConfig or dense"
+        )
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    return {"class": kind} | {name: to_record(x) if isinstance(x, CacheMethod) else x for name, x in fields.items()}
+
+
+def from_record(record: dict[str, Any]) -> CacheMethod:
+    """Return the method of a record. Raises KeyError or TypeError for a class or field that is unknown."""
+    fields = {name: from_record(x) if isinstance(x, dict) else _tuples(x) for name, x in record.items()}
+    return _CLASSES[fields.pop("class")](**fields)
+
+
+def _tuples(x: Any) -> Any:
+    return tuple(map(_tuples, x)) if isinstance(x, list) else x
