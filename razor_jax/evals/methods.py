@@ -18,7 +18,7 @@ from rich.table import Table as RichTable
 from ..cache import make_spec
 from ..config import RazorConfig
 from ..heads import find_heads
-from ..methods import METHODS, CacheMethod, HeadKV, by_name
+from ..methods import METHODS, CacheMethod, FastGen, HeadKV, RazorKVzip, by_name, token_classes
 from ..methods.engine import bind
 from ..params import Params
 from ..text.generate import prefill
@@ -73,15 +73,18 @@ def settings(params: Params, razor: RazorConfig, names: Sequence[str], budget: f
 
 
 def make(params: Params, name: str, budget: float | int) -> CacheMethod:
-    """Return a method by its name, with the importance of this model's heads if it needs one.
+    """Return a method by its name, with what it needs to know of this model.
 
     Importance is the larger of the echo and the induction score of a short head probe.
     """
-    method = by_name(name, budget)
+    method, known = by_name(name, budget), {}
     if isinstance(method, HeadKV):
-        importance = tuple(tuple(map(float, layer)) for layer in find_heads(params, block=_BLOCK).best)
-        method = dataclasses.replace(method, importance=importance)
-    return method
+        known["importance"] = tuple(tuple(map(float, layer)) for layer in find_heads(params, block=_BLOCK).best)
+    if isinstance(method, FastGen):
+        known["special"], known["punctuation"] = token_classes(params.assets)
+    if isinstance(method, RazorKVzip) and params.heads is not None:
+        known["retrieval"] = params.heads.retrieval
+    return dataclasses.replace(method, **known)
 
 
 def row_name(name: str) -> str:

@@ -12,6 +12,7 @@ from .headkv import HeadKV
 from .knorm import KNorm
 from .kvzip import KVzip
 from .pyramidkv import PyramidKV
+from .razor_heads import RazorKVzip, RazorSnapKV
 from .registry import METHODS, by_name
 from .snapkv import SnapKV
 from .streaming import StreamingLLM
@@ -33,6 +34,8 @@ __all__ = [
     "KNorm",
     "KVzip",
     "PyramidKV",
+    "RazorKVzip",
+    "RazorSnapKV",
     "SnapKV",
     "StreamingLLM",
     "by_name",

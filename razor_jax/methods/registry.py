@@ -17,6 +17,7 @@ from .headkv import HeadKV
 from .knorm import KNorm
 from .kvzip import KVzip
 from .pyramidkv import PyramidKV
+from .razor_heads import RazorKVzip, RazorSnapKV
 from .snapkv import SnapKV
 from .streaming import StreamingLLM
 from .tova import TOVA
@@ -38,6 +39,8 @@ METHODS: dict[str, type[CacheMethod]] = {
     "corm": CORM,
     "fastgen": FastGen,
     "ems": EMS,
+    "razor-kvzip": RazorKVzip,
+    "razor-snapkv": RazorSnapKV,
 }
 
 

@@ -77,12 +77,16 @@ def keep(prompt: Prompt, at: Int[jax.Array, "B K S"], room: Int[jax.Array, " B"]
     return Slots(k, v, jnp.minimum(room, lengths), room, **extras)
 
 
-def read_slots(slots: Slots, q: Float[jax.Array, "B K R H"], scale: float, implementation: Any) -> State:
-    """Return the softmax state of query rows over the used slots."""
+def read_slots(
+    slots: Slots, q: Float[jax.Array, "B K R H"], scale: float, implementation: Any, state: State | None = None
+) -> State:
+    """Return the softmax state of query rows over the used slots, joined to `state` if there is one."""
     B, K, R, H = q.shape
     # Kernels take one length per row: every head becomes a row.
+    if state is not None:
+        state = cast(State, tuple(x.reshape(B * K, 1, *x.shape[2:]) for x in state))
     q, k, v = (x.reshape(B * K, 1, -1, H) for x in (q, slots.k, slots.v))
-    options = {"scale": scale, "return_state": True, "implementation": implementation}
+    options = {"scale": scale, "state": state, "return_state": True, "implementation": implementation}
     acc, m, l = cast(State, kernel.attend(q, k, v, slots.valid.reshape(-1), **options))
     return acc.reshape(B, K, R, H), m.reshape(B, K, R), l.reshape(B, K, R)
 

@@ -27,7 +27,13 @@ every_method = pytest.mark.parametrize(
 TOKENS = np.stack([tiny.prompt(4, seed=row) for row in range(len(LENGTHS))])
 
 
-FIELDS = {"headkv": {"importance": IMPORTANCE}, "fastgen": {"special": (1,), "punctuation": tuple(range(20, 60))}}
+RETRIEVAL = {"retrieval": tiny.SPLIT.retrieval, "window": 2}
+FIELDS = {
+    "headkv": {"importance": IMPORTANCE},
+    "fastgen": {"special": (1,), "punctuation": tuple(range(20, 60))},
+    "razor-kvzip": RETRIEVAL,
+    "razor-snapkv": RETRIEVAL,
+}
 
 
 def make(name: str, budget):
@@ -48,19 +54,21 @@ def dense():
 def change_slots(cache, change):
     """The cache with `change(x [B, K, S, …], valid [B, K])` applied to all that a slot holds; a pool has K = 1."""
 
-    def of(node):
-        if not isinstance(node, Kept):
-            return node
-        state = node.state
+    def of(state):
         if isinstance(state, Pool):
             changed = {n: change(getattr(state, n)[:, None], state.valid[:, None])[:, 0] for n in ("k", "v", "owner")}
-            return node.replace(state=state.replace(**changed))
-        assert isinstance(state, Slots)
+            return state.replace(**changed)
+        if not isinstance(state, Slots):
+            return state  # an array that is no slot's
         fields = {name: getattr(state, name) for name in ("k", "v", "score", "position")}
-        changed = {name: change(x, state.valid) for name, x in fields.items() if x is not None}
-        return node.replace(state=state.replace(**changed))
+        return state.replace(**{name: change(x, state.valid) for name, x in fields.items() if x is not None})
 
-    return cache.replace(layers=tuple(tuple(map(of, layer)) for layer in cache.layers))
+    def of_layer(node):
+        if not isinstance(node, Kept):
+            return node
+        return node.replace(state=jax.tree.map(of, node.state, is_leaf=lambda x: isinstance(x, Pool | Slots)))
+
+    return cache.replace(layers=tuple(tuple(map(of_layer, layer)) for layer in cache.layers))
 
 
 @every_method
