@@ -52,12 +52,33 @@ def test_needle_writes_table_json_pictures_and_goes_on(run, model, tmp_path):
     assert (tmp_path / "out" / "records.jsonl").read_bytes() == records
 
 
+def test_methods_get_the_bytes_of_razor_on_the_same_questions(run, model, tmp_path):
+    # the shapes of the needle test above, so that dense and Razor run its programs
+    arguments = ("eval", "methods", "-m", model, "--tokens", 500, "--documents", 1, "--batch", 2, "--tasks", "needle")
+    done = run(*arguments, "--method", "knorm", "--out", tmp_path, "--json")
+    assert done.exit_code == 0, done.output
+    content = json.loads(done.stdout)
+    dense, razor, knorm = content["rows"]
+    assert [row["method"] for row in content["rows"]] == ["dense", "Razor", "L2-norm"]
+    # The dense row is bfloat16; a budget is a share of a cache in the type of the weights, here float32.
+    assert content["budget"] == razor["bytes"] / (2 * dense["bytes"])
+    assert razor["bytes"] <= knorm["bytes"] <= 1.02 * razor["bytes"]
+    (table,) = content["tables"]
+    assert [row["setting"] for row in table["settings"]] == ["dense", "Razor", "L2-norm"]
+    assert {"right", "minus_razor", "prefill_seconds", "decode_seconds"} <= knorm.keys()
+    assert (tmp_path / "methods.json").exists()
+    again = run(*arguments, "--method", "snap")
+    assert again.exit_code == 2
+    assert "use one of knorm, streaming" in " ".join(again.stderr.replace("│", " ").split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("eval", "needle", "--lengths", "many"), "'many' is not a list of whole numbers"),
         (("eval", "needle", "--depths", "deep"), "'deep' is not a list of numbers"),
         (("eval", "ruler", "--tasks", "niah"), "'niah': use niah_single_1"),
+        (("eval", "methods", "--tasks", "niah"), "'niah': use needle, needles"),
     ],
 )
 def test_wrong_usage_is_2(run, arguments, message):
