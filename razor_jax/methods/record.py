@@ -15,14 +15,15 @@ _CLASSES = {cls.__name__: cls for cls in (*METHODS.values(), RepetitionScores)}
 def to_record(method: CacheMethod) -> dict[str, Any]:
     """Return a method as JSON that `from_record` reads.
 
-    Raises ValueError for a class that is not in the registry, because no other process could find it.
+    Raises ValueError for a class that is not in the registry, because no other process could find it, and for fields that
+    are more than settings.
     """
-    kind = type(method).__name__
-    if _CLASSES.get(kind) is not type(method):
+    kind, fields = type(method).__name__, {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    settings = all(x is None or isinstance(x, CacheMethod | int | float | str | tuple) for x in fields.values())
+    if _CLASSES.get(kind) is not type(method) or not settings:
         raise ValueError(
             f"caches of {method.name} are not saved: save one of {', '.join(_CLASSES)}, of a RazorConfig or dense"
         )
-    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
     return {"class": kind} | {name: to_record(x) if isinstance(x, CacheMethod) else x for name, x in fields.items()}
 
 
