@@ -36,7 +36,7 @@ class Prompt(NamedTuple):
       heads: the layer's KV heads, in the order of k and v, by their number in the checkpoint.
       longest: bound on the lengths. Shapes of a state may depend on it, and not on T, which is padded.
       config: shapes of the model.
-      tokens: int32 [B, T], ids of the prompt.
+      tokens: int32 [B, T], ids of the prompt; None on a layer made by hand.
     """
 
     k: jax.Array
@@ -46,7 +46,7 @@ class Prompt(NamedTuple):
     heads: tuple[int, ...]
     longest: int
     config: ModelConfig
-    tokens: jax.Array
+    tokens: jax.Array | None = None
 
     @property
     def valid(self) -> jax.Array:

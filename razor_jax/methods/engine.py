@@ -179,7 +179,7 @@ class Engine(OneDevice):
         tables = _tables(c, meta, x.shape[1])
         k, v = cast(tuple[jax.Array, jax.Array], part(x, tables, method="keys_values"))
         cached_k, cached_v = (a.astype(meta.spec.dtype) for a in (k, v))
-        prompt = Prompt(cached_k, cached_v, meta.new, index, self.order[index], self.longest, c, tokens)
+        prompt = Prompt(cached_k, cached_v, meta.new, index, self.order[index], self.longest, c, tokens=tokens)
         options = {"group_size": c.group_size, "slopes": None, "return_state": True}
         own = functools.partial(attend_own, meta=meta, implementation=meta.spec.kernels, **options)
 
@@ -339,7 +339,7 @@ def _state_shapes(engine: Engine, dtype: str, batch: int, layer: int) -> tuple[l
         shape = (batch, c.num_kv_heads, engine.longest, c.head_dim)
         k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         lengths, tokens = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, engine.longest), jnp.int32)
-        prompt = Prompt(k, v, lengths, layer, engine.order[layer], engine.longest, c, tokens)
+        prompt = Prompt(k, v, lengths, layer, engine.order[layer], engine.longest, c, tokens=tokens)
         leaves, structure = jax.tree.flatten(engine.compress(prompt, engine.method.start(prompt), dtype))
         structures.append(structure)
         return leaves

@@ -105,6 +105,7 @@ class FastGen(CacheMethod):
 
     def _of(self, ids: tuple[int, ...] | None, prompt: Prompt) -> Bool[jax.Array, "B T"]:
         """Return which tokens of the prompt are among `ids`."""
+        assert prompt.tokens is not None
         known = np.isin(np.arange(prompt.config.vocab_size), ids or ())
         return jnp.asarray(known)[prompt.tokens] & prompt.valid
 

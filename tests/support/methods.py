@@ -58,7 +58,7 @@ def prompt_of(
     rows, heads, longest, _ = k.shape
     tokens = token_ids(longest, rows) if tokens is None else tokens
     arrays = map(jnp.asarray, (k, v, lengths))
-    return Prompt(*arrays, number, tuple(range(heads)), longest, CONFIG, jnp.asarray(tokens))
+    return Prompt(*arrays, number, tuple(range(heads)), longest, CONFIG, tokens=jnp.asarray(tokens))
 
 
 def observe(method: CacheMethod, q: np.ndarray, prompt: Prompt, chunk: int = 16):
