@@ -121,16 +121,19 @@ class EMS(CacheMethod):
 
         A token that is not similar enough to any is dropped.
         """
+        assert state.score is not None
         new = [jnp.where(joins[..., None], x.astype(jnp.float32), 0.0) for x in (k, v, scores)]
-        old = [jnp.where(centres[..., None], x.astype(jnp.float32), 0.0) for x in (state.k, state.v, _scores(state))]
-        cosines = (_einsum("bkmh,bksh->bkms", _unit(a), _unit(b)) for a, b in zip(new[:2], old[:2], strict=True))
-        similar = jnp.prod(jnp.stack([jnp.maximum(x, 0.0) for x in cosines]), axis=0)
+        old = [
+            jnp.where(centres[..., None], x.astype(jnp.float32), 0.0)
+            for x in (state.k, state.v, state.score[..., None])
+        ]
+        of_k, of_v = (_einsum("bkmh,bksh->bkms", _unit(a), _unit(b)) for a, b in zip(new[:2], old[:2], strict=True))
+        similar = jnp.maximum(of_k, 0.0) * jnp.maximum(of_v, 0.0)
         similar = jnp.where(joins[..., None] & centres[:, :, None], similar, -1.0)
         nearest = jnp.argmax(similar, axis=-1)
         merges = jnp.max(similar, axis=-1) >= self.threshold
         slot = jnp.arange(state.k.shape[2], dtype=jnp.int32)
         member = ((nearest[..., None] == slot) & merges[..., None]).astype(jnp.float32)  # [B, K, M, S]
-
         parts = zip(_weighted(*old), _weighted(*new), strict=True)
         weight, value, norm, direction = (a + _einsum("bkms,bkmh->bksh", member, b) for a, b in parts)
         key, value = norm / weight * _unit(direction), value / weight
@@ -143,11 +146,6 @@ def _weighted(k: jax.Array, v: jax.Array, scores: jax.Array) -> tuple[jax.Array,
     """Return what a merge adds up: scores, and by them values, norms of keys and directions of keys."""
     scores = jnp.maximum(scores, _LEAST)
     return scores, scores * v, scores * jnp.linalg.norm(k, axis=-1, keepdims=True), scores * _unit(k)
-
-
-def _scores(state: Slots) -> jax.Array:
-    assert state.score is not None
-    return state.score[..., None]
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -15,8 +15,8 @@ _CLASSES = {cls.__name__: cls for cls in (*METHODS.values(), RepetitionScores)}
 def to_record(method: CacheMethod) -> dict[str, Any]:
     """Return a method as JSON that `from_record` reads.
 
-    Raises ValueError for a class that is not in the registry, because no other process could find it, and for fields that
-    are more than settings.
+    Raises ValueError for a class outside the registry, because no other process could find it, and for fields that are
+    more than settings.
     """
     kind, fields = type(method).__name__, {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
     settings = all(x is None or isinstance(x, CacheMethod | int | float | str | tuple) for x in fields.values())
