@@ -29,7 +29,7 @@ def to_record(method: CacheMethod) -> dict[str, Any]:
 
 def from_record(record: dict[str, Any]) -> CacheMethod:
     """Return the method of a record. Raises KeyError or TypeError for a class or field that is unknown."""
-    fields = {name: from_record(x) if isinstance(x, dict) else _tuples(x) for name, x in record.items()}
+    fields: dict[str, Any] = {name: from_record(x) if isinstance(x, dict) else _tuples(x) for name, x in record.items()}
     return _CLASSES[fields.pop("class")](**fields)
 
 

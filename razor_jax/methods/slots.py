@@ -86,8 +86,10 @@ def read_slots(
     if state is not None:
         state = cast(State, tuple(x.reshape(B * K, 1, *x.shape[2:]) for x in state))
     q, k, v = (x.reshape(B * K, 1, -1, H) for x in (q, slots.k, slots.v))
-    options = {"scale": scale, "state": state, "return_state": True, "implementation": implementation}
-    acc, m, l = cast(State, kernel.attend(q, k, v, slots.valid.reshape(-1), **options))
+    found = kernel.attend(
+        q, k, v, slots.valid.reshape(-1), scale=scale, state=state, return_state=True, implementation=implementation
+    )
+    acc, m, l = cast(State, found)
     return acc.reshape(B, K, R, H), m.reshape(B, K, R), l.reshape(B, K, R)
 
 
