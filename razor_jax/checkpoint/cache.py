@@ -186,7 +186,7 @@ def _spec(path: Path, record: Mapping[str, Any], params: Params) -> CacheSpec:
             spec = dataclasses.replace(spec, method=engine)
         here = _fields(spec, params)
         differ = [name for name in here if here[name] != record[name]]
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise _damaged(path, repr(error)) from error
     if differ:
         differences = "; ".join(f"{name} {_short(record[name])}, here {_short(here[name])}" for name in differ)
