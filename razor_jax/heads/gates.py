@@ -30,10 +30,10 @@ from ..models.rope import tables
 from ..models.transformer import Block, Transformer
 from ..needles.tasks import Task, make_tasks
 from ..params import Params, architecture_fingerprint, weights_fingerprint
+from ..resume import State
 from .causal import Ablation
 from .mass import Progress
 from .scores import HeadScores, ProbeMeta
-from .state import State
 
 GRID = (0.25, 0.5, 0.75)  # gates at which the integrated gradient is taken
 STEPS = 72  # at least; 6 per document

@@ -17,12 +17,12 @@ import numpy as np
 
 from ..config import HeadSplit, RazorConfig, check_int
 from ..params import Params
+from ..resume import State
 from .causal import Ablation, mask_of
 from .gates import CALIBRATION, Calibration, Reading, answered, gradient_heads, loss_gradient, readings, run_of
 from .mass import Progress
 from .promise import QUESTIONS, fit_families
 from .scores import HeadScores
-from .state import State
 
 SWAPS = (8, 4, 2, 1)  # heads that change at once
 ROUNDS = 12

@@ -91,11 +91,11 @@ def test_a_stopped_search_resumes(params, tmp_path):
     assert seen == [(3, 4), (4, 4)]
     np.testing.assert_array_equal(resumed.induction, gates.gate_heads(params, **options).induction)
 
-    with pytest.raises(ValueError, match="is the state of another search"):
+    with pytest.raises(ValueError, match="is the state of another run"):
         gates.gate_heads(params, **options | {"steps": 5}, state=file)
     broken = tmp_path / "broken.npz"
     broken.write_bytes(b"PK nothing")
-    with pytest.raises(ValueError, match="is not the state of a head search"):
+    with pytest.raises(ValueError, match="is not the state of a search or fit"):
         gates.gate_heads(params, **options, state=broken)
 
 

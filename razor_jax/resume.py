@@ -1,4 +1,4 @@
-"""The progress of a long head search in a file, from which a second run resumes."""
+"""The progress of a long search or fit in a file, from which a second run resumes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import atomic_file
+from .files import atomic_file
 
 
 class State:
-    """Arrays of a search after its last finished step; without a file, nothing is kept."""
+    """Arrays of a search or fit after its last finished step; without a file, nothing is kept."""
 
     def __init__(self, path: Path | None, run: dict[str, object]):
-        """Read the file if there is one. `run` describes the search: model, method, arguments.
+        """Read the file if there is one. `run` describes what runs: model, method, arguments.
 
-        Raises ValueError if the file is of another search, or no such file.
+        Raises ValueError if the file is the state of something else, or no such file.
         """
         self.path, self.arrays = path, {}
         self._run = json.dumps(run, sort_keys=True, default=str)
@@ -27,9 +27,9 @@ class State:
                 arrays = {name: found[name] for name in found.files}
             theirs = str(arrays.pop("run"))
         except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"{path} is not the state of a head search: give another file") from error
+            raise ValueError(f"{path} is not the state of a search or fit: give another file") from error
         if theirs != self._run:
-            raise ValueError(f"{path} is the state of another search ({theirs}): give another file, or delete it")
+            raise ValueError(f"{path} is the state of another run ({theirs}): give another file, or delete it")
         self.arrays = arrays
 
     def save(self, **arrays: np.ndarray) -> None:
