@@ -21,6 +21,7 @@ from . import (
     demo,
     doctor,
     evals,
+    fit,
     generate,
     heads,
     longbench,
@@ -53,6 +54,7 @@ app.command()(generate.generate)
 app.command()(generate.prefill)
 app.command()(chat.chat)
 app.add_typer(heads.app, name="heads")
+app.command()(fit.fit)
 app.command()(plan.plan)
 app.command()(serve.serve)
 app.command()(bench.bench)

@@ -9,6 +9,7 @@ are known; the task `inside` puts each question into the prefill, the order that
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -18,7 +19,17 @@ from rich.table import Table as RichTable
 from ..cache import make_spec
 from ..config import RazorConfig
 from ..heads import find_heads
-from ..methods import METHODS, CacheMethod, FastGen, HeadKV, RazorKVzip, by_name, token_classes
+from ..methods import (
+    METHODS,
+    CacheMethod,
+    FastGen,
+    HeadKV,
+    LearnedMethod,
+    RazorKVzip,
+    by_name,
+    stored_path,
+    token_classes,
+)
 from ..methods.engine import bind
 from ..params import Params
 from ..text.generate import prefill
@@ -40,6 +51,7 @@ from .protocol import (
 )
 from .table import Table
 
+logger = logging.getLogger(__name__)
 _BLOCK = 256  # tokens of a copy in the head probe of HeadKV; it reads four
 
 TaskName = Literal["needle", "needles", "several", "conversation", "inside"]
@@ -64,12 +76,22 @@ TASKS: dict[TaskName, Task] = {
 
 
 def settings(params: Params, razor: RazorConfig, names: Sequence[str], budget: float | int) -> list[CachedModel]:
-    """Return dense attention, Razor under its own policy, and the named methods at a budget.
+    """Return dense attention, Razor under its own policy, and the named methods at a budget; all without names.
 
-    Raises ValueError for an unknown method or field.
+    Raises ValueError for an unknown method or field, and for a named method that was not fitted to the model. Without
+    names, such a method is left out.
     """
+    if not names:
+        names = [name for name in METHODS if is_fitted(params, name)]
+        for name in METHODS.keys() - names:
+            logger.info("%s is left out: `razor-jax fit --method %s` fits it to the model", METHODS[name].name, name)
     rows = [dense(params), CachedModel("Razor", params, razor)]
-    return rows + [CachedModel(row_name(name), params, make(params, name, budget)) for name in names or METHODS]
+    return rows + [CachedModel(row_name(name), params, make(params, name, budget)) for name in names]
+
+
+def is_fitted(params: Params, name: str) -> bool:
+    """Return whether a method needs no fitting, or `razor-jax fit` stored its parts for this model."""
+    return not issubclass(METHODS[name], LearnedMethod) or stored_path(params, name).is_file()
 
 
 def make(params: Params, name: str, budget: float | int) -> CacheMethod:
@@ -84,7 +106,11 @@ def make(params: Params, name: str, budget: float | int) -> CacheMethod:
         known["special"], known["punctuation"] = token_classes(params.assets)
     if isinstance(method, RazorKVzip) and params.heads is not None:
         known["retrieval"] = params.heads.retrieval
-    return dataclasses.replace(method, **known)
+    if isinstance(method, LearnedMethod) and is_fitted(params, name.partition(":")[0]):
+        known["learned"] = stored_path(params, method.key)
+    method = dataclasses.replace(method, **known)
+    method.check_params(params)
+    return method
 
 
 def row_name(name: str) -> str:
@@ -101,6 +127,20 @@ def document_bytes(setting: CachedModel, tokens: int) -> int:
     if isinstance(razor, CacheMethod):
         return bind(razor, params, tokens).prompt_bytes(make_spec(split, dim, tokens, None, params.dtype), tokens)
     return make_spec(split, dim, tokens, razor, params.dtype).kv_bytes(1)
+
+
+def learned_bytes(setting: CachedModel) -> int:
+    """Return the bytes of a method's learned parts, which all rows and prompts share."""
+    return setting.razor.learned.nbytes if isinstance(setting.razor, LearnedMethod) else 0
+
+
+def read_bytes(setting: CachedModel, tokens: int) -> int | None:
+    """Return what a step reads of a document, in bytes, where a method holds more than it reads; None otherwise."""
+    method = setting.razor
+    if not isinstance(method, CacheMethod) or method.kind != "selects":
+        return None
+    share = method.budget / tokens if isinstance(method.budget, int) else method.budget
+    return round(min(1.0, share) * document_bytes(CachedModel("", setting.params, None), tokens))
 
 
 def razor_share(
@@ -143,24 +183,30 @@ class Comparison:
       tables: one per task.
       tokens: tokens of the longest document.
       bytes: per row, those of its cache of such a document.
+      learned: per row, bytes of its learned parts, beside the cache.
+      reads: of rows that hold more than a step reads, the bytes that it reads. They are no rivals of the others.
       times: per row, seconds of prefill per document, and of a decode step of a whole batch.
     """
 
     tables: dict[TaskName, Table]
     tokens: int
     bytes: dict[str, int]
+    learned: dict[str, int]
+    reads: dict[str, int]
     times: dict[str, tuple[float, float]]
 
     def render(self, title: str) -> RichTable:
         """Return shares of right answers by task, bytes and times, for the terminal."""
         table = RichTable(title=title, box=box.SIMPLE, title_justify="left")
-        for name in ("method", *self.tables, "bytes", "of dense", "prefill s", "ms a step"):
+        for name in ("method", *self.tables, "bytes", "of dense", "learned", "prefill s", "ms a step"):
             table.add_column(name, justify="left" if name == "method" else "right")
         whole = next(iter(self.bytes.values()))
         for name, size in self.bytes.items():
             right = (f"{each[name].score.share:.1%}" for each in self.tables.values())
             prefill, decode = self.times[name]
-            figures = (f"{size:,}", f"{size / whole:.1%}", f"{prefill:.2f}", f"{1000 * decode:.1f}")
+            learned = f"{self.learned[name]:,}" if self.learned[name] else "–"
+            held = f"holds {size:,}, reads {self.reads[name]:,}" if name in self.reads else f"{size:,}"
+            figures = (held, f"{size / whole:.1%}", learned, f"{prefill:.2f}", f"{1000 * decode:.1f}")
             table.add_row(name, *right, *figures)
         return table
 
@@ -170,6 +216,8 @@ class Comparison:
             {
                 "method": name,
                 "bytes": size,
+                "learned_bytes": self.learned[name],
+                "read_bytes": self.reads.get(name),
                 "prefill_seconds": self.times[name][0],
                 "decode_seconds": self.times[name][1],
                 "right": {task: table[name].score._asdict() for task, table in self.tables.items()},
@@ -220,4 +268,7 @@ def compare(
     longest = max(len(document) for each in texts.values() for document, _ in each)
     variant = TASKS[tasks[0]].variant
     times = {row.name: seconds(row, texts[variant], batch, needle.answer_tokens(variant)) for row in rows}
-    return Comparison(tables, longest, {row.name: document_bytes(row, longest) for row in rows}, times)
+    sizes = {row.name: document_bytes(row, longest) for row in rows}
+    learned = {row.name: learned_bytes(row) for row in rows}
+    reads = {row.name: size for row in rows if (size := read_bytes(row, longest)) is not None}
+    return Comparison(tables, longest, sizes, learned, reads, times)

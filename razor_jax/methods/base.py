@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from jaxtyping import Float, Float32, Int32
 from ..kernels.attention import State
 from ..models.config import ModelConfig
 from .slots import Slots, keep_best, read_slots, step_slots
+
+if TYPE_CHECKING:
+    from ..params import Params
 
 Kind = Literal["evicts", "masks", "selects"]
 
@@ -37,6 +40,8 @@ class Prompt(NamedTuple):
       longest: bound on the lengths. Shapes of a state may depend on it, and not on T, which is padded.
       config: shapes of the model.
       tokens: int32 [B, T], ids of the prompt; None on a layer made by hand.
+      x: [B, T, D], the hidden states that the layer reads; None on a layer made by hand. A method that needs them takes
+        what it needs in `start`, because they are gone after the layer.
     """
 
     k: jax.Array
@@ -47,14 +52,15 @@ class Prompt(NamedTuple):
     longest: int
     config: ModelConfig
     tokens: jax.Array | None = None
+    x: jax.Array | None = None
 
     @property
     def valid(self) -> jax.Array:
         """Tokens that are no padding, bool [B, T]."""
         return jnp.arange(self.k.shape[2], dtype=jnp.int32) < self.lengths[:, None]
 
-    def newest(self, count: int) -> jax.Array:
-        """Return the `count` newest tokens of each row, bool [B, T]."""
+    def newest(self, count: int | jax.Array) -> jax.Array:
+        """Return the `count` (one number, or [B, 1]) newest tokens of each row, bool [B, T]."""
         return self.valid & (jnp.arange(self.k.shape[2], dtype=jnp.int32) >= self.lengths[:, None] - count)
 
     def first(self, count: int) -> jax.Array:
@@ -108,6 +114,8 @@ class CacheMethod:
     """Whether layers or heads differ; otherwise layers of the same shapes share a compiled program."""
     evicts_later: ClassVar[bool] = False
     """Whether later tokens go into the state; otherwise a tail keeps all of them."""
+    follows: ClassVar[bool] = False
+    """Whether later tokens change the state although a tail keeps them; then `follow` reads, token by token."""
     slot_extras: ClassVar[int] = 0
     """Bytes of a slot beside its key and value."""
 
@@ -126,10 +134,23 @@ class CacheMethod:
         given = {name: x for name, x in given.items() if not isinstance(x, tuple)}  # a number per head is too long
         fields = (f"{name} {x.name if isinstance(x, CacheMethod) else x}" for name, x in given.items())
         kept = f"{self.budget} tokens" if isinstance(self.budget, int) else f"{self.budget:.1%} of the prompt's bytes"
+        if self.kind == "selects":
+            kept = f"holds all and reads {kept} per step"
         return ", ".join((f"{self.name}, {kept}", *fields))
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError if the method cannot run on a model of these shapes."""
+
+    def check_params(self, params: Params) -> None:
+        """Raise ValueError if the method was fitted to other weights, or needs fitting first."""
+
+    def parts(self, layer: int, heads: tuple[int, ...]) -> Any:
+        """Return what the method learned of a layer, arrays for its KV heads in this order; None if nothing."""
+        return None
+
+    def with_parts(self, parts: Any) -> CacheMethod:
+        """Return the method as one layer's, whose learned parts may be traced."""
+        return self
 
     def share(self, slot_bytes: int) -> float:
         """Return the kept share of a prompt's tokens whose bytes, with `slot_extras`, are the budget's.
@@ -186,6 +207,13 @@ class CacheMethod:
     def read(self, state: Any, q: Float[jax.Array, "B K R H"], scale: float, implementation: Any) -> State:
         """Return the softmax state of query rows over the kept tokens."""
         return read_slots(state, q, scale, implementation)
+
+    def follow(self, state: Any, q: Float[jax.Array, "B K G H"], others: State) -> tuple[State, Any]:
+        """Return the softmax state of one later token over the prompt and `others`, and the new state. If `follows`.
+
+        `others` is the token's softmax state over the tail and the tokens of its call.
+        """
+        raise NotImplementedError
 
     def step(
         self,

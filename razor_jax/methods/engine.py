@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -100,6 +101,10 @@ class Engine(OneDevice):
         kept = self.method.room(prompts, self._slot_bytes(spec.dtype))
         return jnp.maximum(0, (length if self.method.evicts_later else prompts) - kept)
 
+    @property
+    def _changes_later(self) -> bool:
+        return self.method.evicts_later or self.method.follows
+
     def _slot_bytes(self, dtype: Any) -> int:
         return 2 * self.config.head_dim * jnp.dtype(dtype).itemsize
 
@@ -118,7 +123,7 @@ class Engine(OneDevice):
         tail = Group(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype), None, None, windowed=False)
         shapes, structure = _state_shapes(self, spec.dtype, batch, layer if self.method.by_layer else 0)
         state = jax.tree.unflatten(structure, [jnp.zeros(x.shape, x.dtype) for x in shapes])
-        kept = Kept(state, self.method.evicts_later)
+        kept = Kept(state, self._changes_later)
         return (kept,) if self.method.evicts_later else (kept, tail)
 
     def broadcast(self, cache: KVCache, batch: int, capacity: int) -> KVCache:
@@ -149,7 +154,18 @@ class Engine(OneDevice):
         """Return what runs the layers of a call, one after the other, as `functional` runs its own."""
         if fresh:
             return _Prompt(self, tokens).run
-        return lambda block, weights, slopes, x, layer, meta: _run_later(self, block, weights, x, layer, meta)
+        numbers = itertools.count()
+        return lambda block, weights, slopes, x, layer, meta: _run_later(
+            self, block, weights, x, layer, meta, self.parts(next(numbers))
+        )
+
+    def parts(self, layer: int) -> Any:
+        """Return what the method learned of a layer, heads in the stored order."""
+        return self.method.parts(layer, self.order[layer])
+
+    def with_parts(self, parts: Any) -> Engine:
+        """Return the engine of one layer, for use inside a program."""
+        return dataclasses.replace(self, method=self.method.with_parts(parts))
 
     def compress(self, prompt: Prompt, seen: Any, dtype: Any) -> Any:
         """Return the state of a layer of a prompt."""
@@ -179,7 +195,7 @@ class Engine(OneDevice):
         tables = _tables(c, meta, x.shape[1])
         k, v = cast(tuple[jax.Array, jax.Array], part(x, tables, method="keys_values"))
         cached_k, cached_v = (a.astype(meta.spec.dtype) for a in (k, v))
-        prompt = Prompt(cached_k, cached_v, meta.new, index, self.order[index], self.longest, c, tokens=tokens)
+        prompt = Prompt(cached_k, cached_v, meta.new, index, self.order[index], self.longest, c, tokens=tokens, x=x)
         options = {"group_size": c.group_size, "slopes": None, "return_state": True}
         own = functools.partial(attend_own, meta=meta, implementation=meta.spec.kernels, **options)
 
@@ -214,7 +230,7 @@ class Engine(OneDevice):
 
             repetition, seen = run(repetition, again, seen, attend_again)
             x, _ = run(x, tables, None, attend)
-        kept = Kept(self.compress(prompt, seen, meta.spec.dtype), method.evicts_later)
+        kept = Kept(self.compress(prompt, seen, meta.spec.dtype), self._changes_later)
         x, kept = lax.optimization_barrier((x, kept))
         return x, repetition, (kept, *layer[1:])
 
@@ -251,24 +267,42 @@ class Engine(OneDevice):
         """Attend to the state, the tail and the call's own tokens; write these to the tail."""
         kept, tail = layer
         scale, implementation = 1.0 / math.sqrt(q.shape[-1]), meta.spec.kernels
-        state = self.method.read(kept.state, q, scale, implementation)
+        follows = self.method.follows
+        state = None if follows else self.method.read(kept.state, q, scale, implementation)
         written = meta.length - meta.window
         if tail.k.shape[2]:
             part = kernel.attend(
                 q, tail.k, tail.v, written, scale=scale, state=state, return_state=True, implementation=implementation
             )
             state = cast(kernel.State, part)
-        out = cast(
-            jax.Array,
-            attend_own(
-                q, k, v, meta=meta, start=0, group_size=self.config.group_size, slopes=None, state=state,
-                implementation=implementation,
-            ),
+        found = attend_own(
+            q, k, v, meta=meta, start=0, group_size=self.config.group_size, slopes=None, state=state,
+            implementation=implementation, return_state=follows,
         )  # fmt: skip
+        if follows:
+            out, kept = self._follow(meta, q, cast(kernel.State, found), kept)
+            layer = kept, tail
+        else:
+            out = cast(jax.Array, found)
         if not tail.k.shape[2]:
             return out, layer
         k, v = (ordered_after(x, out, meta.length) for x in (k, v))
         return out, (kept, kv.write_group(tail, k, v, written, meta.new, None, 0, meta.spec))
+
+    def _follow(
+        self, meta: AttentionMetadata, q: jax.Array, others: kernel.State, kept: Kept
+    ) -> tuple[jax.Array, Kept]:
+        """Read token by token, because what a token reads depends on those before it."""
+        (B, K, R, H), G = q.shape, self.config.group_size
+
+        def step(kept: Kept, token: tuple[jax.Array, jax.Array, kernel.State]) -> tuple[Kept, jax.Array]:
+            index, q_t, others_t = token
+            seen, state = self.method.follow(kept.state, q_t, others_t)
+            return _where(index < meta.new, state, kept), kernel.finish(seen, q.dtype)
+
+        tokens = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, K, R // G, G, *x.shape[3:]), 2, 0), (q, others))
+        kept, out = lax.scan(step, kept, (jnp.arange(R // G, dtype=jnp.int32), *tokens))
+        return jnp.moveaxis(out, 0, 2).reshape(B, K, R, H), kept
 
     def _step_by_step(
         self, meta: AttentionMetadata, q: jax.Array, k: jax.Array, v: jax.Array, layer: Layer
@@ -280,16 +314,20 @@ class Engine(OneDevice):
         def step(kept: Kept, token: tuple[jax.Array, ...]) -> tuple[Kept, jax.Array]:
             index, q_t, k_t, v_t = token
             out, state = self.method.step(kept.state, q_t, k_t, v_t, meta.length + index)
-            active = index < meta.new
-
-            def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
-                return jnp.where(active.reshape(B, *(1,) * (old.ndim - 1)), new.astype(old.dtype), old)
-
-            return kept.replace(state=jax.tree.map(chosen, state, kept.state)), out.astype(q.dtype)
+            return _where(index < meta.new, state, kept), out.astype(q.dtype)
 
         by_token = (jnp.moveaxis(q.reshape(B, K, T, G, H), 2, 0), jnp.moveaxis(k, 2, 0), jnp.moveaxis(v, 2, 0))
         kept, out = lax.scan(step, layer[0], (jnp.arange(T, dtype=jnp.int32), *by_token))
         return jnp.moveaxis(out, 0, 2).reshape(B, K, T * G, H), (kept,)
+
+
+def _where(active: jax.Array, state: Any, kept: Kept) -> Kept:
+    """Return the new state in active rows [B], and the old one in the others."""
+
+    def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(active.reshape(-1, *(1,) * (old.ndim - 1)), new.astype(old.dtype), old)
+
+    return kept.replace(state=jax.tree.map(chosen, state, kept.state))
 
 
 class _Prompt:
@@ -307,22 +345,22 @@ class _Prompt:
         if method.repeats and index == 0:
             self._repetition = x
         self._index += 1
-        index = index if method.by_layer else 0
+        parts, index = self._engine.parts(index), index if method.by_layer else 0
         tokens = jnp.pad(self._tokens, ((0, 0), (0, x.shape[1] - self._tokens.shape[1])))
-        state = weights, tokens, x, self._repetition, layer, meta
+        state = weights, tokens, x, self._repetition, layer, meta, parts
         x, self._repetition, layer = _run_prompt(self._engine, block, index, *state)
         return x, layer
 
 
 # From the host, layers of the same shapes share a compiled program; under jit they share a trace.
 @functools.partial(jax.jit, static_argnames=("engine", "block", "index"))
-def _run_prompt(engine: Engine, block: Block, index: int, weights, tokens, x, repetition, layer: Layer, meta):
-    return engine.prompt_layer(block, index, weights, tokens, x, repetition, layer, meta)
+def _run_prompt(engine: Engine, block: Block, index: int, weights, tokens, x, repetition, layer: Layer, meta, parts):
+    return engine.with_parts(parts).prompt_layer(block, index, weights, tokens, x, repetition, layer, meta)
 
 
 @functools.partial(jax.jit, static_argnames=("engine", "block"))
-def _run_later(engine: Engine, block: Block, weights, x, layer: Layer, meta) -> tuple[jax.Array, Layer]:
-    return engine.later_layer(block, weights, x, layer, meta)
+def _run_later(engine: Engine, block: Block, weights, x, layer: Layer, meta, parts) -> tuple[jax.Array, Layer]:
+    return engine.with_parts(parts).later_layer(block, weights, x, layer, meta)
 
 
 def _tables(config: ModelConfig, meta: AttentionMetadata, T: int) -> rope.Tables:
@@ -339,8 +377,10 @@ def _state_shapes(engine: Engine, dtype: str, batch: int, layer: int) -> tuple[l
         shape = (batch, c.num_kv_heads, engine.longest, c.head_dim)
         k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         lengths, tokens = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, engine.longest), jnp.int32)
-        prompt = Prompt(k, v, lengths, layer, engine.order[layer], engine.longest, c, tokens=tokens)
-        leaves, structure = jax.tree.flatten(engine.compress(prompt, engine.method.start(prompt), dtype))
+        x = jnp.zeros((batch, engine.longest, c.hidden_size), dtype)
+        prompt = Prompt(k, v, lengths, layer, engine.order[layer], engine.longest, c, tokens=tokens, x=x)
+        one = engine.with_parts(jax.tree.map(jnp.asarray, engine.parts(layer)))
+        leaves, structure = jax.tree.flatten(one.compress(prompt, one.method.start(prompt), dtype))
         structures.append(structure)
         return leaves
 
@@ -350,7 +390,7 @@ def _state_shapes(engine: Engine, dtype: str, batch: int, layer: int) -> tuple[l
 def bind(method: CacheMethod, params: Params, longest: int) -> Engine:
     """Return the engine of a method for prompts of at most `longest` tokens.
 
-    Raises ValueError for what no method does: a mesh, ALiBi.
+    Raises ValueError for what no method does (a mesh, ALiBi), and for parts learned of another model.
     """
     config = params.config
     if params.placement is not None:
@@ -358,5 +398,6 @@ def bind(method: CacheMethod, params: Params, longest: int) -> Engine:
     if config.alibi:
         raise ValueError(f"{method.name} needs rotary embedding, this model has ALiBi: use its head scopes instead")
     method.check(config)
+    method.check_params(params)
     order = tuple(params.order(layer) for layer in range(config.num_layers))
     return Engine(method, config, order, -(-longest // _ROUND) * _ROUND)

@@ -7,9 +7,11 @@ from typing import Any
 
 from .base import CacheMethod
 from .kvzip import RepetitionScores
+from .learned import LearnedMethod
 from .registry import METHODS
 
-_CLASSES = {cls.__name__: cls for cls in (*METHODS.values(), RepetitionScores)}
+# Fitted parts are in a file of their own, so a record could not make such a method again.
+_CLASSES = {cls.__name__: cls for cls in (*METHODS.values(), RepetitionScores) if not issubclass(cls, LearnedMethod)}
 
 
 def to_record(method: CacheMethod) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 from .adakv import AdaExpectedAttention, AdaKV
+from .attention_predictor import AttentionPredictor
 from .base import CacheMethod
 from .corm import CORM
+from .csr import CSR
 from .elastic import ElasticCache
 from .ems import EMS
 from .expected_attention import ExpectedAttention
@@ -15,7 +17,9 @@ from .fastgen import FastGen
 from .h2o import H2O
 from .headkv import HeadKV
 from .knorm import KNorm
+from .kvzap import KVzap
 from .kvzip import KVzip
+from .less import LESS
 from .pyramidkv import PyramidKV
 from .razor_heads import RazorKVzip, RazorSnapKV
 from .snapkv import SnapKV
@@ -41,6 +45,10 @@ METHODS: dict[str, type[CacheMethod]] = {
     "ems": EMS,
     "razor-kvzip": RazorKVzip,
     "razor-snapkv": RazorSnapKV,
+    "kvzap": KVzap,
+    "less": LESS,
+    "csr": CSR,
+    "predictor": AttentionPredictor,
 }
 
 

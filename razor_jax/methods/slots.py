@@ -93,6 +93,14 @@ def read_slots(
     return acc.reshape(B, K, R, H), m.reshape(B, K, R), l.reshape(B, K, R)
 
 
+def merge(first: State, second: State) -> State:
+    """Return the softmax state over two disjoint sets of keys."""
+    m = jnp.maximum(first[1], second[1])
+    one, other = (jnp.exp(state[1] - m) for state in (first, second))
+    acc = first[0] * one[..., None] + second[0] * other[..., None]
+    return acc, m, first[2] * one + second[2] * other
+
+
 def step_slots(
     slots: Slots, q: Float[jax.Array, "B K G H"], k: Float[jax.Array, "B K H"], v: Float[jax.Array, "B K H"]
 ) -> tuple[Float32[jax.Array, "B K G H"], Float32[jax.Array, "B K G S"], Float32[jax.Array, "B K G"]]:

@@ -33,7 +33,7 @@ class StreamingLLM(CacheMethod):
     def compress(self, prompt: Prompt, seen: Any, room: Int32[jax.Array, " B"], slots: int) -> Slots:
         """Return the newest token of every slot of sinks and ring."""
         s = jnp.arange(slots, dtype=jnp.int32)
-        sinks, ring = self._ring(room[:, None])
+        sinks, ring = self.ring(room[:, None])
         turns = jnp.maximum(0, (prompt.lengths[:, None] - 1 - s) // ring)
         at = jnp.clip(jnp.where(s < sinks, s, s + turns * ring), 0, prompt.k.shape[2] - 1)
         return keep(prompt, jnp.broadcast_to(at[:, None], (*prompt.k.shape[:2], slots)), room)
@@ -48,11 +48,15 @@ class StreamingLLM(CacheMethod):
         position: Int32[jax.Array, " B"],
     ) -> Slots:
         """Write the token to the slot of its position."""
-        sinks, ring = self._ring(state.room)
-        position = position[:, None]
-        return put_slot(state, jnp.where(position < sinks, position, sinks + (position - sinks) % ring), k, v)
+        return put_slot(state, self.slot_of(state, position), k, v)
 
-    def _ring(self, room: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def slot_of(self, state: Slots, position: Int32[jax.Array, " B"]) -> Int32[jax.Array, "B K"]:
+        """Return the slot of a position in each head."""
+        sinks, ring = self.ring(state.room)
+        at = position[:, None]
+        return jnp.where(at < sinks, at, sinks + (at - sinks) % ring)
+
+    def ring(self, room: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return how many sinks and how many other tokens fit; at least one is no sink."""
         sinks = jnp.clip(room - 1, 0, self.sinks)
         return sinks, jnp.maximum(1, room - sinks)

@@ -13,6 +13,7 @@ from razor_jax import Assets, RazorConfig, Sampling
 from razor_jax.cli import chat as chat_command
 from razor_jax.cli import terminal
 from razor_jax.heads import store
+from razor_jax.methods import KVzap
 from razor_jax.tokenizer.questions import split
 from tests.support.program import SPLIT
 
@@ -298,6 +299,21 @@ def test_heads_as_table_json_and_file(run, model, tmp_path):
     assert razor_jax.load(model, heads=path).heads == found
 
 
+def test_fit_stores_parts_that_serve_a_method_of_this_model(run, model, tmp_path):
+    file = tmp_path / "parts.safetensors"
+    done = run(
+        "fit", "-m", model, "--method", "kvzap", "--documents", 2, "--tokens", 2048, "--out", file, "--json"
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    content = json.loads(done.stdout)
+    assert content["file"] == str(file)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name], "the progress is left"
+    method = KVzap(16, learned=file)
+    assert content["bytes"] == method.learned.nbytes == 2 * 2 * (32 + 1) * 4
+    result = razor_jax.generate(razor_jax.load(model), "the fox " * 20, razor=method, max_new_tokens=2)
+    assert result.kv.engaged
+
+
 def test_demo_compares_three_caches(run, model):
     arguments = ("demo", "-m", model, "--tokens", 400, "--facts", 2)
     done = run(*arguments)
@@ -325,6 +341,7 @@ def test_demo_compares_three_caches(run, model):
         (("generate", "-p", "x", "--dense", "--window", 9), "leave out --window"),
         (("chat", "--dense", "--kv-dtype", "int8"), "leave out --kv-dtype"),
         (("chat", "--system", "x", "--system-file", "y"), "not both"),
+        (("fit", "--method", "snapkv"), "use kvzap, less, csr, predictor"),
         (("generate", "--nothing"), "No such option"),
     ],
 )

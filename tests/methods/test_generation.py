@@ -13,12 +13,12 @@ from numpy.testing import assert_array_equal
 import razor_jax
 from razor_jax import RazorConfig, functional
 from razor_jax.evals.protocol import CachedModel
-from razor_jax.methods import H2O, METHODS, HeadKV, SnapKV, by_name
+from razor_jax.methods import H2O, METHODS, HeadKV, LearnedMethod, SnapKV, by_name
 from razor_jax.methods.engine import bind
 from razor_jax.methods.record import from_record, to_record
 from razor_jax.text.session import Session
 from tests.support import tiny
-from tests.support.methods import IMPORTANCE, text
+from tests.support.methods import IMPORTANCE, make, text
 
 KEEPS_TAIL, EVICTS = SnapKV(0.3, window=8), H2O(0.3)
 both = pytest.mark.parametrize("method", [KEEPS_TAIL, EVICTS], ids=["SnapKV", "H2O"])
@@ -120,11 +120,16 @@ def test_a_saved_cache_is_refused_under_another_order_of_heads(tmp_path):
         razor_jax.load_cache(other, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, cls in METHODS.items() if not issubclass(cls, LearnedMethod)])
 def test_a_method_is_read_back_from_its_record(name):
     fields = {"importance": IMPORTANCE} if name == "headkv" else {}
     method = METHODS[name](0.3, **fields)
     assert from_record(json.loads(json.dumps(to_record(method)))) == method
+
+
+def test_a_method_with_fitted_parts_is_not_saved():
+    with pytest.raises(ValueError, match="caches of KVzap are not saved: save one of KNorm"):
+        to_record(make("kvzap", 0.3))
 
 
 def test_a_method_that_no_other_process_knows_is_not_saved(tmp_path):

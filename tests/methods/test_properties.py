@@ -11,33 +11,32 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from razor_jax.methods import METHODS
+from razor_jax.methods.attention_predictor import Selectable
+from razor_jax.methods.csr import Codes
 from razor_jax.methods.engine import Kept
 from razor_jax.methods.pool import Pool
 from razor_jax.methods.slots import Slots
 from tests.support import tiny
-from tests.support.methods import IMPORTANCE, follow, prefill
+from tests.support.methods import follow, make, prefill
 
 LENGTHS = (50, 20, 37)
 BUDGET = 0.5
 # A method of each kind in the quick suite: every one compiles seven programs.
 QUICK = ("snapkv", "h2o", "adakv", "kvzip")
+_STATES = Pool | Slots | Selectable | Codes
 every_method = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 )
+# The slot of a token is its position where a method selects, and it holds everything whatever its budget.
+every_evicting_method = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name, method in METHODS.items()
+        if method.kind != "selects"
+    ],
+)
 TOKENS = np.stack([tiny.prompt(4, seed=row) for row in range(len(LENGTHS))])
-
-
-RETRIEVAL = {"retrieval": tiny.SPLIT.retrieval, "window": 2}
-FIELDS = {
-    "headkv": {"importance": IMPORTANCE},
-    "fastgen": {"special": (1,), "punctuation": tuple(range(20, 60))},
-    "razor-kvzip": RETRIEVAL,
-    "razor-snapkv": RETRIEVAL,
-}
-
-
-def make(name: str, budget):
-    return METHODS[name](budget, **FIELDS.get(name, {}))
 
 
 @functools.cache
@@ -51,13 +50,24 @@ def dense():
     return logits, follow(cache, TOKENS)[0]
 
 
-def change_slots(cache, change):
-    """The cache with `change(x [B, K, S, …], valid [B, K])` applied to all that a slot holds; a pool has K = 1."""
+def change_slots(cache, change, positional=True):
+    """The cache with `change(x [B, K, S, …], valid [B, K])` applied to all that a slot holds; a pool has K = 1.
+
+    Slots whose number is a position are only changed if `positional`.
+    """
 
     def of(state):
         if isinstance(state, Pool):
             changed = {n: change(getattr(state, n)[:, None], state.valid[:, None])[:, 0] for n in ("k", "v", "owner")}
             return state.replace(**changed)
+        if isinstance(state, Selectable):
+            length = jnp.broadcast_to(state.length[:, None], state.k.shape[:2])
+            return state.replace(k=change(state.k, length), v=change(state.v, length))
+        if isinstance(state, Codes):
+            coded = jnp.broadcast_to(state.coded[:, None], state.newest.valid.shape)
+            names = ("k_atoms", "k_weights", "v_atoms", "v_weights") if positional else ()
+            changed = {name: change(getattr(state, name), coded) for name in names}
+            return state.replace(newest=of(state.newest), **changed)
         if not isinstance(state, Slots):
             return state  # an array that is no slot's
         fields = {name: getattr(state, name) for name in ("k", "v", "score", "position")}
@@ -66,7 +76,7 @@ def change_slots(cache, change):
     def of_layer(node):
         if not isinstance(node, Kept):
             return node
-        return node.replace(state=jax.tree.map(of, node.state, is_leaf=lambda x: isinstance(x, Pool | Slots)))
+        return node.replace(state=jax.tree.map(of, node.state, is_leaf=lambda x: isinstance(x, _STATES)))
 
     return cache.replace(layers=tuple(tuple(map(of_layer, layer)) for layer in cache.layers))
 
@@ -85,7 +95,7 @@ def test_half_the_budget_is_not_dense_attention(name):
     assert np.abs(np.asarray(follow(read(name)[1], TOKENS)[0]) - np.asarray(dense()[1])).max() > 1e-2
 
 
-@every_method
+@every_evicting_method
 def test_the_order_of_slots_does_not_matter(name):
     _, cache = read(name)
 
@@ -95,7 +105,7 @@ def test_the_order_of_slots_does_not_matter(name):
         source = jnp.where(slots < valid[..., None], (slots + 1) % jnp.maximum(valid[..., None], 1), slots)
         return jnp.take_along_axis(x, source.reshape(*source.shape, *(1,) * (x.ndim - 3)), axis=2)
 
-    before, after = (follow(c, TOKENS[:, :1])[0] for c in (cache, change_slots(cache, turn)))
+    before, after = (follow(c, TOKENS[:, :1])[0] for c in (cache, change_slots(cache, turn, positional=False)))
     assert_allclose(after, before, atol=2e-5, rtol=2e-5)
 
 
@@ -128,7 +138,7 @@ def test_predicted_bytes_are_allocated_bytes(name):
     assert cache.spec.kv_bytes(len(LENGTHS)) == sum(x.nbytes for x in jax.tree.leaves(cache.layers))
 
 
-@every_method
+@every_evicting_method
 def test_the_bytes_of_a_prompt_are_within_a_slot_of_its_budget(name):
     _, cache = read(name, (64,))
     spec, method = cache.spec, cache.spec.method

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from razor_jax import functional
+from razor_jax.methods import METHODS, Learned, LearnedMethod
 from razor_jax.methods.base import CacheMethod, Prompt, QueryRows
 from razor_jax.models.config import ModelConfig
+from razor_jax.params import architecture_fingerprint, weights_fingerprint
 from razor_jax.text import loop, prompts
 from razor_jax.text.policy import spec_for
 from tests.support import tiny
@@ -57,8 +60,10 @@ def prompt_of(
     """A layer's prompt, heads in the checkpoint's order."""
     rows, heads, longest, _ = k.shape
     tokens = token_ids(longest, rows) if tokens is None else tokens
+    x = np.random.default_rng(7).standard_normal((rows, longest, CONFIG.hidden_size)).astype(np.float32)
     arrays = map(jnp.asarray, (k, v, lengths))
-    return Prompt(*arrays, number, tuple(range(heads)), longest, CONFIG, tokens=jnp.asarray(tokens))
+    numbers = number, tuple(range(heads)), longest, CONFIG
+    return Prompt(*arrays, *numbers, tokens=jnp.asarray(tokens), x=jnp.asarray(x))
 
 
 def observe(method: CacheMethod, q: np.ndarray, prompt: Prompt, chunk: int = 16):
@@ -113,6 +118,15 @@ def pool_tokens(pool) -> list[list[set[int]]]:
     return found
 
 
+def best_of_pool(scores: np.ndarray, budget: int) -> list[list[set[int]]]:
+    """The tokens of highest score [B, K, T] of each row, over its heads."""
+    expected = []
+    for b, n in enumerate(LENGTHS):
+        flat = np.argsort(-scores[b, :, :n].reshape(-1), kind="stable")[: K * budget]
+        expected.append([{int(i % n) for i in flat if i // n == head} for head in range(K)])
+    return expected
+
+
 def best_tokens(scores: np.ndarray, lengths: np.ndarray, room) -> list[list[set[int]]]:
     """The tokens of highest score [B, K, T] of each row and head."""
     counts = np.minimum(np.asarray(room), lengths)
@@ -120,6 +134,61 @@ def best_tokens(scores: np.ndarray, lengths: np.ndarray, room) -> list[list[set[
         [set(np.argsort(-head[:n], kind="stable")[:count].tolist()) for head in row]
         for row, n, count in zip(scores, lengths, counts, strict=True)
     ]
+
+
+def parts_of(name: str, layers: int, seed: int = 0, **shapes: tuple[int, ...]) -> Learned:
+    """Random arrays of these shapes in each layer, as parts that `name` learned of the tiny model."""
+    rng = np.random.default_rng(seed)
+    made = [{n: rng.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()} for _ in range(layers)]
+    params = tiny.params(text=False)
+    model = architecture_fingerprint(params.config), weights_fingerprint(params)
+    return Learned(name, *model, note="random", loss=(1.0, 1.0), arrays=made)
+
+
+@functools.cache
+def random_parts(name: str) -> Learned:
+    """Random parts of a method that learns, for the tiny model."""
+    c = tiny.CONFIG
+    K, G, D, H, R = c.num_kv_heads, c.group_size, c.hidden_size, c.head_dim, 3
+    shapes = {
+        "kvzap": {"weight": (K, D), "bias": (K,)},
+        "less": {
+            "q_in": (K, G, H, 6),
+            "q_out": (K, G, 6, R),
+            "k_in": (K, H, 6),
+            "k_out": (K, 6, R),
+            "mix": (K, R, R),
+            "scale": (K, R),
+            "mix_scale": (K, R),
+        },
+        "csr": {"keys": (40, H), "values": (40, H // 2)},
+        "predictor": {
+            "first": (3, 3, 1, 4),
+            "first_bias": (4,),
+            "second": (3, 3, 4, 5),
+            "second_bias": (5,),
+            "last": (5, 1),
+            "last_bias": (1,),
+        },
+    }
+    return parts_of(name, c.num_layers, **shapes[name])
+
+
+RETRIEVAL = {"retrieval": tiny.SPLIT.retrieval, "window": 2}
+FIELDS: dict[str, dict[str, Any]] = {
+    "headkv": {"importance": IMPORTANCE},
+    "fastgen": {"special": (1,), "punctuation": tuple(range(20, 60))},
+    "razor-kvzip": RETRIEVAL,
+    "razor-snapkv": RETRIEVAL,
+}
+
+
+def make(name: str, budget: float | int) -> CacheMethod:
+    """The method of that name with what it needs to know of the tiny model."""
+    method = METHODS[name]
+    if issubclass(method, LearnedMethod):
+        return method(budget, learned=random_parts(name))
+    return method(budget, **FIELDS.get(name, {}))
 
 
 def text(length: int) -> list[int]:
