@@ -341,6 +341,7 @@ class OneDevice:
     broadcast = staticmethod(kv.broadcast)
     attend = staticmethod(attention.attend)
     attend_and_write = staticmethod(attention.attend_and_write)
+    write = staticmethod(kv.write)
     write_after = staticmethod(attention.write_after)
 
     @staticmethod

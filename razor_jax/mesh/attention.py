@@ -92,6 +92,21 @@ def _attend_here(
     return own(slopes=slopes, state=state, implementation=implementation)  # type: ignore[return-value]
 
 
+def write_call(layer: Layer, k: jax.Array, v: jax.Array, meta: AttentionMetadata) -> Layer:
+    """Run `cache.write` of a call's k, v [B, K, T, H]."""
+    placement, rows = _placement(meta), _placement(meta).rows(k.shape[0])
+    leaves, tree = jax.tree.flatten(layer)
+    pspecs = cache_pspecs(layer, meta.spec, k.shape[0])
+
+    def run(k, v, leaves, meta):
+        layer = jax.tree.unflatten(tree, leaves)
+        return jax.tree.leaves(write(layer, *exchange_tokens(layer, k, v, meta), meta))
+
+    heads = PartitionSpec(rows, HEADS)
+    mapped = _shard_map(run, placement.mesh, (heads, heads, pspecs, PartitionSpec(rows)), pspecs)
+    return jax.tree.unflatten(tree, mapped(k, v, leaves, meta))
+
+
 def write_after(
     x: jax.Array, k: jax.Array, v: jax.Array, layer: Layer, meta: AttentionMetadata
 ) -> tuple[jax.Array, Layer]:

@@ -107,7 +107,8 @@ def _attend_here(
             alibi = kernel.Alibi(own, at, kv.positions(group, meta, here.slots(group.k.shape[2])))
         tokens.append(_compensation(rows, group, meta, here, scale))
         rows, valid = rows.reshape(B, len(heads), T * G, H), here.share(meta.valid(group))
-        parts.append(kernel.Part(rows, group.k, group.v, valid, None, group.k_scale, group.v_scale, alibi=alibi))
+        arrays = group.k, group.v, valid, None, group.k_scale, group.v_scale, group.table
+        parts.append(kernel.Part(rows, *arrays, alibi))
     state = kernel.attend_groups(parts, scale=scale, return_state=True, implementation=meta.spec.kernels)
     acc, m, l = (x.reshape(B, K, T, G, *x.shape[3:]) for x in cast(kernel.State, state))
     logit, value = (jnp.concatenate(x, axis=1) for x in zip(*tokens, strict=True))

@@ -113,6 +113,9 @@ class MeshPlacement:
     def attend_and_write(self, q: jax.Array, k, v, layer: tuple[Group, ...], meta: AttentionMetadata, slopes):
         return attention.attend_and_write(q, k, v, layer, meta, slopes)
 
+    def write(self, layer: tuple[Group, ...], k: jax.Array, v, meta: AttentionMetadata):
+        return attention.write_call(layer, k, v, meta)
+
     def write_after(self, x: jax.Array, k, v, layer: tuple[Group, ...], meta: AttentionMetadata):
         return attention.write_after(x, k, v, layer, meta)
 

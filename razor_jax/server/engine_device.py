@@ -1,163 +1,197 @@
-"""What the engine holds on its device, and its programs as methods that update it."""
+"""What the engine holds on its devices, and its programs as methods that update it.
+
+A method that changes something returns nothing and takes integers, arrays and tuples of them, so that `hosts` can send
+its calls to other processes. What the host must know is asked for by `prompt_scores`, `first_token` and `block_output`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from ..functional import placement_of
 from ..models.transformer import Block
 from ..params import Params
 from ..text.sampling import Sampling, rules, set_rule
-from . import programs
+from . import on_mesh, programs
 from .pages import Layout
-from .programs import BlockOutput, TopLogprobs
+from .programs import BlockOutput, Rows
 
 STOP_IDS = 16  # most stop ids per row that the device looks for; the host looks for all of them
 
-Pages = Sequence[Sequence[int]]  # page ids per pool
+Pages = tuple[np.ndarray, ...]  # page ids per pool
+
+
+class FirstToken(NamedTuple):
+    """A row's first token: int32 [1], [0] if its logits were not finite; whether they were not; log probabilities."""
+
+    tokens: np.ndarray
+    failed: bool
+    logprobs: tuple[np.ndarray, ...]
 
 
 class Device:
-    """The cache, staging buffers and vocabulary state of all rows. The small numbers of rows are NumPy arrays.
-
-    Attributes:
-      tables: block table of each pool, int32 [slots, pages].
-      rows: the numbers of all rows.
-      chunk: prompt tokens per prefill step.
-    """
+    """The cache, staging buffers and vocabulary state of all rows. The small numbers of rows are NumPy arrays."""
 
     def __init__(self, params: Params, layout: Layout, staged_tokens: int, prefills: int, chunk: int, block: int):
-        """Allocate an empty cache, and `prefills` staging buffers for `staged_tokens` tokens."""
-        slots, vocabulary = layout.slots, params.config.vocab_size
-        self._params, self._layout, self._block, self.chunk = params, layout, block, chunk
+        """Allocate an empty cache, and `prefills` staging buffers for `staged_tokens` tokens.
+
+        `chunk`: prompt tokens per prefill step. `block`: most decode steps per call.
+        """
+        self._params, self._layout, self._spec = params, layout, layout.spec
+        self._chunk, self._block = chunk, block
         self._ends = {name: weight for name, weight in params.weights.items() if not name.startswith("blocks_")}
         self._layers = layout.init()
-        self._means = programs.init_means(self._layers, max(1, layout.prefixes))
-        self._staging = [programs.init_staging(params, staged_tokens) for _ in range(prefills)]
-        self._vocabulary = programs.Vocabulary.init(slots, vocabulary)
-        self._all_allowed = jax.device_put(np.ones(vocabulary, bool))
-        self._no_bias = jax.device_put(np.zeros(vocabulary, np.float32))
-        self.tables = tuple(np.zeros((slots, width), np.int32) for width in layout.widths)
-        sampling, greedy = rules(slots)
-        integers = {name: np.zeros(slots, np.int32) for name in ("length", "window", "token", "count", "limit")}
-        self.rows = programs.Rows(
-            **integers,
-            live=np.zeros(slots, bool),
-            stop_ids=np.full((slots, STOP_IDS), -1, np.int32),
-            seed=np.zeros(slots, np.uint32),
-            sampling=sampling,
-            greedy=greedy,
+        self._means = programs.init_means(self._layers, max(1, layout.prefixes), self._spec)
+        self._staging = [programs.init_staging(params, staged_tokens, self._spec) for _ in range(prefills)]
+        vocabulary = params.config.vocab_size
+        self._vocabulary = on_mesh.allocate(
+            lambda: programs.Vocabulary.init(layout.slots, vocabulary), on_mesh.pin_whole, self._spec
         )
+        constants = np.ones(vocabulary, bool), np.zeros(vocabulary, np.float32), np.zeros((1, vocabulary), np.float32)
+        self._all_allowed, self._no_bias, self._logits = map(
+            jnp.asarray, placement_of(self._spec).to_devices(constants)
+        )
+        self._tables = tuple(np.zeros((layout.slots, width), np.int32) for width in layout.widths)
+        self._rows = init_rows(layout.slots)
+        self._prompt_scores: programs.TopLogprobs | None = None
+        self._first: FirstToken | None = None
+        self._output: BlockOutput | None = None
 
     def run_every_program(self) -> None:
         """Run each program once without effect, so that all are compiled."""
-        vocabulary = self._params.config.vocab_size
-        self.prefill_chunk(0, 0, (), (), (0, 1, 1, 0, 1), score=False)
+        nothing, none = np.zeros(0, np.int32), tuple(np.zeros(0, np.int32) for _ in self._tables)
+        self.prefill_chunk(0, 0, (0, 1, 1, 0, 1), nothing, nothing, 0)
         self.write_segment(0, 0, (0, 1, 0, 0, 0))
-        self.start_row(0, (), (), None, jax.device_put(np.zeros((1, vocabulary), np.float32)))
-        self.decode_block(0, score=False)
-        self.set_allowed(0, np.ones(vocabulary, bool))
-        nothing: Pages = [()] * len(self.tables)
-        self.copy_prefix(nothing, nothing, 0, 0, restore=False)
+        empty = jax.tree.leaves(init_rows(1))
+        self.start_row(0, tuple(empty), nothing, nothing, np.zeros(0, np.float32), self._every_token())
+        self.end_row(0)
+        self.decode_block(0, 0)
+        self.set_allowed(0, self._every_token())
+        self.copy_prefix(0, 0, 0, none, none)
         jax.block_until_ready((self._layers, self._vocabulary))
 
-    def set_row(
-        self, slot: int, *, length: int, window: int, limit: int, stop_ids: Sequence[int], seed: int, sampling: Sampling
-    ) -> None:
-        """Make a row live that has read its prompt."""
-        rows = self.rows
-        rows.length[slot], rows.window[slot], rows.limit[slot] = length, window, limit
-        rows.token[slot], rows.count[slot], rows.live[slot] = 0, 0, True
-        rows.stop_ids[slot] = -1
-        rows.stop_ids[slot, : len(stop_ids[:STOP_IDS])] = stop_ids[:STOP_IDS]
-        rows.seed[slot] = seed
-        set_rule(rows.sampling, rows.greedy, slot, sampling)
+    def _every_token(self) -> np.ndarray:
+        return np.ones(self._params.config.vocab_size, bool)
+
+    # What changes something.
+
+    def set_pages(self, slot: int, pages: Pages) -> None:
+        """Give a row its pages, in the order of its tokens."""
+        for table, ids in zip(self._tables, pages, strict=True):
+            table[slot, : len(ids)] = ids
 
     def prefill_chunk(
         self,
         slot: int,
         staging: int,
-        tokens: Sequence[int],
-        targets: Sequence[int],
-        numbers: Sequence[int],
-        *,
-        score: bool,
-    ) -> tuple[jax.Array, TopLogprobs]:
+        numbers: tuple[int, ...],
+        tokens: np.ndarray,
+        targets: np.ndarray,
+        score: int,
+    ) -> None:
         """Run a chunk of a segment through all layers; see `programs.layer_chunk` for `numbers`.
 
-        Returns logits [1, V] after the chunk, and the log probabilities of the targets.
+        With `score` the log probabilities of the targets can be asked for.
         """
         config, weights, staged = self._params.config, self._params.weights, self._staging[staging]
+        spec, mix = self._spec, placement_of(self._spec).mix
         row = (self._row_tables(slot), np.int32(slot), np.asarray(numbers, np.int32))
-        x = programs.embed_chunk(config, self._ends, _padded(tokens, self.chunk, 0)[None])
+        x = programs.embed_chunk(config, self._ends, _padded(tokens, self._chunk, 0)[None], spec=spec)
         for index, layer in enumerate(self._layers):
-            block = Block(config, config.first_like(index))
+            block = Block(config, config.first_like(index), mix)
             x, staged[index] = programs.layer_chunk(
-                block, weights[f"blocks_{index}"], x, layer, staged[index], *row, spec=self._layout.spec
+                block, weights[f"blocks_{index}"], x, layer, staged[index], *row, spec=spec
             )
-        return programs.chunk_logits(config, self._ends, x, _padded(targets, self.chunk, 0), row[2][4], np.bool_(score))
+        aims = _padded(targets, self._chunk, 0)
+        self._logits, self._prompt_scores = programs.chunk_logits(
+            config, self._ends, x, aims, row[2][4], np.bool_(score), spec=spec
+        )
 
-    def write_segment(self, slot: int, staging: int, numbers: Sequence[int]) -> None:
+    def write_segment(self, slot: int, staging: int, numbers: tuple[int, ...]) -> None:
         """Write a staged segment to the pages of its row, with the numbers of its last chunk."""
         row = (self._row_tables(slot), np.int32(slot), np.asarray(numbers, np.int32))
         self._layers = tuple(
-            programs.write_layer(layer, staged, *row, spec=self._layout.spec)
+            programs.write_layer(layer, staged, *row, spec=self._spec)
             for layer, staged in zip(self._layers, self._staging[staging], strict=True)
         )
 
     def start_row(
         self,
         slot: int,
-        prompt: Sequence[int],
-        bias: Sequence[tuple[int, float]],
+        numbers: tuple[np.ndarray, ...],
+        prompt: np.ndarray,
+        bias_tokens: np.ndarray,
+        biases: np.ndarray,
         allowed: np.ndarray | None,
-        logits: jax.Array,
-    ) -> tuple[np.ndarray, bool, tuple[np.ndarray, ...]]:
-        """Run `programs.start_row`. Return the tokens of the row, none if it failed; whether it failed; and the log
-        probabilities."""
-        seen = np.zeros(logits.shape[1], bool)
-        seen[list(prompt)] = True
-        biases: Any = self._no_bias
-        if bias:
-            biases = np.zeros(logits.shape[1], np.float32)
-            for token, value in bias:
-                biases[token] += value
-        row = jax.tree.map(lambda x: x[slot : slot + 1].copy(), self.rows)
+    ) -> None:
+        """Make a row live, and choose its first token from the logits after the last chunk.
+
+        Args:
+          numbers: leaves of `row_numbers`.
+          prompt: token ids.
+          bias_tokens, biases: what is added to the logits of these tokens.
+          allowed: bool [V], None for all tokens.
+        """
+        for all_rows, own in zip(jax.tree.leaves(self._rows), numbers, strict=True):
+            all_rows[slot] = own[0]
+        seen = np.zeros(self._logits.shape[1], bool)
+        seen[prompt] = True
+        bias = self._no_bias
+        if len(bias_tokens):
+            bias = np.zeros(self._logits.shape[1], np.float32)
+            np.add.at(bias, bias_tokens, biases)
         self._vocabulary, token, failed, scores = programs.start_row(
             self._vocabulary,
-            row,
+            jax.tree.map(lambda x: x[slot : slot + 1].copy(), self._rows),
             np.int32(slot),
             seen,
-            biases,
+            bias,
             self._all_allowed if allowed is None else allowed,
-            logits,
+            self._logits,
+            spec=self._spec,
         )
         broken = bool(np.asarray(failed)[0])
-        return np.asarray(token)[: int(not broken)], broken, tuple(np.asarray(x) for x in scores)
+        tokens = np.asarray(token)[: int(not broken)]
+        self._rows.count[slot] = len(tokens)
+        self._rows.token[slot : slot + len(tokens)] = tokens
+        self._first = FirstToken(tokens, broken, tuple(map(np.asarray, scores)))
 
-    def decode_block(self, steps: int, *, score: bool) -> BlockOutput:
-        """Run `programs.decode_block`. Return its output as NumPy arrays."""
+    def decode_block(self, steps: int, score: int) -> None:
+        """Run `programs.decode_block`, and count its tokens."""
+        rows = self._rows
         self._layers, self._vocabulary, out = programs.decode_block(
             self._params,
             self._layers,
             self._vocabulary,
-            self.rows,
-            self.tables,
+            rows,
+            self._tables,
             np.int32(steps),
             np.bool_(score),
-            spec=self._layout.spec,
+            spec=self._spec,
             block=self._block,
         )
-        return jax.tree.map(np.asarray, out)
+        self._output = out = jax.tree.map(np.asarray, out)
+        for slot in np.flatnonzero(rows.live):
+            new = out.count[slot] - rows.count[slot]
+            if new:
+                rows.token[slot] = out.tokens[slot, new - 1]
+                rows.length[slot] += new
+                rows.count[slot] += new
+
+    def end_row(self, slot: int) -> None:
+        """End a row: it decodes no more."""
+        self._rows.live[slot] = False
 
     def set_allowed(self, slot: int, allowed: np.ndarray) -> None:
         """Run `programs.set_allowed`."""
-        self._vocabulary = programs.set_allowed(self._vocabulary, np.int32(slot), allowed)
+        self._vocabulary = programs.set_allowed(self._vocabulary, np.int32(slot), allowed, spec=self._spec)
 
-    def copy_prefix(self, sources: Pages, targets: Pages, slot: int, entry: int, *, restore: bool) -> None:
+    def copy_prefix(self, slot: int, entry: int, restore: int, sources: Pages, targets: Pages) -> None:
         """Run `programs.copy_prefix` on page ids."""
         widths, nowhere = self._layout.widths, np.iinfo(np.int32).max
         self._layers, self._means = programs.copy_prefix(
@@ -168,19 +202,61 @@ class Device:
             np.int32(slot),
             np.int32(entry),
             np.bool_(restore),
-            spec=self._layout.spec,
+            spec=self._spec,
         )
+
+    # What the host must know. On process 0 of several, `hosts.Leader` has the same methods.
+
+    def prompt_scores(self) -> tuple[np.ndarray, ...]:
+        """Return the log probabilities of the last chunk's targets."""
+        assert self._prompt_scores is not None
+        return tuple(map(np.asarray, self._prompt_scores))
+
+    def first_token(self) -> FirstToken:
+        """Return the first token of the row that was started last."""
+        assert self._first is not None
+        return self._first
+
+    def block_output(self) -> BlockOutput:
+        """Return what the last block of decode steps added, as NumPy arrays."""
+        assert self._output is not None
+        return self._output
+
+    def flush(self) -> None:
+        """End a tick. Here everything has run already."""
+
+    def close(self) -> None:
+        """End the engine's use of the device."""
 
     def _row_tables(self, slot: int) -> tuple[np.ndarray, ...]:
         # Copies: a program may still read them when the slot gets other pages.
-        return tuple(table[slot : slot + 1].copy() for table in self.tables)
+        return tuple(table[slot : slot + 1].copy() for table in self._tables)
 
 
-def _padded(numbers: Sequence[int], length: int, rest: int) -> np.ndarray:
+def init_rows(rows: int) -> Rows:
+    """Return the numbers of rows without a request."""
+    sampling, greedy = rules(rows)
+    integers = {name: np.zeros(rows, np.int32) for name in ("length", "window", "token", "count", "limit")}
+    stop_ids, seed = np.full((rows, STOP_IDS), -1, np.int32), np.zeros(rows, np.uint32)
+    return Rows(**integers, live=np.zeros(rows, bool), stop_ids=stop_ids, seed=seed, sampling=sampling, greedy=greedy)
+
+
+def row_numbers(
+    length: int, window: int, limit: int, stop_ids: Sequence[int], seed: int, sampling: Sampling
+) -> tuple[np.ndarray, ...]:
+    """Return the leaves of the numbers of one live row that has read its prompt."""
+    row = init_rows(1)
+    row.length[0], row.window[0], row.limit[0], row.seed[0], row.live[0] = length, window, limit, seed, True
+    row.stop_ids[0, : len(stop_ids[:STOP_IDS])] = stop_ids[:STOP_IDS]
+    set_rule(row.sampling, row.greedy, 0, sampling)
+    return tuple(jax.tree.leaves(row))
+
+
+def _padded(numbers: Sequence[int] | np.ndarray, length: int, rest: int) -> np.ndarray:
     """Return numbers as int32 [length], the end filled with `rest`."""
     out = np.full(length, rest, np.int32)
     out[: len(numbers)] = numbers
     return out
 
 
-__all__: Sequence[str] = ("STOP_IDS", "Device")
+__all__: Sequence[str] = ("STOP_IDS", "Device", "FirstToken", "Pages", "init_rows", "row_numbers")

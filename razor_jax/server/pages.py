@@ -9,14 +9,14 @@ The last page of each pool belongs to no row: kernels use it for rows that write
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 
 from ..cache import CacheSpec, Group
 from ..kernels import INT8
-from ..memory import free_bytes
+from . import on_mesh
 from .scheduler import PagePool
 
 Layers = tuple[tuple[Group, ...], ...]
@@ -50,7 +50,7 @@ class Layout:
     @property
     def widths(self) -> tuple[int, ...]:
         """Pages per pool that a row can have at most: the width of its block table."""
-        return tuple(-(-_tokens(self.spec, windowed) // self.page_tokens) for windowed in self.kinds)
+        return _pages_of_row(self.spec, self.page_tokens, self.spec.capacity)
 
     @property
     def pools(self) -> tuple[PagePool, ...]:
@@ -68,8 +68,20 @@ class Layout:
             total += (pages + kept + 1) * self.page_tokens * token_bytes(self.spec, windowed)
         return total
 
+    @property
+    def longest_prefix(self) -> int:
+        """Tokens of a prefix that fits for certain, 0 if none does."""
+        rooms = [self.page_tokens * pages for pages in self.prefix_pages]
+        slots = [_tokens(self.spec, windowed) for windowed in self.kinds]
+        # A pool with room for all that a row can have sets no limit.
+        limits = [room for room, most in zip(rooms, slots, strict=True) if room < most]
+        return min([self.spec.capacity, *limits]) if self.prefixes else 0
+
     def init(self) -> Layers:
         """Return the empty pools and compensation tokens of all layers, without block tables."""
+        return on_mesh.allocate(self._empty, on_mesh.pin_cache, self.spec)
+
+    def _empty(self) -> Layers:
         spec = self.spec
         counts = {
             windowed: pages + kept + 1
@@ -88,7 +100,7 @@ class Layout:
             if kind == INT8:
                 k_scale, v_scale = pair(pages, len(heads), 1, self.page_tokens, dtype=jnp.float32)
             if spec.compensated(windowed, scope):
-                k_mean, v_mean = pair(self.slots, len(heads), 1, spec.head_dim, dtype=jnp.float32)
+                k_mean, v_mean = pair(self.slots, len(heads), spec.shards, spec.head_dim, dtype=jnp.float32)
             return Group(k, v, k_mean, v_mean, windowed, k_scale, v_scale, scope)
 
         return tuple(tuple(group(*g) for g in spec.groups(layer)) for layer in range(spec.heads.num_layers))
@@ -125,7 +137,24 @@ def compensation_bytes(spec: CacheSpec) -> int:
     """Return the bytes of one row's compensation tokens."""
     if not spec.compensated(True, 0):
         return 0
-    return _heads(spec, True) * 2 * 4 * spec.head_dim
+    return _heads(spec, True) * 2 * 4 * spec.shards * spec.head_dim
+
+
+def _pages_of_row(spec: CacheSpec, page_tokens: int, tokens: int) -> tuple[int, ...]:
+    """Return the pages per pool of a row of that many tokens."""
+    return tuple(-(-min(tokens, _tokens(spec, windowed)) // page_tokens) for windowed in kinds(spec))
+
+
+def _page_bytes(spec: CacheSpec, page_tokens: int, pages: Sequence[int]) -> int:
+    """Return the bytes of that many pages per pool."""
+    sizes = (page_tokens * token_bytes(spec, windowed) for windowed in kinds(spec))
+    return sum(map(operator.mul, pages, sizes))
+
+
+def _least_bytes(spec: CacheSpec, slots: int, page_tokens: int) -> int:
+    """Return the bytes of one row of the capacity, and of what every cache has."""
+    pages = [most + 1 for most in _pages_of_row(spec, page_tokens, spec.capacity)]  # one page belongs to no row
+    return slots * compensation_bytes(spec) + _page_bytes(spec, page_tokens, pages)
 
 
 def _pages_for_bytes(
@@ -138,28 +167,17 @@ def _pages_for_bytes(
 
     Raises ValueError if the budget has no room for one row of the capacity.
     """
-    found = kinds(spec)
-    sizes = [page_tokens * token_bytes(spec, windowed) for windowed in found]
-    longest = [-(-_tokens(spec, windowed) // page_tokens) for windowed in found]
-    typical = [-(-min(typical_tokens, _tokens(spec, windowed)) // page_tokens) for windowed in found]
-    fixed = slots * compensation_bytes(spec) + sum(sizes)  # with the page of each pool that belongs to no row
-    one_row = sum(map(_product, longest, sizes))
-    if budget < fixed + one_row:
+    least = _least_bytes(spec, slots, page_tokens)
+    if budget < least:
         raise ValueError(
             f"cache_bytes less prefix_bytes is {budget:,}: a row of {spec.capacity:,} tokens and what every cache has "
-            f"take {fixed + one_row:,} bytes; raise cache_bytes, or lower prefix_bytes or capacity"
+            f"take {least:,} bytes; raise cache_bytes, or lower prefix_bytes or capacity"
         )
     # Every pool holds one longest row; what is left is shared out in typical rows.
-    rows = (budget - fixed - one_row) / sum(map(_product, typical, sizes))
+    longest, typical = (_pages_of_row(spec, page_tokens, tokens) for tokens in (spec.capacity, typical_tokens))
+    rows = (budget - least) / _page_bytes(spec, page_tokens, typical)
     pages = (most + int(rows * each) for most, each in zip(longest, typical, strict=True))
     return tuple(min(count, slots * most) for count, most in zip(pages, longest, strict=True))
-
-
-def _prefix_pages_for_bytes(spec: CacheSpec, page_tokens: int, budget: int, typical_tokens: int) -> tuple[int, ...]:
-    """Return the pages per pool for prefixes that fit `budget` bytes, in the proportion of `typical_tokens`."""
-    typical = [-(-min(typical_tokens, _tokens(spec, windowed)) // page_tokens) for windowed in kinds(spec)]
-    sizes = [page_tokens * token_bytes(spec, windowed) for windowed in kinds(spec)]
-    return tuple(int(budget / sum(map(_product, typical, sizes)) * each) for each in typical)
 
 
 def choose_layout(
@@ -170,39 +188,52 @@ def choose_layout(
     typical_tokens: int,
     prefix_bytes: int | None,
 ) -> Layout:
-    """Return the layout for `cache_bytes`; None for all slots at their capacity or half of the free memory."""
+    """Return the layout for `cache_bytes`; None for all slots at their capacity or half of the free memory.
+
+    `prefix_bytes` None stands for an eighth, or for one prefix of `typical_tokens` if that is more. It stands for 0 if
+    no answer of the capacity would fit beside that prefix.
+
+    Raises ValueError for bytes without room for one row of the capacity, or a page that does not divide over a mesh.
+    """
+    if page_tokens % spec.shards:
+        raise ValueError(
+            f"page_tokens={page_tokens}: {spec.shards} devices share each page, so it must be a multiple of that"
+        )
     none = (0,) * len(kinds(spec))
     bare = Layout(spec, slots, page_tokens, none, none, 0)
-    most = dataclasses.replace(bare, pages=tuple(slots * width for width in bare.widths)).cache_bytes
+    entries = max(8, slots)
+    typical = _pages_of_row(spec, page_tokens, typical_tokens)
+    one_prefix = _page_bytes(spec, page_tokens, typical)
+    least_prefix_bytes = one_prefix + entries * compensation_bytes(spec)
     if cache_bytes is None:
-        free = free_bytes(jax.local_devices()[0])
-        wanted = most + (most // 7 if prefix_bytes is None else prefix_bytes)
-        cache_bytes = wanted if free is None else min(wanted, free // 2)
+        most = dataclasses.replace(bare, pages=tuple(slots * width for width in bare.widths)).cache_bytes
+        free = on_mesh.free_bytes(spec)
+        wanted = most + (max(most // 7, least_prefix_bytes) if prefix_bytes is None else prefix_bytes)
+        cache_bytes = wanted if free is None else min(wanted, on_mesh.devices(spec) * free // 2)
     if prefix_bytes is None:
-        prefix_bytes = cache_bytes // 8
-    prefixes = max(8, slots) if prefix_bytes else 0
-    prefix_bytes -= prefixes * compensation_bytes(spec)
+        prefix_bytes = max(cache_bytes // 8, least_prefix_bytes)
+        if cache_bytes - prefix_bytes < _least_bytes(spec, slots, page_tokens):
+            prefix_bytes = 0
+    prefixes = entries if prefix_bytes else 0
+    for_pages = max(0, prefix_bytes - prefixes * compensation_bytes(spec))
     return dataclasses.replace(
         bare,
         pages=_pages_for_bytes(spec, slots, page_tokens, cache_bytes - prefix_bytes, typical_tokens),
-        prefix_pages=_prefix_pages_for_bytes(spec, page_tokens, max(0, prefix_bytes), typical_tokens),
+        prefix_pages=tuple(int(for_pages / one_prefix * each) for each in typical),
         prefixes=prefixes,
     )
 
 
-def check_memory(cache: int, staging: int) -> None:
-    """Raise MemoryError if the device has not enough free bytes for the cache and the staging buffers."""
-    free = free_bytes(jax.local_devices()[0])
+def check_memory(spec: CacheSpec, cache: int, staging: int) -> None:
+    """Raise MemoryError if a device has not enough free bytes for its part of the cache and the staging buffers."""
+    free = on_mesh.free_bytes(spec)
+    cache, staging = cache // on_mesh.devices(spec), staging // on_mesh.head_devices(spec)
     if free is not None and cache + staging > free:
         raise MemoryError(
-            f"the cache takes {cache / 2**30:,.2f} GiB and the staging buffers of prefill {staging / 2**30:,.2f} GiB, "
-            f"and {free / 2**30:,.2f} GiB are free: lower cache_bytes, capacity or prefills, or give a policy with "
-            "prefill_chunk, whose staging buffers hold one chunk"
+            f"per device the cache takes {cache / 2**30:,.2f} GiB and the staging buffers of prefill "
+            f"{staging / 2**30:,.2f} GiB, and {free / 2**30:,.2f} GiB are free: lower cache_bytes, capacity or "
+            "prefills, or give a policy with prefill_chunk, whose staging buffers hold one chunk"
         )
-
-
-def _product(a: int, b: int) -> int:
-    return a * b
 
 
 __all__: Sequence[str] = (

@@ -19,7 +19,7 @@ Every small number of a row is an argument (`Rows`), decided by the host. Only w
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.struct
 import jax
@@ -27,15 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .. import attention
-from .. import cache as kv
 from ..cache import AttentionMetadata, CacheSpec, Group, KVCache
-from ..functional import decode, promoting
+from ..functional import decode, placement_of, promoting
 from ..models import rope
 from ..models.config import ModelConfig
 from ..models.transformer import Block, Transformer
 from ..params import Params
 from ..text.sampling import Sampling, logprobs, sample_rows
+from . import on_mesh
 from .pages import Layers, kinds
 
 TOP_LOGPROBS = 20  # most alternatives that a request can ask for
@@ -108,11 +107,15 @@ class BlockOutput(flax.struct.PyTreeNode):
     logprobs: tuple[jax.Array | np.ndarray, ...]
 
 
-def init_staging(params: Params, tokens: int) -> list[Staged]:
+def init_staging(params: Params, tokens: int, spec: CacheSpec) -> list[Staged]:
     """Return an empty staging buffer for `tokens` tokens of one prompt."""
     config = params.config
     shape = (1, config.num_kv_heads, tokens, config.head_dim)
-    return [(jnp.zeros(shape, params.dtype), jnp.zeros(shape, params.dtype)) for _ in range(config.num_layers)]
+
+    def make() -> list[Staged]:
+        return [(jnp.zeros(shape, params.dtype), jnp.zeros(shape, params.dtype)) for _ in range(config.num_layers)]
+
+    return on_mesh.allocate(make, on_mesh.pin_by_head, spec)
 
 
 def staging_bytes(params: Params, tokens: int) -> int:
@@ -138,11 +141,12 @@ def _row(layer: tuple[Group, ...], slot: jax.Array, tables: Tables, spec: CacheS
     return tuple(map(one, layer))
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
+@functools.partial(jax.jit, static_argnames=("config", "spec"))
 @promoting
-def embed_chunk(config: ModelConfig, weights: Any, tokens: jax.Array) -> jax.Array:
+def embed_chunk(config: ModelConfig, weights: Any, tokens: jax.Array, *, spec: CacheSpec) -> jax.Array:
     """Return the hidden states [1, chunk, D] of tokens int32 [1, chunk]; `weights` are those outside of layers."""
-    return cast(jax.Array, Transformer(config).apply({"params": weights}, tokens, method="embed"))
+    x = Transformer(config).apply({"params": weights}, tokens, method="embed")
+    return on_mesh.pin_whole(cast(jax.Array, x), spec)
 
 
 # Layers of the same shapes share one compiled program.
@@ -184,14 +188,22 @@ def layer_chunk(
     k, v = (lax.dynamic_update_slice_in_dim(a, b, start, axis=2) for a, b in zip(staged, added, strict=True))
     q = cast(jax.Array, run(x, angles, method="queries"))
     groups = _row(layer, slot, tables, spec)
-    out = attention.attend(q, k, v, groups, meta, start=start, group_size=config.group_size)
-    return cast(jax.Array, run(x, out, method="output_and_mlp")), (k, v)
+    out = placement_of(spec).attend(q, k, v, groups, meta, start=start, group_size=config.group_size, slopes=None)
+    x = cast(jax.Array, run(x, out, method="output_and_mlp"))
+    return on_mesh.pin_whole(x, spec), on_mesh.pin_by_head((k, v), spec)
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
+@functools.partial(jax.jit, static_argnames=("config", "spec"))
 @promoting
 def chunk_logits(
-    config: ModelConfig, weights: Any, x: jax.Array, targets: jax.Array, count: jax.Array, score: jax.Array
+    config: ModelConfig,
+    weights: Any,
+    x: jax.Array,
+    targets: jax.Array,
+    count: jax.Array,
+    score: jax.Array,
+    *,
+    spec: CacheSpec,
 ) -> tuple[jax.Array, TopLogprobs]:
     """Return float32 logits [1, V] after the last of `count` tokens, and the log probabilities of the token after each.
 
@@ -203,7 +215,8 @@ def chunk_logits(
     T = x.shape[1]
 
     def logits(x: jax.Array) -> jax.Array:
-        return cast(jax.Array, Transformer(config).apply({"params": weights}, x, method="logits"))
+        out = Transformer(config).apply({"params": weights}, x, method="logits")
+        return on_mesh.pin_whole(cast(jax.Array, out), spec)
 
     def scored() -> TopLogprobs:
         size = min(_LOGITS_AT_ONCE, T)
@@ -230,7 +243,8 @@ def write_layer(
 ) -> tuple[Group, ...]:
     """Write a staged segment to the pages of its row; `numbers` are those of `layer_chunk`."""
     before, window, segment = (numbers[i][None] for i in range(3))
-    written = kv.write(_row(layer, slot, tables, spec), *staged, AttentionMetadata(before, segment, window, spec))
+    meta = AttentionMetadata(before, segment, window, spec)
+    written = placement_of(spec).write(_row(layer, slot, tables, spec), *staged, meta)
 
     def whole(group: Group, row: Group) -> Group:
         """Return the group with the row's pages, and its means at the slot."""
@@ -244,7 +258,7 @@ def write_layer(
             }
         )
 
-    return tuple(map(whole, layer, written))
+    return on_mesh.pin_cache(tuple(map(whole, layer, written)), spec)
 
 
 def _no_logprobs(rows: int, vocabulary: int) -> TopLogprobs:
@@ -252,7 +266,7 @@ def _no_logprobs(rows: int, vocabulary: int) -> TopLogprobs:
     return jnp.zeros((rows,)), jnp.zeros(top, jnp.int32), jnp.zeros(top)
 
 
-@functools.partial(jax.jit, donate_argnames=("vocabulary",))
+@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("vocabulary",))
 @promoting
 def start_row(
     vocabulary: Vocabulary,
@@ -262,6 +276,8 @@ def start_row(
     bias: jax.Array,
     allowed: jax.Array,
     logits: jax.Array,
+    *,
+    spec: CacheSpec,
 ) -> tuple[Vocabulary, jax.Array, jax.Array, TopLogprobs]:
     """Choose a row's first token from logits [1, V]; `rows` are the numbers of this row, `seen`, `bias` and `allowed`
     [V] are what it knows about the tokens.
@@ -272,7 +288,7 @@ def start_row(
     fresh = Vocabulary(seen[None], jnp.zeros(seen.shape, jnp.int32)[None], bias[None], allowed[None])
     token, failed, fresh = _choose(fresh, rows, rows.live, logits)
     vocabulary = jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, slot, axis=0), vocabulary, fresh)
-    return vocabulary, token, failed, logprobs(logits, token, TOP_LOGPROBS)
+    return on_mesh.pin_whole((vocabulary, token, failed, logprobs(logits, token, TOP_LOGPROBS)), spec)
 
 
 def _choose(
@@ -345,35 +361,46 @@ def decode_block(
 
     _, cache, vocabulary, _, out = lax.while_loop(going, step, (jnp.int32(0), cache, vocabulary, rows, out))
     layers = tuple(tuple(group.replace(table=None) for group in layer) for layer in cache.layers)
-    return layers, vocabulary, out
+    return on_mesh.pin_cache(layers, spec), *on_mesh.pin_whole((vocabulary, out), spec)
 
 
-@functools.partial(jax.jit, donate_argnames=("vocabulary",))
-def set_allowed(vocabulary: Vocabulary, slot: jax.Array, allowed: jax.Array) -> Vocabulary:
+@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("vocabulary",))
+def set_allowed(vocabulary: Vocabulary, slot: jax.Array, allowed: jax.Array, *, spec: CacheSpec) -> Vocabulary:
     """Set which tokens a row may choose, bool [V]."""
-    return vocabulary.replace(allowed=lax.dynamic_update_slice_in_dim(vocabulary.allowed, allowed[None], slot, axis=0))
+    rows = lax.dynamic_update_slice_in_dim(vocabulary.allowed, allowed[None], slot, axis=0)
+    return on_mesh.pin_whole(vocabulary.replace(allowed=rows), spec)
 
 
-Means = tuple[tuple[tuple[jax.Array, jax.Array] | None, ...], ...]  # k_mean, v_mean [prefixes, …] of each group
+class Means(NamedTuple):
+    """Compensation tokens of stored prefixes, of one head group: [prefixes, K_group, shards, H]."""
+
+    k_mean: jax.Array
+    v_mean: jax.Array
 
 
-def init_means(layers: Layers, prefixes: int) -> Means:
+StoredMeans = tuple[tuple[Means | None, ...], ...]  # of each layer and group, None without compensation
+
+
+def init_means(layers: Layers, prefixes: int, spec: CacheSpec) -> StoredMeans:
     """Return empty compensation tokens of that many prefixes."""
 
-    def group(group: Group) -> tuple[jax.Array, jax.Array] | None:
+    def group(group: Group) -> Means | None:
         if group.k_mean is None or group.v_mean is None:
             return None
         shape = (prefixes, *group.k_mean.shape[1:])
-        return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+        return Means(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
 
-    return tuple(tuple(map(group, layer)) for layer in layers)
+    def make() -> StoredMeans:
+        return tuple(tuple(map(group, layer)) for layer in layers)
+
+    return on_mesh.allocate(make, on_mesh.pin_cache, spec)
 
 
 @functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("layers", "stored"))
 @promoting
 def copy_prefix(
     layers: Layers,
-    stored: Means,
+    stored: StoredMeans,
     sources: Tables,
     targets: Tables,
     slot: jax.Array,
@@ -381,7 +408,7 @@ def copy_prefix(
     restore: jax.Array,
     *,
     spec: CacheSpec,
-) -> tuple[Layers, Means]:
+) -> tuple[Layers, StoredMeans]:
     """Copy pages `sources` to `targets`, int32 [width] per pool, and compensation tokens from a slot to an entry.
 
     Targets past the pool are ignored. With `restore` the compensation tokens go from the entry to the slot.
@@ -408,11 +435,11 @@ def copy_prefix(
             if kept is None or group.k_mean is None or group.v_mean is None:
                 entries.append(None)
             else:
-                k_mean, k_kept = exchange(group.k_mean, kept[0])
-                v_mean, v_kept = exchange(group.v_mean, kept[1])
+                k_mean, k_kept = exchange(group.k_mean, kept.k_mean)
+                v_mean, v_kept = exchange(group.v_mean, kept.v_mean)
                 group = group.replace(k_mean=k_mean, v_mean=v_mean)
-                entries.append((k_kept, v_kept))
+                entries.append(Means(k_kept, v_kept))
             groups.append(group)
         new_layers.append(tuple(groups))
         new_stored.append(tuple(entries))
-    return tuple(new_layers), tuple(new_stored)
+    return on_mesh.pin_cache(tuple(new_layers), spec), on_mesh.pin_cache(tuple(new_stored), spec)
