@@ -141,17 +141,20 @@ class Device:
             all_rows[slot] = own[0]
         seen = np.zeros(self._logits.shape[1], bool)
         seen[prompt] = True
+        # On a mesh an array and one on its devices would be two programs.
+        to_devices = placement_of(self._spec).to_devices
         bias = self._no_bias
         if len(bias_tokens):
-            bias = np.zeros(self._logits.shape[1], np.float32)
-            np.add.at(bias, bias_tokens, biases)
+            summed = np.zeros(self._logits.shape[1], np.float32)
+            np.add.at(summed, bias_tokens, biases)
+            bias = to_devices(summed)
         self._vocabulary, token, failed, scores = programs.start_row(
             self._vocabulary,
             jax.tree.map(lambda x: x[slot : slot + 1].copy(), self._rows),
             np.int32(slot),
             seen,
             bias,
-            self._all_allowed if allowed is None else allowed,
+            self._all_allowed if allowed is None else to_devices(allowed),
             self._logits,
             spec=self._spec,
         )
