@@ -12,11 +12,11 @@ import jax
 import typer
 
 import razor_jax
-from razor_jax import Params, Result
+from razor_jax import Params, RazorConfig, Result
 from razor_jax.checkpoint import hub
 from razor_jax.cli import terminal
 from razor_jax.cli.options import ModelOptions, NewTokens, PolicyOptions, SamplingOptions, grouped
-from razor_jax.cli.serve_http import HttpOptions, refuse, serve_http
+from razor_jax.cli.serve_http import HttpOptions, refuse, require_packages, serve_http
 from razor_jax.cli.terminal import note
 from razor_jax.launch import worker
 from razor_jax.serve import agreement, batch, interactive
@@ -46,12 +46,11 @@ def serve(
 ) -> None:
     """Serve HTTP (--port); or answer a file of prompts, or a person, over many hosts (`python -m razor_jax.launch`)."""
     if http.port is not None:
-        _refuse_files(prompts, output, interactively, rows, model, draws)
-        serve_http(http, model, policy, max_new_tokens)
-        return
-    if http.given:
+        _refuse_files(prompts, output, interactively, rows, draws)
+        require_packages()
+    elif http.given:
         raise typer.BadParameter(f"{', '.join(http.given)}: only HTTP has it, give --port")
-    if interactively == (prompts is not None) or (prompts is None) != (output is None):
+    elif interactively == (prompts is not None) or (prompts is None) != (output is None):
         raise typer.BadParameter("give --port PORT, --prompts FILE and --output FILE, or --interactive")
     decisive = _decisive(model, policy, draws)
     shape = {
@@ -62,20 +61,10 @@ def serve(
     }
     sampling = draws.sampling()
     try:
-        worker.notify_launcher(process=jax.process_index(), processes=jax.process_count())
-        files = agreement.describe(hub.find(model.model))
-        # By content: hosts may keep it in different places.
-        ours = policy.dense or model.heads == "auto"
-        split_file = {} if ours else {"--heads": agreement.heads_file(model.heads)}
-        agreement.require(agreement.versions() | files | split_file | agreement.as_text(decisive | shape))
-        params = model.load(dense=policy.dense)
-        razor = policy.policy(params)
-        # Each host may remember its own split, and a razor.json recommends a policy, too.
-        kept = {
-            "head split": json.dumps([params.heads_or_all.retrieval, params.heads_or_all.scopes]),
-            "policy": json.dumps(None if razor is None else dataclasses.asdict(razor), sort_keys=True),
-        }
-        agreement.require(kept)
+        params, razor, files, kept = _load(model, policy, decisive | shape | http.shape)
+        if http.port is not None:
+            serve_http(http, params, razor, model.model, max_new_tokens)
+            return
         options: dict[str, Any] = {"razor": razor, "sampling": sampling, "stop": draws.stop or ()}
         if prompts is None or output is None:
             _converse(params, {**options, "max_new_tokens": max_new_tokens, "seed": draws.seed})
@@ -89,19 +78,37 @@ def serve(
         raise typer.Exit(worker.exit_code(error)) from None
 
 
+def _load(
+    model: ModelOptions, policy: PolicyOptions, options: dict[str, Any]
+) -> tuple[Params, RazorConfig | None, dict[str, str], dict[str, str]]:
+    """Return the params, the policy, digests of the model's files, and the split and policy as text.
+
+    Raises ValueError, on every process, if the processes differ in one of these or in `options`.
+    """
+    worker.notify_launcher(process=jax.process_index(), processes=jax.process_count())
+    files = agreement.describe(hub.find(model.model))
+    # By content: hosts may keep it in different places.
+    ours = policy.dense or model.heads == "auto"
+    split_file = {} if ours else {"--heads": agreement.heads_file(model.heads)}
+    agreement.require(agreement.versions() | files | split_file | agreement.as_text(options))
+    params = model.load(dense=policy.dense)
+    razor = policy.policy(params)
+    # Each host may remember its own split, and a razor.json recommends a policy, too.
+    kept = {
+        "head split": json.dumps([params.heads_or_all.retrieval, params.heads_or_all.scopes]),
+        "policy": json.dumps(None if razor is None else dataclasses.asdict(razor), sort_keys=True),
+    }
+    agreement.require(kept)
+    return params, razor, files, kept
+
+
 def _refuse_files(
-    prompts: Path | None,
-    output: Path | None,
-    interactively: bool,
-    rows: int,
-    model: ModelOptions,
-    draws: SamplingOptions,
+    prompts: Path | None, output: Path | None, interactively: bool, rows: int, draws: SamplingOptions
 ) -> None:
     """Raise BadParameter for options that HTTP does not have."""
     files = {"prompts": (prompts, None), "output": (output, None), "interactive": (interactively, False)}
     refuse("not with --port, which serves HTTP", files)
     refuse("HTTP has --slots instead", {"batch": (rows, _BATCH)})
-    refuse("HTTP is served on one device", {"mesh": (model.mesh, None)})
     plain = SamplingOptions()
     names = [field.name for field in dataclasses.fields(draws)]
     given = {name: (getattr(draws, name) or None, getattr(plain, name) or None) for name in names}

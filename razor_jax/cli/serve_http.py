@@ -1,18 +1,22 @@
-"""`razor-jax serve --port`: HTTP for OpenAI's clients."""
+"""`razor-jax serve --port`: HTTP for OpenAI's clients, from one device, a mesh, or a mesh of several hosts."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import typer
 
+from razor_jax import Params, RazorConfig
 from razor_jax.cli import terminal
-from razor_jax.cli.options import ModelOptions, PolicyOptions
 from razor_jax.cli.terminal import note
+
+if TYPE_CHECKING:
+    from razor_jax.server.engine import RazorEngine
 
 Http = functools.partial(typer.Option, rich_help_panel="HTTP")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -48,43 +52,69 @@ class HttpOptions:
         fields = [field for field in dataclasses.fields(self) if field.name not in ("port", "api_key")]
         return [option(field.name) for field in fields if getattr(self, field.name) not in (field.default, [])]
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Options that every process of a server must share, none without a port."""
+        names = ("slots", "max_model_len", "cache_gib")
+        return {} if self.port is None else {"http": True} | {name: getattr(self, name) for name in names}
+
 
 def option(name: str) -> str:
     """Return the option of a parameter."""
     return f"--{name.replace('_', '-')}"
 
 
-def serve_http(http: HttpOptions, model: ModelOptions, policy: PolicyOptions, new_tokens: int) -> None:
-    """Serve a model until SIGTERM or Ctrl-C. Raises ValueError if the extra `serve` is not installed."""
-    if http.port is None or jax.process_count() > 1:
-        raise ValueError("HTTP is served by one process: start it without a launcher")
+def require_packages() -> None:
+    """Raise ValueError if the extra `serve` is not installed."""
     try:
-        from razor_jax.server import app, run, service
+        from razor_jax.server import app, run  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(f'HTTP needs {error.name}: pip install "razor-jax[serve]"') from error
-    from razor_jax.server.engine import RazorEngine
-    from razor_jax.server.limits import Limits
 
-    params = model.load(dense=policy.dense)
+
+def serve_http(http: HttpOptions, params: Params, razor: RazorConfig | None, model: str, new_tokens: int) -> None:
+    """Serve a model until SIGTERM or Ctrl-C. Of several processes, process 0 listens and the others follow it."""
+    from razor_jax.server.engine import RazorEngine
+
     if params.assets is None or params.assets.tokenizer_json is None:
-        raise ValueError(f"{model.model} has no tokenizer.json: HTTP needs one for text")
+        raise ValueError(f"{model} has no tokenizer.json: HTTP needs one for text")
     tokens = http.max_model_len or min(_CONTEXT, params.config.max_position_embeddings)
     engine = RazorEngine(
         params,
-        razor=policy.policy(params),
+        razor=razor,
         slots=http.slots,
         capacity=tokens,
         cache_bytes=None if http.cache_gib is None else int(http.cache_gib * 2**30),
     )
+    if jax.process_index() > 0:
+        # Process 0 gets the signal too, and lets the others leave once its answers have ended.
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, signal.SIG_IGN)
+        engine.follow()
+        return
+    note(str(engine.sizes))
+    code = _listen(http, engine, model, new_tokens)
+    if engine.failure is not None:
+        raise engine.failure
+    if code:
+        raise typer.Exit(code)
+
+
+def _listen(http: HttpOptions, engine: RazorEngine, model: str, new_tokens: int) -> int:
+    """Serve HTTP with an engine that has not started, and return the exit code."""
+    from razor_jax.server import app, run, service
+    from razor_jax.server.limits import Limits
+
+    assert http.port is not None
+    params, capacity = engine.params, engine.layout.spec.capacity
+    assert params.assets is not None
     limits = Limits(new_tokens=new_tokens, request_seconds=http.request_seconds)
-    name = http.served_name or _name(model.model)
-    served = service.Service(engine, params.assets, name, params.config.vocab_size, tokens, limits)
+    name = http.served_name or _name(model)
+    served = service.Service(engine, params.assets, name, params.config.vocab_size, capacity, limits)
     if http.api_key is None and http.host not in _LOOPBACK:
         terminal.warn(f"{http.host} is open to other machines and there is no key: give --api-key, or set {_KEY}")
     application = app.make_app(served, api_key=http.api_key or None, origins=http.cors_origin or ())
-    code = run.run(served, application, http.host, http.port, http.drain_seconds, _announce)
-    if code:
-        raise typer.Exit(code)
+    return run.run(served, application, http.host, http.port, http.drain_seconds, _announce)
 
 
 def refuse(reason: str, options: dict[str, tuple[Any, Any]]) -> None:

@@ -37,7 +37,6 @@ from .worker import LOST, ProcessInfo
 
 PORT = 8476
 HEARTBEAT = 20  # seconds; with JAX's default of 100 the other processes would wait that long
-GRACE = 10  # seconds between SIGTERM and SIGKILL for a worker
 
 # From this line on, a worker's stderr is only the abort message and stack trace of JAX's coordination service.
 _FATAL = re.compile(rb"[EF]\d{4} .*(coordination_service|client\.h)")
@@ -76,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     code = LOST
-    with _Signals() as signals:
+    with _Signals(flags.grace) as signals:
         for restart in range(flags.restarts + 1):
             code = _Worker(info, flags, signals).wait()
             if code != LOST or signals.received or restart == flags.restarts:
@@ -93,9 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Signals:
-    """Handlers of SIGTERM, SIGINT and SIGHUP across all starts, which also stop the running worker."""
+    """Handlers of SIGTERM, SIGINT and SIGHUP across all starts, which also stop the running worker.
 
-    def __init__(self):
+    `grace`: seconds between SIGTERM and SIGKILL for the worker.
+    """
+
+    def __init__(self, grace: float):
+        self._grace = grace
         self.received: signal.Signals | None = None
         self._worker: subprocess.Popen | None = None
 
@@ -132,7 +135,7 @@ class _Signals:
 
     def _terminate(self, worker: subprocess.Popen) -> None:
         worker.terminate()
-        killer = threading.Timer(GRACE, worker.kill)
+        killer = threading.Timer(self._grace, worker.kill)
         killer.daemon = True
         killer.start()
 
@@ -232,6 +235,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--heartbeat", type=int, default=HEARTBEAT, help="seconds of silence after which a process counts as dead"
     )
+    parser.add_argument(
+        "--grace", type=int, default=10, help="seconds between SIGTERM and SIGKILL for a worker that does not end"
+    )
     parser.add_argument("--restarts", type=int, default=0, help="restarts after a lost process")
     parser.add_argument("--stay", action="store_true", help="wait for SIGTERM after any end except a lost process")
     parser.add_argument("--debug", action="store_true", help="also print JAX's abort message")
@@ -241,7 +247,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         flags.command = flags.command[1:]
     if not flags.command or flags.command == ["-m"]:
         parser.error("nothing to run: end with -- script.py … or -- -m module …")
-    for name, least in (("processes", 1), ("process_id", 0), ("connect_timeout", 1), ("heartbeat", 2), ("restarts", 0)):
+    least_values = {"processes": 1, "process_id": 0, "connect_timeout": 1, "heartbeat": 2, "grace": 0, "restarts": 0}
+    for name, least in least_values.items():
         if getattr(flags, name) is not None and getattr(flags, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least {least}")
     return flags

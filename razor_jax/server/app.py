@@ -97,6 +97,9 @@ async def tokenize(service: Service, request: Request) -> Response:
 
 async def health(service: Service, request: Request) -> Response:
     """Return 200 if a tick made progress lately or there is nothing to do, otherwise 503."""
+    if service.engine.failure is not None:
+        message = f"the engine has ended and the server ends: {service.engine.failure}"
+        raise ApiError(message, status=503, code="engine_failed")
     stats = service.engine.stats()
     busy = stats.running + stats.waiting > 0
     if busy and stats.last_tick_age > STALL_SECONDS:

@@ -164,6 +164,11 @@ class Engine(Protocol):
         """Whether the programs are compiled and the engine does not drain."""
         ...
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why the engine ended by itself, None while it has not."""
+        ...
+
     def submit(self, generation: Generation, listener: Listener) -> None:
         """Put an answer into the queue. Raises Refused."""
         ...

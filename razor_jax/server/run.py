@@ -22,7 +22,7 @@ _CLOSE_SECONDS = 5.0  # For the last bytes of responses, after the answers have 
 def run(
     service: Service, app: Starlette, host: str, port: int, drain_seconds: float, on_listening: Callable[[str], None]
 ) -> int:
-    """Start the engine, serve HTTP, and return the exit code: 0 after SIGTERM or SIGINT.
+    """Start the engine, serve HTTP, and return the exit code: 0 after SIGTERM or SIGINT, 1 if the engine failed.
 
     The server listens while the engine compiles: /health answers, and /ready says when it takes requests. A signal ends
     that: running answers finish within `drain_seconds`. A second signal ends them at once.
@@ -97,6 +97,13 @@ class _Server(uvicorn.Server):
             self._draining.start()
         else:
             self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to end: also once the engine has ended by itself."""
+        if self._service.engine.failure is not None:
+            self.failed = True
+            return True
+        return await super().on_tick(counter)
 
     def _start(self) -> None:
         try:

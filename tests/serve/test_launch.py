@@ -247,9 +247,9 @@ def test_a_job_tells_the_launcher_what_it_reads():
     assert "env" not in container(documents("job-tpu.yaml")["Job"]["spec"]["template"]["spec"])
 
 
-@pytest.mark.parametrize("name", ["job-tpu.yaml", "leaderworkerset.yaml"])
+@pytest.mark.parametrize("name", ["job-tpu.yaml", "leaderworkerset.yaml", "leaderworkerset-http.yaml"])
 def test_tpu_pods_fill_their_slice(name):
-    if name == "leaderworkerset.yaml":
+    if name != "job-tpu.yaml":
         template = documents(name)["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]
         pods, pod = template["size"], template["workerTemplate"]["spec"]
         assert template["restartPolicy"] == "RecreateGroupOnPodRestart"
@@ -263,7 +263,28 @@ def test_tpu_pods_fill_their_slice(name):
     assert f"--mesh=data=1,model={rows * columns}" in line
 
 
-@pytest.mark.parametrize("name", ["job.yaml", "job-tpu.yaml", "leaderworkerset.yaml"])
+def test_the_leader_of_a_server_runs_what_its_workers_run_and_has_time_to_drain():
+    found = documents("leaderworkerset-http.yaml")
+    template = found["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]
+    leader, other = (template[name]["spec"] for name in ("leaderTemplate", "workerTemplate"))
+    for name in ("image", "workingDir", "command", "args", "env", "resources", "volumeMounts"):
+        assert container(leader)[name] == container(other)[name]
+    assert leader["nodeSelector"] == other["nodeSelector"]
+    line = [*container(leader)["command"], *container(leader)["args"]]
+    port, drain = (int(next(word for word in line if name in word).split("=")[1]) for name in ("--port", "--drain"))
+    grace = launch._parse(line[3:]).grace
+    assert leader["terminationGracePeriodSeconds"] == other["terminationGracePeriodSeconds"] > grace > drain
+    assert {container(leader)[probe]["httpGet"]["path"] for probe in ("readinessProbe", "livenessProbe")} == {
+        "/ready",
+        "/health",
+    }
+    assert {container(leader)[probe]["httpGet"]["port"] for probe in ("readinessProbe", "livenessProbe")} == {port}
+    labels = template["leaderTemplate"]["metadata"]["labels"]
+    assert found["Service"]["spec"]["selector"].items() <= labels.items()
+    assert "metadata" not in template["workerTemplate"]  # the service must not find it
+
+
+@pytest.mark.parametrize("name", ["job.yaml", "job-tpu.yaml", "leaderworkerset.yaml", "leaderworkerset-http.yaml"])
 def test_commands_in_manifests_are_understood(name):
     (spec,) = (d["spec"] for kind, d in documents(name).items() if kind != "Service")
     template = spec.get("template") or spec["leaderWorkerTemplate"]["workerTemplate"]

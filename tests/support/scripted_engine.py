@@ -43,6 +43,7 @@ class ScriptedEngine:
       tick_seconds: time of a tick.
       prefill_ticks: ticks before the first token.
       fails: whether an answer fails, after its second token.
+      failure: why it ended by itself; a test may set it.
       gate: ticks run while it is set.
       seen: generations in the order of their arrival.
       cancels: ids that were cancelled while they lived, with the number of ticks that this took.
@@ -63,6 +64,7 @@ class ScriptedEngine:
         self._ended: collections.Counter[str] = collections.Counter()
         self._tokens: collections.Counter[str] = collections.Counter()
         self._ticks, self._last = 0, time.monotonic()
+        self.failure: Exception | None = None
         self._started, self._draining, self._over = False, False, False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
