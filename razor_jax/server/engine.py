@@ -69,26 +69,7 @@ class RazorEngine:
     ):
         """Choose the sizes and check that they fit; nothing is allocated before `start`.
 
-        Args:
-          razor: cache policy, None for dense attention; see `generate`.
-          slots: answers that run at once.
-          capacity: most tokens of an answer, prompt and output; None for 8,192, or what the model was trained for if
-            that is less.
-          cache_bytes: of pages and compensation tokens, over all devices; None for what all slots at their capacity
-            take, or half of the free memory if that is less.
-          typical_tokens: tokens of an answer for which full and windowed pages run out together; None for half of the
-            capacity.
-          page_tokens: tokens per page; None for 128, or 64 where attention runs on XLA, per device that shares a page.
-          chunk: prompt tokens per prefill step.
-          block: most decode steps per tick.
-          prefills: prompts whose prefill may be under way; each takes a staging buffer.
-          max_waiting: most requests in the queue.
-          prefix_bytes: part of the cache for prefixes of prompts, 0 for none; None for an eighth, and at least for one
-            prefix of `typical_tokens` if the longest answer fits beside it.
-
-        Raises:
-          ValueError: a size out of range, a mesh of more than one `data`, ALiBi, or another cache method.
-          MemoryError: the cache does not fit the devices.
+        Arguments and errors are those of `engine_sizes.choose_sizes`.
         """
         compilation.track_compilation()
         self.params = params

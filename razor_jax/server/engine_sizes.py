@@ -17,7 +17,7 @@ from .pages import Layout
 
 @dataclasses.dataclass(frozen=True)
 class EngineSizes:
-    """Sizes of an engine; see `RazorEngine` for those that a user gives.
+    """Sizes of an engine; see `choose_sizes` for those that a user gives.
 
     Attributes:
       segment_tokens: most prompt tokens per call of the library; a longer prompt takes several.
@@ -80,7 +80,29 @@ def choose_sizes(
     max_waiting: int,
     prefix_bytes: int | None,
 ) -> EngineSizes:
-    """Return complete sizes; arguments and errors as in `RazorEngine`."""
+    """Return complete sizes, and check that they fit.
+
+    Args:
+      razor: cache policy, None for dense attention; see `generate`.
+      slots: answers that run at once.
+      capacity: most tokens of an answer, prompt and output; None for 8,192, or what the model was trained for if
+        that is less.
+      cache_bytes: of pages and compensation tokens, over all devices; None for what all slots at their capacity
+        take, or half of the free memory if that is less.
+      typical_tokens: tokens of an answer for which full and windowed pages run out together; None for half of the
+        capacity.
+      page_tokens: tokens per page; None for 128, or 64 where attention runs on XLA, per device that shares a page.
+      chunk: prompt tokens per prefill step.
+      block: most decode steps per tick.
+      prefills: prompts whose prefill may be under way; each takes a staging buffer.
+      max_waiting: most requests in the queue.
+      prefix_bytes: part of the cache for prefixes of prompts, 0 for none; None for an eighth, and at least for one
+        prefix of `typical_tokens` if the longest answer fits beside it.
+
+    Raises:
+      ValueError: a size out of range, a mesh of more than one `data`, ALiBi, or another cache method.
+      MemoryError: the cache does not fit the devices.
+    """
     for name, value in (("slots", slots), ("chunk", chunk), ("block", block)):
         check_int(name, value, 1)
     most = min(8192, params.config.max_position_embeddings)
