@@ -340,11 +340,9 @@ class RazorEngine:
         grammar = any(each.generation.grammar is not None for each in answers)
         score = any(each.generation.logprobs is not None for each in answers)
         self._device.decode_block(1 if grammar else min(left, self.sizes.block), int(score))
-        out = self._device.block_output()
+        output = self._device.block_output()
         for answer in answers:
-            slot = answer.slot
-            new = out.count[slot] - answer.count
-            self._receive(answer, out.tokens[slot, :new], bool(out.failed[slot]), [x[slot] for x in out.logprobs])
+            self._receive(answer, *output[answer.slot])
 
     def _receive(self, answer: Answer, tokens: np.ndarray, failed: bool, scores: Sequence[np.ndarray]) -> None:
         """Append tokens to an answer, tell its listener, and end it if it is complete."""

@@ -19,15 +19,20 @@ from ..params import Params
 from ..text.sampling import Sampling, rules, set_rule
 from . import on_mesh, programs
 from .pages import Layout
-from .programs import BlockOutput, Rows
+from .programs import Rows
 
 STOP_IDS = 16  # most stop ids per row that the device looks for; the host looks for all of them
 
 Pages = tuple[np.ndarray, ...]  # page ids per pool
 
 
-class FirstToken(NamedTuple):
-    """A row's first token: int32 [1], [0] if its logits were not finite; whether they were not; log probabilities."""
+class RowTokens(NamedTuple):
+    """Tokens that a row gained.
+
+    Attributes:
+      tokens: int32 [n]. failed: whether the next logits were not finite; then there is no token for them.
+      logprobs: of at least n tokens, [≥ n] and twice [≥ n, 20].
+    """
 
     tokens: np.ndarray
     failed: bool
@@ -59,8 +64,8 @@ class Device:
         self._tables = tuple(np.zeros((layout.slots, width), np.int32) for width in layout.widths)
         self._rows = init_rows(layout.slots)
         self._prompt_scores: programs.TopLogprobs | None = None
-        self._first: FirstToken | None = None
-        self._output: BlockOutput | None = None
+        self._first: RowTokens | None = None
+        self._output: dict[int, RowTokens] = {}
 
     def run_every_program(self) -> None:
         """Run each program once without effect, so that all are compiled."""
@@ -162,7 +167,7 @@ class Device:
         tokens = np.asarray(token)[: int(not broken)]
         self._rows.count[slot] = len(tokens)
         self._rows.token[slot : slot + len(tokens)] = tokens
-        self._first = FirstToken(tokens, broken, tuple(map(np.asarray, scores)))
+        self._first = RowTokens(tokens, broken, tuple(map(np.asarray, scores)))
 
     def decode_block(self, steps: int, score: int) -> None:
         """Run `programs.decode_block`, and count its tokens."""
@@ -178,13 +183,16 @@ class Device:
             spec=self._spec,
             block=self._block,
         )
-        self._output = out = jax.tree.map(np.asarray, out)
-        for slot in np.flatnonzero(rows.live):
-            new = out.count[slot] - rows.count[slot]
+        tokens, failed, scores = jax.tree.map(np.asarray, (out.tokens, out.failed, out.logprobs))
+        self._output = {}
+        for slot in np.flatnonzero(rows.live).tolist():
+            new = int(np.asarray(out.count)[slot] - rows.count[slot])
             if new:
-                rows.token[slot] = out.tokens[slot, new - 1]
+                rows.token[slot] = tokens[slot, new - 1]
                 rows.length[slot] += new
                 rows.count[slot] += new
+            found = tuple(x[slot] for x in scores)
+            self._output[slot] = RowTokens(tokens[slot, :new], bool(failed[slot]), found)
 
     def end_row(self, slot: int) -> None:
         """End a row: it decodes no more."""
@@ -215,14 +223,13 @@ class Device:
         assert self._prompt_scores is not None
         return tuple(map(np.asarray, self._prompt_scores))
 
-    def first_token(self) -> FirstToken:
+    def first_token(self) -> RowTokens:
         """Return the first token of the row that was started last."""
         assert self._first is not None
         return self._first
 
-    def block_output(self) -> BlockOutput:
-        """Return what the last block of decode steps added, as NumPy arrays."""
-        assert self._output is not None
+    def block_output(self) -> dict[int, RowTokens]:
+        """Return what each live row gained by the last block of decode steps, by slot."""
         return self._output
 
     def flush(self) -> None:
@@ -262,4 +269,4 @@ def _padded(numbers: Sequence[int] | np.ndarray, length: int, rest: int) -> np.n
     return out
 
 
-__all__: Sequence[str] = ("STOP_IDS", "Device", "FirstToken", "Pages", "init_rows", "row_numbers")
+__all__: Sequence[str] = ("STOP_IDS", "Device", "Pages", "RowTokens", "init_rows", "row_numbers")

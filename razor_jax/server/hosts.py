@@ -21,8 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .engine_device import Device, FirstToken
-from .programs import BlockOutput
+from .engine_device import Device, RowTokens
 
 WORDS = 1024  # int32 numbers per broadcast
 _INTEGER, _NONE, _TUPLE = -1, -2, -3
@@ -62,11 +61,11 @@ class Leader:
         self.flush()
         return self._device.prompt_scores()
 
-    def first_token(self) -> FirstToken:
+    def first_token(self) -> RowTokens:
         self.flush()
         return self._device.first_token()
 
-    def block_output(self) -> BlockOutput:
+    def block_output(self) -> dict[int, RowTokens]:
         self.flush()
         return self._device.block_output()
 

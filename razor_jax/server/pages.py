@@ -195,9 +195,11 @@ def choose_layout(
 
     Raises ValueError for bytes without room for one row of the capacity, or a page that does not divide over a mesh.
     """
-    if page_tokens % spec.shards:
+    # Kernels tell pages from their scales by the number of slots.
+    if page_tokens % spec.shards or page_tokens < 2 * spec.shards:
         raise ValueError(
-            f"page_tokens={page_tokens}: {spec.shards} devices share each page, so it must be a multiple of that"
+            f"page_tokens={page_tokens}: must be a multiple of {spec.shards}, the devices that share each page, and at "
+            f"least {2 * spec.shards}"
         )
     none = (0,) * len(kinds(spec))
     bare = Layout(spec, slots, page_tokens, none, none, 0)

@@ -14,7 +14,7 @@ import pytest
 import razor_jax
 from razor_jax.launch import worker
 from razor_jax.server import hosts
-from razor_jax.server.engine_device import Device, FirstToken
+from razor_jax.server.engine_device import Device, RowTokens
 from razor_jax.text.sampling import Sampling
 from tests.support.launched import Run
 
@@ -39,7 +39,7 @@ class Recorder(Device):
         return lambda *args: self.calls.append((name, args))
 
     def first_token(self):
-        return FirstToken(np.zeros(0, np.int32), True, ())
+        return RowTokens(np.zeros(0, np.int32), True, ())
 
 
 def test_another_process_makes_the_calls_of_process_0(monkeypatch):

@@ -31,19 +31,20 @@ REQUESTS = (
 )
 
 
+@pytest.mark.slow  # the quick suite has `server/test_http_hosts`
 @pytest.mark.parametrize(
     ("split", "razor", "mesh", "layout"),
     [
         (SPLIT, engines.RAZOR, "data=1,model=8", "slot"),
-        pytest.param(SPLIT, PAPER, "data=1,model=4", "slot", marks=pytest.mark.slow),
-        pytest.param(BALANCED, STREAMING_INT8, "data=1,model=2", "head", marks=pytest.mark.slow),
-        pytest.param(SPLIT, None, "data=1,model=4", "head", marks=pytest.mark.slow),
+        (SPLIT, PAPER, "data=1,model=4", "slot"),
+        (BALANCED, STREAMING_INT8, "data=1,model=2", "head"),
+        (SPLIT, None, "data=1,model=4", "head"),
     ],
     ids=["by slot", "paper's window by slot", "int8 by head", "dense"],
 )
 def test_a_mesh_gives_the_answers_of_one_device(split, razor, mesh, layout):
     params = one_device(split)
-    sizes = {"prefix_bytes": 200_000}
+    sizes = {"prefix_bytes": 200_000, "page_tokens": 16}
     one, made = engines.engine(params, razor, **sizes), engines.engine(on(params, mesh), razor, **sizes)
     assert made.layout.spec.placement.layout == layout
     for requests in (REQUESTS[:1], REQUESTS[1:2], REQUESTS):
@@ -59,5 +60,6 @@ def test_a_mesh_gives_the_answers_of_one_device(split, razor, mesh, layout):
 def test_a_mesh_that_the_engine_cannot_serve_is_refused():
     with pytest.raises(ValueError, match=r"a mesh of data=2: .* needs data=1; give all devices to model"):
         engines.engine(on(one_device(), "data=2,model=4"))
-    with pytest.raises(ValueError, match="page_tokens=12: 8 devices share each page, so it must be a multiple"):
-        engines.engine(on(one_device(), "data=1,model=8"), page_tokens=12)
+    for page in (8, 20):
+        with pytest.raises(ValueError, match=f"page_tokens={page}: must be a multiple of 8, .* and at least 16"):
+            engines.engine(on(one_device(), "data=1,model=8"), page_tokens=page)
