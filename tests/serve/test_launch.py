@@ -44,7 +44,9 @@ def test_a_wrong_place_is_named():
         process_info(JAX_NAMES | {"JAX_NUM_PROCESSES": "two"})
 
 
-@pytest.mark.parametrize("flags", [[], ["--"], ["--", "-m"], ["--processes", "0", "--", "a.py"], ["--restarts", "-1"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--"], ["--", "-m"], ["--processes", "0", "--", "a.py"], ["--restarts", "-1"], ["--grace", "-1"]]
+)
 def test_wrong_usage(flags, capsys):
     with pytest.raises(SystemExit) as end:
         launch.main(flags)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 
 import pytest
 from openai.resources.chat.completions import Completions as ChatClient
@@ -147,6 +148,8 @@ def test_every_sampling_field_reaches_the_engine(server):
         "top_k": 7,
         "min_p": 0.25,
         "repetition_penalty": 1.5,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.125,
         "seed": -1,
         "logit_bias": {"65": 3, "66": -100},
         "stop": ["a", "b"],
@@ -157,6 +160,7 @@ def test_every_sampling_field_reaches_the_engine(server):
     rule = seen.sampling
     numbers = (rule.temperature, rule.top_p, rule.top_k, rule.min_p, rule.repetition_penalty)
     assert numbers == (0.5, 0.75, 7, 0.25, 1.5)
+    assert (rule.presence_penalty, rule.frequency_penalty) == (-0.5, 0.125)
     assert (seen.seed, seen.logit_bias) == (2**32 - 1, ((65, 3.0), (66, -100.0)))
     assert (seen.stop, seen.max_tokens, rule.greedy) == (("a", "b"), 9, False)
 
@@ -218,6 +222,15 @@ def test_metrics_count_what_ran(server):
     assert 'razor_jax:request_success_total{finished_reason="length",model_name="scripted"} 1.0' in text
     assert 'razor_jax:time_to_first_token_seconds_count{model_name="scripted"} 1.0' in text
     assert 'razor_jax:compilations_total{model_name="scripted"} 0.0' in text
+    assert 'razor_jax:kv_cache_saved_bytes{model_name="scripted"} 0.0' in text
+    (age,) = re.findall(r'razor_jax:last_tick_age_seconds\{model_name="scripted"\} (\S+)', text)
+    assert 0 <= float(age) < 60
+    server.engine.gate.clear()
+    with server.http.stream("POST", "/v1/chat/completions", json={"messages": HELLO, "stream": True}):
+        server.wait_until(lambda: server.engine.stats().running)
+        # One answer takes 400 bytes of the 1,000 that a dense cache would.
+        assert 'razor_jax:kv_cache_saved_bytes{model_name="scripted"} 600.0' in server.http.get("/metrics").text
+        server.engine.gate.set()
 
 
 @pytest.mark.parametrize(("client", "endpoint"), [(ChatClient, chat), (TextClient, completions)])

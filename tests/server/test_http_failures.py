@@ -1,5 +1,6 @@
 """Failures that other servers have had: each one is a test."""
 
+import asyncio
 import concurrent.futures
 import json
 import socket
@@ -9,13 +10,17 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
+from starlette.testclient import TestClient
 
 import razor_jax
 from razor_jax import Assets
-from razor_jax.server import app
+from razor_jax.server import app, run
 from razor_jax.server.limits import Limits
+from razor_jax.server.service import Service
 from tests.support import tiny
 from tests.support.http_server import serve_script
+from tests.support.scripted_engine import ScriptedEngine
 
 HELLO = [{"role": "user", "content": "hello"}]
 MINI = Path(razor_jax.__file__).parent / "assets" / "razor-mini"
@@ -132,6 +137,31 @@ def test_a_stuck_engine_is_not_healthy(server, monkeypatch):
     server.engine.gate.set()
     connection.close()
     server.wait_until(lambda: server.http.get("/health").status_code == 200)
+
+
+def test_an_engine_that_ended_by_itself_ends_the_server(server):
+    """/health is 503 until the server is gone, and its exit code is not 0."""
+    running = run._Server(uvicorn.Config(app.make_app(server.service)), server.service, 1.0)
+    assert not asyncio.run(running.on_tick(0))
+    server.engine.failure = RuntimeError("a peer is gone")
+    response = server.http.get("/health")
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_failed")
+    assert "a peer is gone" in response.json()["error"]["message"]
+    assert asyncio.run(running.on_tick(1))
+    assert running.failed
+
+
+def test_a_server_that_compiles_is_healthy_and_not_ready():
+    """Requests are refused with a status that says: again later."""
+    engine = ScriptedEngine(tiny.assets())
+    service = Service(engine, tiny.assets(), "scripted", tiny.CONFIG.vocab_size, 4096)
+    with TestClient(app.make_app(service)) as client:
+        assert client.get("/health").status_code == 200
+        for response in (client.get("/ready"), client.post(CHAT, json={"messages": HELLO})):
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
+        engine.start()
+        assert client.get("/ready").status_code == 200
+    assert engine.drain(5)
 
 
 def test_a_request_that_takes_too_long_ends():

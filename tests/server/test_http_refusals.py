@@ -1,12 +1,15 @@
 """Requests that are refused: one clear error in OpenAI's form, before any header of an answer."""
 
 import concurrent.futures
+import hmac
 import json
+import re
 import time
 
 import openai
 import pytest
 from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
@@ -163,6 +166,32 @@ def test_a_key_is_asked_for_under_a_mount_too():
             assert client.get("/razor/v1/models").status_code == 401
             assert client.get("/razor/health").status_code == 200
             assert client.get("/razor/v1/models", headers={"authorization": "Bearer key"}).status_code == 200
+
+
+def test_keys_are_compared_in_constant_time(shared, monkeypatch):
+    """By digests of equal lengths, whatever the client sends."""
+    compared = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+    with TestClient(make_app(shared.service, api_key="key")) as client:
+        for key, status in (("", 401), ("k", 401), ("k" * 1000, 401), ("kez", 401), ("key", 200)):
+            assert client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == status
+    assert len(compared) == 5
+    assert {len(digest) for pair in compared for digest in pair} == {32}
+
+
+def test_middleware_is_pure_asgi(shared):
+    """Starlette's base class would buffer streams and hide disconnects."""
+    application = make_app(shared.service, api_key="key", origins=("https://a.example",))
+    assert len(application.user_middleware) == 3
+    assert not any(issubclass(each.cls, BaseHTTPMiddleware) for each in application.user_middleware)
+
+
+def test_the_page_needs_nothing_from_elsewhere(shared):
+    """The browser is told to load nothing, and the page names nothing."""
+    response = shared.http.get("/")
+    assert response.status_code == 200
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert not re.search(r"""(src|href)\s*=|url\(|@import|https?://""", response.text)
 
 
 def test_other_origins_are_refused_unless_named():
