@@ -2,10 +2,50 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from razor_jax import RazorConfig
+from razor_jax.cache import make_spec
+from razor_jax.server import pages
 from razor_jax.server.prefix import PrefixStore, chain
+from tests.support import tiny
+
+POLICIES = {"window": RazorConfig.compact(window=1024), "paper": RazorConfig(), "dense": None}
+
+
+def layout(policy, slots, cache_bytes, prefix_bytes=None):
+    """A layout of the tiny model for answers of up to 8,192 tokens."""
+    spec = make_spec(tiny.SPLIT, 16, 8192, POLICIES[policy], "float32")
+    return pages.choose_layout(spec, slots, 64, cache_bytes, 4096, prefix_bytes)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_by_default_a_cache_keeps_a_prefix_of_half_the_capacity(policy, slots):
+    """Also if it is small, unless the longest answer does not fit beside it: then it keeps none."""
+    bare, row = layout(policy, slots, None, 0), layout(policy, 1, None, 0).cache_bytes
+    made = layout(policy, slots, None)
+    assert made.longest_prefix >= 4096
+    assert made.pages == bare.pages
+    for rows in (1.1, 2, 3, 20):
+        made = layout(policy, slots, int(rows * row))
+        assert made.cache_bytes <= rows * row
+        assert made.longest_prefix >= 4096 or (made.longest_prefix == made.prefixes == 0 and rows < 2)
+        assert all(count >= width for count, width in zip(made.pages, made.widths, strict=True))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("prefix_bytes", [0, 20_000, 300_000, 1_000_000, 5_000_000])
+def test_a_prefix_of_the_length_that_is_stated_fits(policy, prefix_bytes):
+    made = layout(policy, 4, 20_000_000, prefix_bytes)
+    tokens = made.longest_prefix
+    if tokens:
+        needs = [-(-min(tokens, width * made.page_tokens) // made.page_tokens) for width in made.widths]
+        store = PrefixStore(made.pages, made.prefix_pages, made.prefixes)
+        assert store.add(b"key", tokens, made.spec.capacity, needs) is not None
+    assert (tokens > 0) == (prefix_bytes > 20_000)
 
 
 def test_a_key_depends_on_the_model_the_tokens_and_the_cuts():
