@@ -20,23 +20,23 @@ from jax import lax
 from jaxtyping import Float, Float32
 
 from .config import Experts
+from .linear import dequantize
 
 # Fewer rows than these go through the TPU's vector unit, at twice the time of a matrix multiplication.
 _ROWS = 8
 
 
 class ExpertLinear(nn.Module):
-    """Linear maps of all experts: a kernel [E, inputs, outputs], int8 if it has a `scale` [E, 1, outputs]."""
+    """Linear maps of all experts: a kernel [E, inputs, outputs], and if it is quantised the scales of `linear.py`."""
 
     shape: tuple[int, int, int]
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
-        """Return kernel and scale."""
+        """Return kernel and scales."""
         maps = {"kernel": self.param("kernel", nn.initializers.normal(0.02), self.shape)}
-        if self.has_variable("params", "scale"):
-            maps["scale"] = self.get_variable("params", "scale")
-        return maps
+        scales = (name for name in ("scale", "group_scale") if self.has_variable("params", name))
+        return maps | {name: self.get_variable("params", name) for name in scales}
 
 
 def shares(logits: Float[jax.Array, "*rows E"], experts: Experts) -> Float32[jax.Array, "*rows E"]:
@@ -57,7 +57,7 @@ def mix(x: Float[jax.Array, "R D"], share: Float32[jax.Array, "R E"], maps: Any)
 
     Args:
       share: of each expert in each row; an expert that has none in any row is not read.
-      maps: "gate", "up" and "down", each with the kernel [E, inputs, outputs] and the scale of `ExpertLinear`.
+      maps: "gate", "up" and "down", each with the kernel and scales of `ExpertLinear`.
     """
     R = x.shape[0]
     x, share = (jnp.pad(a, ((0, max(0, _ROWS - R)), (0, 0))) for a in (x, share))
@@ -99,5 +99,7 @@ def _share_of(x: jax.Array, share: jax.Array, maps: Any, expert: jax.Array) -> j
 
 def _linear(x: jax.Array, linear: dict[str, jax.Array]) -> jax.Array:
     """Apply one expert's map to x [R, inputs]."""
+    if "group_scale" in linear:
+        return x @ dequantize(linear).astype(x.dtype)
     y = x @ linear["kernel"].astype(x.dtype)
     return (y * linear["scale"]).astype(x.dtype) if "scale" in linear else y

@@ -1,32 +1,46 @@
-"""Linear maps whose kernel may be int8, with one float32 scale per output channel.
+"""Linear maps whose kernel may be int8 or int4, with its scales beside it.
 
 The contracted dimensions of a kernel come first, its outputs after. Most kernels contract one dimension ([D, K, G, H],
-[D, F]); o, [K, G, H, D], contracts three. The kernels of experts (`experts.py`) are stacked, [E, inputs, outputs], and
-keep the contracted dimension in their scales, [E, 1, outputs]. Dequantising is part of the matmul, y = (x · q) · scale,
-so the weights never exist in another type: the compiler converts them as it reads them.
+[D, F]); o, [K, G, H, D], contracts three. The kernels of experts (`experts.py`) are stacked, [E, inputs, outputs].
+
+int8   `scale`, float32: one per output channel. Dequantising is part of the matmul, y = (x · q) · scale. Scales of
+       experts keep the contracted dimension, [E, 1, outputs].
+int4   `group_scale`, bfloat16: one per output and group of 64 inputs, or of 32 if 64 does not divide them. It has the
+       shape of the kernel with groups in place of inputs; o has groups along H. y = x · (q · group_scale). The output
+       head is int8: its errors go straight into the logits, and it is read once per token.
+
+The weights never exist in another type: the compiler converts them as it reads them.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
-from jaxtyping import Float, Float32, Int8
+from jaxtyping import Float, Float32
 
-INT8 = jnp.dtype("int8")
+Weights = Literal["int8", "int4"]  # types of kernels beside floats
+
+INT8, INT4 = jnp.dtype("int8"), jnp.dtype("int4")
+GROUPS = (64, 32)  # inputs that share a scale of int4, best first
 
 # How many dimensions a kernel contracts, by the name of its map; 1 for the others.
 _CONTRACTED = {"o": 3}
 
+# int4: a group's largest weight is stored as minus one of these, whichever leaves the smallest error. Above 8 it is
+# clipped to -8. Whole numbers reproduce weights that were rounded to 4 bits before.
+_LARGEST = (8.0, 7.0, 6.0, 5.0, 7.5, 8.5, 9.0, 9.5, 10.0)
+
 
 class Linear(nn.Module):
-    """Linear map y = einsum(x, kernel) + bias. The kernel is int8 if it has a `scale`.
+    """Linear map y = einsum(x, kernel) + bias. The kernel is int8 if it has a `scale`, int4 if a `group_scale`.
 
     Attributes:
       shape: the kernel's shape, contracted dimensions first.
@@ -44,6 +58,8 @@ class Linear(nn.Module):
         outputs = tuple(size for size, axis in zip(self.shape, axes, strict=True) if axis in result)
         bias = self.param("bias", nn.initializers.zeros, outputs) if self.use_bias else None
         if not self.has_variable("params", "scale"):
+            if self.has_variable("params", "group_scale"):
+                kernel = self.weight().astype(x.dtype)
             x, kernel, bias = promote_dtype(x, kernel, bias)
             y = jnp.einsum(self.spec, x, kernel)
             return y if bias is None else y + bias
@@ -59,7 +75,7 @@ class Linear(nn.Module):
 
 
 def is_kernel(path: str) -> bool:
-    """Return whether 8-bit weights store the weight at this path, joined by "/", as int8.
+    """Return whether quantised weights store the weight at this path, joined by "/", as int8 or int4.
 
     Norms, biases, embeddings and routers keep their type. Norms and biases are small. Embeddings are looked up row by
     row, and a tied output head needs their precision to choose between similar tokens, a router to choose between
@@ -68,39 +84,90 @@ def is_kernel(path: str) -> bool:
     return path.endswith("/kernel") and not path.endswith("router/kernel")
 
 
-def scale_of(path: str) -> str:
+def stored_type(path: str, weights: Weights) -> Weights:
+    """Return the type of the kernel at `path` in quantised weights."""
+    return "int8" if path.endswith("head/kernel") else weights
+
+
+def scale_of(path: str, weights: Weights) -> str:
     """Return the path of a kernel's scales."""
-    return path.removesuffix("kernel") + "scale"
+    return path.removesuffix("kernel") + ("scale" if stored_type(path, weights) == "int8" else "group_scale")
 
 
-def quantize(
-    path: str, kernel: Float[jax.Array, "*shape"]
-) -> tuple[Int8[jax.Array, "*shape"], Float32[jax.Array, "*outputs"]]:
-    """Return the int8 kernel at `path` and its scales, float32 [outputs]: max|w| / 127 of each output channel.
+def weights_type(paths: Any) -> Weights | None:
+    """Return the type of the kernels in a tree of weights from its paths, None for floats."""
+    if any(path.endswith("/group_scale") for path in paths):
+        return "int4"
+    return "int8" if any(is_kernel(path) and scale_of(path, "int8") in paths for path in paths) else None
 
-    Scales of experts are [E, 1, outputs].
+
+def quantize(path: str, kernel: Float[jax.Array, "*shape"], weights: Weights) -> dict[str, jax.Array]:
+    """Return the kernel at `path` as int8 or int4, and its scales, by their paths.
+
+    An int8 scale is max|w| / 127 of an output channel.
+
+    Raises ValueError if int4 groups do not divide the kernel's inputs.
     """
     name = path.split("/")[-2]
     stacked = name.startswith("expert_")
     contracted = (1,) if stacked else tuple(range(_CONTRACTED.get(name, 1)))
-    kernel = kernel.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(kernel), axis=contracted, keepdims=stacked)
-    scale = jnp.where(largest == 0, 1.0, largest) / 127.0
-    return jnp.round(kernel / scale).astype(INT8), scale
+    if stored_type(path, weights) == "int4":
+        size = _group_size(path, kernel.shape[contracted[-1]])
+        kernel, scale = _quantize_groups(kernel.astype(jnp.float32), contracted[-1], size)
+    else:
+        kernel = kernel.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(kernel), axis=contracted, keepdims=stacked)
+        scale = jnp.where(largest == 0, 1.0, largest) / 127.0
+        kernel = jnp.round(kernel / scale).astype(INT8)
+    return {path: kernel, scale_of(path, weights): scale}
+
+
+def _group_size(path: str, inputs: int) -> int:
+    for size in GROUPS:
+        if inputs % size == 0:
+            return size
+    raise ValueError(
+        f"{path} has {inputs} inputs in a row, which int4 groups of {' or '.join(map(str, GROUPS))} do not divide: use "
+        "weights='int8'"
+    )
+
+
+def _quantize_groups(kernel: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """Return an int4 kernel and its scales, bfloat16, for groups of `size` inputs along an axis."""
+    shape = kernel.shape
+    groups = kernel.reshape(*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])
+    axis += 1
+    most, least = jnp.max(groups, axis=axis, keepdims=True), jnp.min(groups, axis=axis, keepdims=True)
+    largest = jnp.where(most >= -least, most, least)  # by magnitude, with its sign
+
+    def numbers(scale: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.round(groups / scale.astype(jnp.float32)), -8, 7)
+
+    def better(best: tuple[jax.Array, jax.Array], stored: jax.Array) -> tuple[Any, None]:
+        scale = jnp.where(largest == 0, 1.0, largest / -stored).astype(jnp.bfloat16)
+        error = jnp.sum(jnp.square(groups - numbers(scale) * scale.astype(jnp.float32)), axis=axis, keepdims=True)
+        return jax.tree.map(functools.partial(jnp.where, error < best[0]), (error, scale), best), None
+
+    # A group with infinity or NaN keeps it in its scale.
+    fallback = jnp.where(jnp.isfinite(largest), 1.0, largest).astype(jnp.bfloat16)
+    start = jnp.full(largest.shape, jnp.inf, jnp.float32), fallback
+    (_, scale), _ = jax.lax.scan(better, start, jnp.asarray(_LARGEST, jnp.float32))
+    return numbers(scale).reshape(shape).astype(INT4), scale.squeeze(axis)
 
 
 def dequantize(linear: Mapping[str, Any]) -> Float32[jax.Array, "*shape"]:
     """Return the float32 kernel of a map's parameters, of any type."""
     kernel = linear["kernel"].astype(jnp.float32)
-    return kernel * linear["scale"] if "scale" in linear else kernel
+    if "group_scale" not in linear:
+        return kernel * linear["scale"] if "scale" in linear else kernel
+    scale = linear["group_scale"].astype(jnp.float32)
+    axis = next(i for i, (one, other) in enumerate(zip(kernel.shape, scale.shape, strict=True)) if one != other)
+    return kernel * jnp.repeat(scale, kernel.shape[axis] // scale.shape[axis], axis=axis)
 
 
-def quantize_tree(weights: Any) -> Any:
-    """Return a model's weights with its kernels as int8, and their scales."""
+def quantize_tree(tree: Any, weights: Weights) -> Any:
+    """Return a model's weights with its kernels as int8 or int4, and their scales."""
     flat: dict[str, Any] = {}
-    for path, x in flax.traverse_util.flatten_dict(weights, sep="/").items():
-        if is_kernel(path):
-            flat[path], flat[scale_of(path)] = quantize(path, jnp.asarray(x))
-        else:
-            flat[path] = x
+    for path, x in flax.traverse_util.flatten_dict(tree, sep="/").items():
+        flat |= quantize(path, jnp.asarray(x), weights) if is_kernel(path) else {path: x}
     return flax.traverse_util.unflatten_dict(flat, sep="/")

@@ -3,7 +3,7 @@
 B batch, T tokens of this call, D model width, L layers, N query heads, K KV heads, G = N/K query
 heads per KV head, H head width, F feed-forward width, V vocabulary. Query rows of a KV head are
 packed t-major: row t·G + g. Rotary embedding is the model's, ALiBi's biases are attention's.
-Kernels may be int8 (`linear.py`).
+Kernels may be int8 or int4 (`linear.py`).
 
 The model knows nothing of caches: the caller passes `attend(q, k, v, state) -> (out, state)` and one opaque
 state per layer. `Block` also offers its parts (`keys_values`, `queries`, `output_and_mlp`), so that a long

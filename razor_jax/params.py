@@ -13,7 +13,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import flax.struct
@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .config import HeadSplit, RazorConfig, check_split
 from .kernels.backend import Implementation
 from .models.config import ModelConfig
-from .models.linear import dequantize, is_kernel, quantize_tree, scale_of
+from .models.linear import Weights, is_kernel, quantize_tree, scale_of, weights_type
 from .models.transformer import Block, Transformer
 from .tokenizer.assets import Assets
 
@@ -42,6 +42,8 @@ _KV_HEAD_AXIS: dict[tuple[str, ...], int] = {
     ("v", "kernel"): 1,
     ("v", "bias"): 0,
     **{(name, "scale"): 0 for name in "qkv"},  # of int8 kernels
+    **{(name, "group_scale"): 1 for name in "qkv"},  # of int4 kernels
+    ("o", "group_scale"): 0,
     ("o", "kernel"): 0,
 }
 _SAMPLES = 64  # values of a tensor that the weight fingerprint reads
@@ -58,7 +60,7 @@ class Params(flax.struct.PyTreeNode):
       assets: tokenizer, chat template and stop ids, None for token arrays only.
       implementation: of attention and cache writes: "xla", "pallas_tpu", "pallas_gpu" or "mosaic_gpu"; None chooses by
         the device.
-      origin: fingerprint of the float weights that int8 ones were made from, None for float weights.
+      origin: fingerprint of the float weights that int8 or int4 ones were made from, None for float weights.
       placement: how weights and caches are spread over a mesh, None for one device.
     """
 
@@ -75,7 +77,7 @@ class Params(flax.struct.PyTreeNode):
     def from_flax(cls, variables: Mapping[str, Any], config: ModelConfig, tokenizer: Assets | None = None) -> Params:
         """Make params from linen variables of `models.transformer.Transformer`, `{"params": tree}` or the tree itself.
 
-        Kernels may be int8 with their scales beside them, as `models.linear.quantize_tree` makes them.
+        Kernels may be int8 or int4 with their scales beside them, as `models.linear.quantize_tree` makes them.
 
         Raises ValueError that lists every missing, unexpected, mis-shaped and non-float array.
         """
@@ -91,9 +93,9 @@ class Params(flax.struct.PyTreeNode):
         return self.weights["embedding"]["embedding"].dtype
 
     @property
-    def int8(self) -> bool:
-        """Whether kernels are int8."""
-        return "scale" in self.weights["blocks_0"]["q"]
+    def kernel_type(self) -> Weights | None:
+        """The type of quantised kernels, None for floats."""
+        return weights_type([f"q/{name}" for name in self.weights["blocks_0"]["q"]])
 
     @property
     def heads_or_all(self) -> HeadSplit:
@@ -114,7 +116,7 @@ class Params(flax.struct.PyTreeNode):
             else f"{sum(split.counts)} of {c.num_layers * c.num_kv_heads} keep everything"
         )
         size = f"{c.num_layers} layers, {c.num_heads} query and {c.num_kv_heads} KV heads"
-        kind = f"{self.dtype}, int8 kernels" if self.int8 else f"{self.dtype}"
+        kind = f"{self.dtype}, {self.kernel_type} kernels" if self.kernel_type else f"{self.dtype}"
         where = "" if self.placement is None else f", on {self.mesh and self.mesh.size} devices"
         return f"Params({c.family}: {count:,} parameters in {kind}; {size}; KV heads: {kept}{where})"
 
@@ -123,9 +125,10 @@ class Params(flax.struct.PyTreeNode):
         return stored_order(self.heads_or_all, layer, self.placement)
 
 
-def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32, weights: Literal["int8"] | None = None) -> Any:
-    """Return the weight tree of a model as shapes, nothing allocated; `weights="int8"` for int8 kernels and their
-    scales.
+def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32, weights: Weights | None = None) -> Any:
+    """Return the weight tree of a model as shapes, nothing allocated; `weights` for quantised kernels and their scales.
+
+    Raises ValueError if int4 groups do not divide a width of the model.
     """
 
     def shapes(module: nn.Module, x: jax.ShapeDtypeStruct, **states: Any) -> Any:
@@ -144,7 +147,7 @@ def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32, weights: Lit
     tree = shapes(Transformer(dataclasses.replace(config, num_layers=0)), tokens, states=())
     tree |= {f"blocks_{layer}": blocks[kind] for layer, kind in enumerate(kinds)}
     tree = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), tree)
-    return jax.eval_shape(quantize_tree, tree) if weights == "int8" else tree
+    return jax.eval_shape(functools.partial(quantize_tree, weights=weights), tree) if weights else tree
 
 
 def with_heads(params: Params, split: HeadSplit | None, *, donate: bool = False) -> Params:
@@ -199,16 +202,17 @@ def architecture_fingerprint(config: ModelConfig) -> str:
 
 def weights_fingerprint(params: Params) -> str:
     """Return the SHA-256 of samples of every layer, rounded to bfloat16: the same in each head order, and whether
-    loaded as float32 or bfloat16. (float32 weights loaded as float16 are rounded twice, and may differ.) int8
-    weights have the fingerprint of those that they were made from.
+    loaded as float32 or bfloat16. (float32 weights loaded as float16 are rounded twice, and may differ.)
+    Quantised weights have the fingerprint of those that they were made from.
     """
     if params.origin is not None:
         return params.origin
     flat: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params.weights, sep="/"))
     maps = [{"kernel": flat[path]} for path in sampled(params.config)]
     for path, linear in zip(sampled(params.config), maps, strict=True):
-        if is_kernel(path) and params.int8:
-            linear["scale"] = flat[scale_of(path)]
+        if is_kernel(path) and params.kernel_type:
+            scale = scale_of(path, params.kernel_type)
+            linear[scale.split("/")[-1]] = flat[scale]
     return fingerprint(samples(maps, params.mesh))
 
 
@@ -222,7 +226,7 @@ def sampled(config: ModelConfig) -> list[str]:
 
 
 def samples(maps: Sequence[Mapping[str, jax.Array]], mesh: Mesh | None) -> np.ndarray:
-    """Return strided samples of kernels, their scales beside them where they are int8: bfloat16 [values]."""
+    """Return strided samples of kernels, their scales beside them where they are quantised: bfloat16 [values]."""
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     return np.asarray(_samples(maps, everywhere))
 
@@ -236,10 +240,14 @@ def fingerprint(values: np.ndarray) -> str:
 def _samples(maps: Sequence[Mapping[str, jax.Array]], where: NamedSharding | None) -> jax.Array:
     def sample(linear: Mapping[str, jax.Array]) -> jax.Array:
         *experts, rows, columns = (slice(None, None, max(1, size // 8)) for size in linear["kernel"].shape)
-        part = {"kernel": linear["kernel"][*experts, rows, columns]}
+        part = linear["kernel"][*experts, rows, columns].astype(jnp.float32)
         if "scale" in linear:
-            part["scale"] = linear["scale"][*experts, ..., columns]
-        return dequantize(part).reshape(-1)[:_SAMPLES]
+            part = part * linear["scale"][*experts, ..., columns]
+        if "group_scale" in linear:
+            scale, inputs = linear["group_scale"], linear["kernel"].shape[-2]
+            groups = np.arange(inputs)[rows] // (inputs // scale.shape[-2])
+            part = part * scale[*experts, :, columns].take(groups, axis=-2)
+        return part.reshape(-1)[:_SAMPLES]
 
     values = jnp.concatenate([sample(linear) for linear in maps]).astype(jnp.bfloat16)
     return values if where is None else jax.lax.with_sharding_constraint(values, where)
@@ -298,8 +306,7 @@ def _take(weight: jax.Array, move: jax.Array, *, axis: int, where: NamedSharding
 
 def _check_tree(weights: Any, config: ModelConfig) -> None:
     have: dict[str, Any] = dict(flax.traverse_util.flatten_dict(dict(weights), sep="/"))
-    int8 = any(is_kernel(name) and scale_of(name) in have for name in have)
-    tree = abstract_weights(config, weights="int8" if int8 else None)
+    tree = abstract_weights(config, weights=weights_type(have))
     want: dict[str, Any] = dict(flax.traverse_util.flatten_dict(tree, sep="/"))
     problems = [f"missing {name} {want[name].shape}" for name in sorted(want.keys() - have.keys())]
     problems += [f"unexpected {name}" for name in sorted(have.keys() - want.keys())]

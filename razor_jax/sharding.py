@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -118,18 +119,22 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
 # Sharding of a weight: its path, and the dimensions that mesh axes split, best choice first. A choice counts where
 # all of its dimensions divide; where none does, every device holds the whole weight. Keys and values are not split
 # over `rows`: they are 2 % of a 70B (0.17 GiB a chip on 16), and partial sums would have to meet in every layer.
-# An int8 kernel's scales and its bias are sharded as its outputs are.
+# An int8 kernel's scales and its bias are sharded as its outputs are. An int4 kernel and its scales follow one choice,
+# that of the scales, so that no group of inputs is split.
 _Spec = tuple[str | tuple[str, ...] | None, ...]
 WEIGHT_RULES: tuple[tuple[str, tuple[_Spec, ...]], ...] = (
-    (r"q/kernel", ((None, HEADS, ROWS, None), (ROWS, HEADS), (None, HEADS))),  # [D, K, G, H]
+    (r"q/(kernel|group_scale)", ((None, HEADS, ROWS, None), (ROWS, HEADS), (None, HEADS))),  # [D, K, G, H]
     (r"q/(bias|scale)", ((HEADS, ROWS), (HEADS,))),  # [K, G, H]
-    (r"[kv]/kernel", ((None, HEADS),)),  # [D, K, H]
+    (r"[kv]/(kernel|group_scale)", ((None, HEADS),)),  # [D, K, H]
     (r"[kv]/(bias|scale)", ((HEADS,),)),  # [K, H]
-    (r"o/kernel", ((HEADS, ROWS), (HEADS, None, None, ROWS), (HEADS,))),  # [K, G, H, D]
-    (r"(gate|up)/kernel", ((None, MODEL), (MODEL,), (None, HEADS), (HEADS,))),  # [D, F]
+    (r"o/(kernel|group_scale)", ((HEADS, ROWS), (HEADS, None, None, ROWS), (HEADS,))),  # [K, G, H, D]
+    (r"(gate|up)/(kernel|group_scale)", ((None, MODEL), (MODEL,), (None, HEADS), (HEADS,))),  # [D, F]
     (r"(gate|up)/(bias|scale)", ((MODEL,), (HEADS,))),  # [F]
-    (r"down/kernel", ((MODEL,), (None, MODEL), (HEADS,))),  # [F, D]
-    (r"expert_(gate|up|down)/(kernel|scale)", ((MODEL,), (HEADS,))),  # [E, D, F], [E, F, D], [E, 1, outputs]
+    (r"down/(kernel|group_scale)", ((MODEL,), (None, MODEL), (HEADS,))),  # [F, D]
+    (
+        r"expert_(gate|up|down)/(kernel|scale|group_scale)",
+        ((MODEL,), (HEADS,)),
+    ),  # [E, D, F], [E, F, D], [E, 1, outputs]
     (r"embedding/embedding", ((MODEL,), (None, MODEL), (HEADS,), (None, HEADS))),  # [V, D]
     (r"head/kernel", ((None, MODEL), (MODEL,), (None, HEADS), (HEADS,))),  # [D, V]
     (r"head/scale", ((MODEL,), (HEADS,))),  # [V]
@@ -137,7 +142,10 @@ WEIGHT_RULES: tuple[tuple[str, tuple[_Spec, ...]], ...] = (
 
 
 def weight_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Return the PartitionSpec of a weight on a mesh (data, heads, rows); `path` is its keys joined by "/"."""
+    """Return the PartitionSpec of a weight on a mesh (data, heads, rows); `path` is its keys joined by "/".
+
+    `shape` is that of the scales for an int4 kernel.
+    """
     for pattern, choices in WEIGHT_RULES:
         if re.search(rf"(^|/){pattern}$", path):
             for choice in choices:
@@ -148,24 +156,29 @@ def weight_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
 
 def weight_shardings(weights: Any, mesh: Mesh) -> Any:
     """Return a tree of NamedSharding for a tree of weights, arrays or their shapes."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(
-            mesh, weight_spec(jax.tree_util.keystr(path, simple=True, separator="/"), x.shape, mesh)
-        ),
-        weights,
-    )
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(weights)
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+    scales = (shapes.get(path.removesuffix("kernel") + "group_scale", shape) for path, shape in shapes.items())
+    specs = (weight_spec(path, shape, mesh) for path, shape in zip(shapes, scales, strict=True))
+    return jax.tree.unflatten(treedef, [NamedSharding(mesh, spec) for spec in specs])
 
 
 def weight_bytes(weights: Any, mesh: Mesh | None) -> tuple[int, int]:
     """Return the bytes of a tree of weights, arrays or their shapes, on each device of a mesh; and how many of them
     every device of the model axes holds alike. All on one device, where there is no mesh.
     """
-    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
+    total = sum(array_bytes(x.shape, x.dtype) for x in jax.tree.leaves(weights))
     if mesh is None:
         return total, 0
     leaves = list(zip(jax.tree.leaves(weights), jax.tree.leaves(weight_shardings(weights, mesh)), strict=True))
-    here = sum(math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize for x, where in leaves)
-    return here, sum(x.size * x.dtype.itemsize for x, where in leaves if where.is_fully_replicated)
+    here = sum(array_bytes(where.shard_shape(x.shape), x.dtype) for x, where in leaves)
+    return here, sum(array_bytes(x.shape, x.dtype) for x, where in leaves if where.is_fully_replicated)
+
+
+def array_bytes(shape: Sequence[int], dtype: Any) -> int:
+    """Return the bytes of an array on an accelerator, where two int4 share a byte."""
+    bits = jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * jnp.dtype(dtype).itemsize
+    return math.prod(shape) * bits // 8
 
 
 def _parts(axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:

@@ -17,13 +17,14 @@ import jax
 from ..config import HeadSplit, check_split
 from ..files import atomic_directory
 from ..models import ModelConfig
+from ..models.linear import Weights
 from ..params import Params, with_heads
 from ..sharding import MeshLike
 from ..tokenizer.assets import Assets
 from . import gguf
 from . import huggingface as checkpoint_huggingface
 from . import orbax as checkpoint_orbax
-from .loader import Progress, Weights
+from .loader import Progress
 
 SHARD_BYTES = 5_000_000_000
 
@@ -44,7 +45,7 @@ def read(
       dtype: float32, bfloat16 or float16; None for the type that the checkpoint declares.
       progress: called after every tensor with bytes read and bytes in all.
       mesh: the devices that hold the weights, as `sharding.make_mesh` takes it; None for the default device.
-      weights: "int8" to hold kernels as int8 with a scale an output channel (`models/linear.py`).
+      weights: "int8" or "int4" to quantise kernels (`models/linear.py`).
       split: the order of heads, as `with_heads` would make it, but nothing moves afterwards; None for the checkpoint's
         order. `with_heads` checks whether it was made for these weights.
 

@@ -19,12 +19,13 @@ from .. import models
 from ..config import HeadSplit
 from ..mesh import MeshPlacement
 from ..models import ModelConfig
+from ..models.linear import Weights
 from ..params import Params, stored_order
 from ..sharding import MeshLike
 from ..tokenizer.assets import Assets
 from .gguf_header import TYPES, Header, TensorInfo, read_header, short
 from .gguf_tokenizer import assets_of
-from .loader import Loader, Progress, Weights, float_type
+from .loader import Loader, Progress, float_type
 
 SUFFIX = ".gguf"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

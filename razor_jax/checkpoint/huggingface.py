@@ -31,11 +31,12 @@ from ..config import HeadSplit
 from ..files import read_json, write_json
 from ..mesh import MeshPlacement
 from ..models import CheckpointTensor, ModelConfig, tensor_names, write_config
+from ..models.linear import Weights
 from ..params import Params, stored_order
 from ..sharding import MeshLike
 from . import quantised
 from .float8 import Float8
-from .loader import Loader, Progress, Weights, float_type, fold
+from .loader import Loader, Progress, float_type, fold
 
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -306,10 +307,10 @@ def _dtype(asked: Any, hf: Mapping[str, Any], stored: str) -> np.dtype:
 
 def write(params: Params, folder: Path, shard_bytes: int) -> None:
     """Write config.json and weight files into `folder`. Every process takes part; process 0 writes."""
-    if params.int8:
+    if params.kernel_type:
         raise ValueError(
-            "these weights are int8, which the Hugging Face format cannot store: save with format='orbax', or copy the "
-            "checkpoint that they were loaded from"
+            f"these weights are {params.kernel_type}, which the Hugging Face format cannot store: save with "
+            "format='orbax', or copy the checkpoint that they were loaded from"
         )
     assets = params.assets
     ends = list(assets.eos_ids) if assets else []

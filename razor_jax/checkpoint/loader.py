@@ -6,28 +6,28 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, get_args
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from ..config import HeadSplit
 from ..memory import free_bytes
 from ..mesh import MeshPlacement
 from ..models import ModelConfig
-from ..models.linear import is_kernel, quantize, scale_of
+from ..models.linear import INT4, INT8, Weights, is_kernel, quantize, weights_type
 from ..params import Params, abstract_weights, fingerprint, in_order, sampled, samples
-from ..sharding import MeshLike, make_mesh, weight_bytes, weight_shardings, weight_spec
+from ..sharding import MeshLike, make_mesh, weight_bytes, weight_shardings
 
 log = logging.getLogger("razor_jax")
 
 GIB = 2**30
 
-# Bytes per weight while it becomes int8, beside the int8 itself: float32, or 16 bits and a float32 copy, which some
+# Bytes per weight while it is quantised, beside the result: float32, or 16 bits and a float32 copy, which some
 # compilers make (the CPU's does, the TPU's does not).
 _PASSING = 6
 
@@ -35,14 +35,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 Index = tuple[slice, ...]
 Fill = Callable[[Index, np.ndarray], None]  # reads a shard, given by its index, into an array of its shape
-Weights = Literal["int8"]
 Progress = Callable[[int, int], None]
 
 
 class Loader:
     """Weights of one model as they are read, each cast and on its devices.
 
-    int8 kernels are made on the devices, one by one, so that shards of a contracted dimension share the largest values
+    Kernels are quantised on the devices, one by one, so that shards of a contracted dimension share the largest values
     of their channels.
 
     Attributes:
@@ -59,16 +58,23 @@ class Loader:
         stored: Weights | None = None,
         origin: str | None = None,
     ):
-        """Prepare to load. `stored` is the weight type of the checkpoint, `origin` its fingerprint. int8 stays int8.
+        """Prepare to load. `stored` is the type of the checkpoint's kernels if they are quantised, `origin` its
+        fingerprint. Quantised kernels keep their type.
 
-        Raises ValueError if the mesh does not fit the devices, or the weights do not fit into them.
+        Raises ValueError if the mesh does not fit the devices, the weights do not fit into them, or they cannot have
+        the type `weights`.
         """
-        if weights not in (None, "int8"):
-            raise ValueError(f"weights={weights!r}: use 'int8', or None for the type of dtype=")
+        if weights is not None and weights not in get_args(Weights):
+            raise ValueError(f"weights={weights!r}: use 'int8' or 'int4', or None for the type of dtype=")
+        if weights and stored and weights != stored:
+            raise ValueError(
+                f"weights={weights!r}: the checkpoint's kernels are {stored} and stay so: leave weights= out, or load "
+                "the floats that they were made from"
+            )
         self.config = config
         self.mesh = make_mesh(mesh, config.num_kv_heads)
         self.placement = None if self.mesh is None else MeshPlacement(self.mesh)
-        self._quantizes = weights == "int8" and stored is None
+        self._quantizes = None if stored else weights
         require_room(abstract_weights(config, dtype, weights or stored), self.mesh, self._quantizes)
         tree = abstract_weights(config, dtype, stored)
         if self.mesh is not None:
@@ -106,21 +112,20 @@ class Loader:
         if not self._quantizes or not is_kernel(name):
             self._flat[name] = array
             return
-        kernel, scale = _quantize(name.split("/")[-2], array, self.mesh)
-        self._flat[name], self._flat[scale_of(name)] = jax.block_until_ready((kernel, scale))
+        # Only the map's name: maps of one shape share a program.
+        prefix, _, last = name.rpartition("/kernel")[0].rpartition("/")
+        parts = jax.block_until_ready(_quantize(f"{last}/kernel", array, self._quantizes, self.mesh))
+        self._flat |= {f"{prefix}/{path}" if prefix else path: part for path, part in parts.items()}
         array.delete()
 
 
-@functools.partial(jax.jit, static_argnames=("name", "mesh"))
-def _quantize(name: str, kernel: jax.Array, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
-    """Return int8 kernel and scales on their devices; `name` is the module of the kernel, such as "q"."""
-    path = f"{name}/kernel"
-    parts = quantize(path, kernel)
-    if mesh is None:
-        return parts
-    paths = (path, scale_of(path))
-    where = [NamedSharding(mesh, weight_spec(path, x.shape, mesh)) for path, x in zip(paths, parts, strict=True)]
-    return jax.lax.with_sharding_constraint(parts, tuple(where))
+@functools.partial(jax.jit, static_argnames=("path", "weights", "mesh"))
+def _quantize(path: str, kernel: jax.Array, weights: Weights, mesh: Mesh | None) -> dict[str, jax.Array]:
+    """Return the kernel and its scales by path, on their devices; `path` is the kernel's in its layer ("q/kernel")."""
+    tree = flax.traverse_util.unflatten_dict(quantize(path, kernel, weights), sep="/")
+    if mesh is not None:
+        tree = jax.lax.with_sharding_constraint(tree, weight_shardings(tree, mesh))
+    return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
 def fold(items: Sequence[str], separator: str, shown: int = 10) -> str:
@@ -137,11 +142,11 @@ def float_type(asked: Any) -> np.dtype:
     return jnp.dtype(name)
 
 
-def require_room(weights: Any, mesh: Mesh | None, quantizes: bool) -> None:
+def require_room(weights: Any, mesh: Mesh | None, quantizes: Weights | None) -> None:
     """Raise ValueError, before anything is read, if a device has no room for the weights (a tree of shapes).
 
-    The message has both numbers. If one process of a mesh has to refuse, all do. `quantizes`: the int8 kernels are
-    floats first, one by one. Backends that do not report their memory (CPU) refuse nothing.
+    The message has both numbers. If one process of a mesh has to refuse, all do. `quantizes`: the type of kernels that
+    are floats first, one by one. Backends that do not report their memory (CPU) refuse nothing.
     """
     needed, replicated = weight_bytes(weights, mesh)
     passing = _PASSING * _largest_kernel(weights, mesh) if quantizes else 0
@@ -163,8 +168,8 @@ def require_room(weights: Any, mesh: Mesh | None, quantizes: bool) -> None:
     processes = _where(bool(short), mesh)
     if processes:
         free = short[0] if short else f"less free on a device of process {processes[0]}"
-        on_the_way = f" ({passing / GIB:.2f} of it while kernels become int8)" if passing else ""
-        smaller = "" if _has_int8(weights) else ', or weights="int8"'
+        on_the_way = f" ({passing / GIB:.2f} of it while kernels become {quantizes})" if passing else ""
+        smaller = {None: ', or weights="int8" or "int4"', "int8": ', or weights="int4"'}.get(_type_of(weights), "")
         raise ValueError(
             f"the weights do not fit: {(needed + passing) / GIB:.2f} GiB needed on each of {count} "
             f"device(s){on_the_way}, {free}: use a mesh of more devices{smaller}"
@@ -202,13 +207,13 @@ def _room(device: Any) -> int | None:
 
 
 def _largest_kernel(weights: Any, mesh: Mesh | None) -> int:
-    """Return the size of the largest int8 kernel shard on one device, in weights."""
+    """Return the size of the largest quantised kernel shard on one device, in weights."""
     leaves = jax.tree.leaves(weights)
     parts = [x.shape for x in leaves]
     if mesh is not None:
         where = jax.tree.leaves(weight_shardings(weights, mesh))
         parts = [at.shard_shape(shape) for at, shape in zip(where, parts, strict=True)]
-    return max(math.prod(part) for x, part in zip(leaves, parts, strict=True) if x.dtype == jnp.int8)
+    return max(math.prod(part) for x, part in zip(leaves, parts, strict=True) if x.dtype in (INT8, INT4))
 
 
 def _where(here: bool, mesh: Mesh | None) -> list[int]:
@@ -218,5 +223,5 @@ def _where(here: bool, mesh: Mesh | None) -> list[int]:
     return np.flatnonzero(multihost_utils.process_allgather(np.asarray(here))).tolist()
 
 
-def _has_int8(weights: Any) -> bool:
-    return any(x.dtype == jnp.int8 for x in jax.tree.leaves(weights))
+def _type_of(weights: Any) -> Weights | None:
+    return weights_type(flax.traverse_util.flatten_dict(weights, sep="/"))

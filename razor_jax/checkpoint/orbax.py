@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import flax.traverse_util
 import jax
@@ -15,9 +15,10 @@ import orbax.checkpoint as ocp
 from ..config import HeadSplit
 from ..files import read_json, write_json
 from ..models import Experts, ModelConfig, Rope
+from ..models.linear import Weights
 from ..params import Params
 from ..sharding import MeshLike
-from .loader import Loader, Progress, Weights, float_type, fold
+from .loader import Loader, Progress, float_type, fold
 
 RECORD = "razor_model.json"
 _WEIGHTS = "weights"
@@ -70,8 +71,8 @@ def write(params: Params, folder: Path) -> None:
         "dtype": params.dtype.name,
         "config": dataclasses.asdict(params.config),
     }
-    if params.int8:
-        record |= {"weights": "int8", "origin": params.origin}
+    if params.kernel_type:
+        record |= {"weights": params.kernel_type, "origin": params.origin}
     write_json(folder / RECORD, record)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute() / _WEIGHTS, params.weights)
@@ -87,7 +88,7 @@ def _config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
     try:
         config = _model_config(record["config"])
         float_type(record["dtype"])
-        if record.get("weights") not in (None, "int8"):
+        if record.get("weights") not in (None, *get_args(Weights)):
             raise KeyError(f"weights of type {record['weights']!r}")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / RECORD} is damaged: {error!r}; save the model again") from error

@@ -81,7 +81,8 @@ class ModelOptions:
     ] = "auto"
     dtype: Dtype = "auto"
     weights: Annotated[
-        Literal["int8"] | None, Model(help="int8: kernels in half of bfloat16's bytes; --dtype's type by default.")
+        Literal["int8", "int4"] | None,
+        Model(help="int8, int4: kernels in a half or a quarter of bfloat16's bytes; --dtype's type by default."),
     ] = None
     implementation: Annotated[
         Literal["xla", "pallas_tpu", "pallas_gpu", "mosaic_gpu"] | None,

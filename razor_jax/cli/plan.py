@@ -33,7 +33,7 @@ def plan(
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Rows.")] = 1,
     mesh: Annotated[str | None, typer.Option(help="data=1,model=16; all devices on model by default.")] = None,
     weights: Annotated[
-        Literal["bfloat16", "float16", "float32", "int8"], typer.Option(help="Type of the weights.")
+        Literal["bfloat16", "float16", "float32", "int8", "int4"], typer.Option(help="Type of the weights.")
     ] = "bfloat16",
     kv_dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None,

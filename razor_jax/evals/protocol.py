@@ -142,7 +142,7 @@ class CachedModel:
             "razor": None if self.razor is None else dataclasses.asdict(self.razor),
             **({"method": self.razor.name} if isinstance(self.razor, CacheMethod) else {}),
             "dtype": str(params.dtype),
-            "int8": params.int8,  # int8 weights have the fingerprint of the weights they were rounded from
+            "kernels": params.kernel_type,  # quantised weights have the fingerprint of those that they were made from
             "implementation": params.implementation,
             "backend": jax.default_backend(),
             "tokenizer": params.assets.digest if params.assets else None,

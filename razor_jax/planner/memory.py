@@ -10,7 +10,7 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,7 @@ from ..config import HeadSplit, RazorConfig
 from ..functional import CHUNK
 from ..mesh import Layout, MeshPlacement
 from ..models.config import Experts, ModelConfig
+from ..models.linear import Weights
 from ..params import abstract_weights
 from .hardware import Hardware
 
@@ -36,7 +37,7 @@ class Job:
       data, model: sizes of the mesh axes.
       batch, context: rows, and the cache capacity of each in tokens.
       call: prompt tokens per call; equal to `context` for exact prefill.
-      weights: "bfloat16", "float32", "float16", or "int8" for int8 kernels and everything else in bfloat16.
+      weights: "bfloat16", "float32", "float16", or "int8" or "int4" for quantised kernels and all else in bfloat16.
       razor: cache policy, None for dense attention.
       layout: cache layout on the mesh; None chooses as `init_cache` does.
     """
@@ -54,14 +55,18 @@ class Job:
     layout: Layout | None = None
 
     @property
+    def kernel_type(self) -> Weights | None:
+        """Type of quantised kernels, None for floats."""
+        return next((kind for kind in get_args(Weights) if kind == self.weights), None)
+
+    @property
     def dtype(self) -> str:
         """Type of the residual stream."""
-        return "bfloat16" if self.weights == "int8" else self.weights
+        return "bfloat16" if self.kernel_type else self.weights
 
     def abstract_weights(self) -> Any:
         """Return the weights as abstract arrays."""
-        kernels = "int8" if self.weights == "int8" else None
-        return abstract_weights(self.config, jnp.dtype(self.dtype), weights=kernels)
+        return abstract_weights(self.config, jnp.dtype(self.dtype), weights=self.kernel_type)
 
     def spec(self, mesh: Mesh) -> CacheSpec:
         """Return the cache spec that `init_cache` would make on this mesh."""
@@ -170,8 +175,8 @@ def _prefill(job: Job, rows: int, mesh: Mesh, by_slot: bool) -> int:
     mlp = c.experts.intermediate_size if sparse and c.experts else c.intermediate_size
     chunk = rows * CHUNK * (3 * mlp * size + 5 * width * 4) // job.model
     if job.model == 1:
-        # Hidden states are copied between layers. Attention's widest weight, unless int8, is copied to another layout.
-        relaid = 0 if job.weights == "int8" else c.hidden_size * width * size
+        # Hidden states are copied between layers. Attention's widest float weight is copied to another layout.
+        relaid = 0 if job.kernel_type else c.hidden_size * width * size
         return max(2 * hidden, hidden + 2 * kv) + chunk + relaid
     # By slot each device sends keys and values to the others; `parts` devices with the same ones each send a part.
     sent = kv if not by_slot else kv * 3 // 2 if parts == 1 else kv // parts

@@ -132,7 +132,7 @@ def check_live_arrays():
         here = Job(tiny.CONFIG, hardware, data, model, 2, 300, 300, split, razor, kind)
         mesh = sharding.make_mesh({"data": data, "model": model}, 2, jax.devices()[: data * model])
         weights = jax.tree.map(lambda x, here=here: jnp.asarray(x, here.dtype), tiny.params(text=False).weights)
-        weights = linear.quantize_tree(weights) if kind == "int8" else weights
+        weights = linear.quantize_tree(weights, kind) if kind == "int8" else weights
         live = jax.tree.map(jax.device_put, weights, sharding.weight_shardings(weights, mesh))
         params = razor_jax.Params(live, tiny.CONFIG, heads=split, placement=MeshPlacement(mesh))
         cache = functional.init_cache(params, batch=2, capacity=300, razor=razor)

@@ -40,7 +40,7 @@ def _session(params, steps=3):
 def test_logits_are_those_of_one_device(mesh, int8, record_property):
     one = one_device(SPLIT, CONFIG)
     if int8:
-        one = one.replace(weights=quantize_tree(one.weights))
+        one = one.replace(weights=quantize_tree(one.weights, "int8"))
     many = on(one, mesh)
     stack = many.weights["blocks_0"]["expert_up"]["kernel"]
     parts = 8 if mesh == "model=8" else 4

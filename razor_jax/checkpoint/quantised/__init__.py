@@ -1,8 +1,8 @@
 """Checkpoints that another tool quantised: each matrix is decoded to float32 as it is read, part by part.
 
 A format has one file with `decode`, which returns its matrices under the names that a float checkpoint would give them.
-They load into any `dtype`, or are quantised again by `weights="int8"`. Activations are not quantised, whatever the
-original runtime did to them.
+They load into any `dtype`, or are quantised again by `weights="int8"` or `"int4"`. Activations are not quantised,
+whatever the original runtime did to them.
 """
 
 from __future__ import annotations
