@@ -49,9 +49,12 @@ class Table:
 TABLES = {
     "8B-v5e:1x1": Table("meta-llama/Llama-3.1-8B", "v5e:1x1", "bfloat16", 1),
     "8B-int8-v5e:1x1": Table("meta-llama/Llama-3.1-8B", "v5e:1x1", "int8", 1),
+    "8B-int4-v5e:1x1": Table("meta-llama/Llama-3.1-8B", "v5e:1x1", "int4", 1),
     "8B-v5e:2x2": Table("meta-llama/Llama-3.1-8B", "v5e:2x2", "bfloat16", 4),
     "8B-int8-v5e:2x2": Table("meta-llama/Llama-3.1-8B", "v5e:2x2", "int8", 4),
     "70B-v5e:4x4": Table("meta-llama/Llama-3.1-70B", "v5e:4x4", "bfloat16", 4),
+    "70B-int8-v5e:2x4": Table("meta-llama/Llama-3.1-70B", "v5e:2x4", "int8", 1),
+    "70B-int4-v5e:2x4": Table("meta-llama/Llama-3.1-70B", "v5e:2x4", "int4", 1),
     "70B-v6e:2x4": Table("meta-llama/Llama-3.1-70B", "v6e:2x4", "bfloat16", 4),
     "Qwen72B-v5p:2x2x1": Table("Qwen/Qwen2.5-72B", "v5p:2x2x1", "bfloat16", 8),
     "30B-A3B-v5e:2x4": Table("Qwen/Qwen3-30B-A3B", "v5e:2x4", "bfloat16", 4),

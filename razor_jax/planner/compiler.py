@@ -47,6 +47,7 @@ class Compiled:
 
     Attributes:
       needed: arguments + outputs - aliased + temporaries; for a refused program, the bytes that its message names.
+      accessed: bytes that the program reads and writes, by the compiler's count, in which the body of a loop runs once.
       refused: the message, "" for a program that compiled.
       collectives: fields of `collectives.Collective`; None if the compiler cannot print its program.
       seconds: time to trace, lower and compile.
@@ -60,6 +61,7 @@ class Compiled:
     outputs: int = 0
     aliased: int = 0
     temporaries: int = 0
+    accessed: int = 0
     collectives: list[dict[str, Any]] | None = None
     refused: str = ""
 
@@ -129,7 +131,10 @@ def _compile(job: Job, step: Step) -> Compiled:
         "temporaries": memory.temp_size_in_bytes,
     }
     needed = sum(sizes.values()) - 2 * sizes["aliased"]
-    return Compiled(needed, seconds, version, **sizes, collectives=_collectives(compiled))
+    cost = compiled.cost_analysis()
+    assert cost is not None
+    accessed = round(cost["bytes accessed"])
+    return Compiled(needed, seconds, version, **sizes, accessed=accessed, collectives=_collectives(compiled))
 
 
 def _lower(job: Job, step: Step, mesh: Mesh) -> Any:

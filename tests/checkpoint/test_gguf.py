@@ -197,7 +197,7 @@ def test_int8_a_folder_and_a_saved_copy(tmp_path):
     path = write(tmp_path / "model.gguf", quantized=Kind.Q8_0)
     params = razor_jax.load(tmp_path, heads=None)
     assert str(params.dtype) == "bfloat16"
-    assert razor_jax.load(path, weights="int8", heads=None).int8
+    assert razor_jax.load(path, weights="int8", heads=None).kernel_type == "int8"
     razor_jax.save(params, tmp_path / "saved")
     again = razor_jax.load(tmp_path / "saved", heads=None)
     jax.tree.map(np.testing.assert_array_equal, again.weights, params.weights)

@@ -1,6 +1,6 @@
-"""The cost of int8 weights: logits, needles and bytes, compared with bfloat16 weights of the same model.
+"""The cost of int8 and int4 weights: logits, needles and bytes, beside bfloat16 weights of the same model.
 
-    python -m benchmarks.weights_int8 [--model razor-mini] [--documents 16] [--facts 32] [--tokens 2048]
+    python -m benchmarks.quantised_weights [--model razor-mini] [--documents 16] [--facts 32] [--tokens 2048]
 
 Logits of documents are compared with those of float32 weights, under dense attention. Held-out needles are asked under
 the model's own Razor policy, with the document compressed before the question. Prints a table, and writes it as JSON
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 import razor_jax
-from razor_jax import functional
+from razor_jax import functional, sharding
 from razor_jax.evals import needle, protocol
 from razor_jax.evals.bench import machine
 from razor_jax.text import prompts
@@ -59,6 +59,7 @@ def main() -> None:
     kinds: dict[str, Any] = {
         "bfloat16": razor_jax.load(options.model, dtype="bfloat16"),
         "int8": razor_jax.load(options.model, dtype="bfloat16", weights="int8"),
+        "int4": razor_jax.load(options.model, dtype="bfloat16", weights="int4"),
     }
     grid = needle.Grid((options.tokens,), documents=options.documents, facts=options.facts)
     examples = needle.examples(exact, "facts", grid)
@@ -67,7 +68,7 @@ def main() -> None:
     want = logits(exact, rows)
     results: dict[str, Any] = {}
     for name, params in kinds.items():
-        nbytes = sum(x.nbytes for x in jax.tree.leaves(params.weights))
+        nbytes, _ = sharding.weight_bytes(params.weights, None)
         results[name] = {"bytes": nbytes, **logit_errors(logits(params, rows), want)}
     policy = kinds["bfloat16"].razor or razor_jax.RazorConfig()
     settings = [protocol.CachedModel(name, params, policy) for name, params in kinds.items()]
@@ -76,7 +77,7 @@ def main() -> None:
         results[row.name] |= {"questions": row.scores.size, "right": float(row.scores.mean())}
         print(row.name, json.dumps(results[row.name]), flush=True)
     if options.output:
-        command = f"python -m benchmarks.weights_int8 {' '.join(sys.argv[1:])}"
+        command = f"python -m benchmarks.quantised_weights {' '.join(sys.argv[1:])}"
         record = {
             "date": str(date.today()),
             "command": command,
