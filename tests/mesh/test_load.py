@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from razor_jax.checkpoint import hub
 from razor_jax.checkpoint import loader as loading
 from razor_jax.files import atomic_directory
 from razor_jax.models import CheckpointTensor, tensor_names
+from razor_jax.models.linear import Weights
 from razor_jax.params import Params, abstract_weights
 
 from ..support import devices
@@ -33,6 +34,8 @@ FOLDERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "biased": ("qwen2", K4 | {"vocab_size": 101, "intermediate_size": 90}, "60KB"),
     "experts": ("qwen3_moe", K4 | {"mlp_only_layers": [1]}, "60KB"),
 }
+# Widths that groups of int4 divide. The 4 groups of down divide by 4 devices, not by 8.
+GROUPED = K4 | {"head_dim": 32, "intermediate_size": 256}
 MESHES = ("model=8", "data=2,model=4", "data=8", "data=4,model=2")
 
 
@@ -48,6 +51,8 @@ def folders(tmp_path_factory):
             hf.oracle(root / name).save_pretrained(root / name, max_shard_size=size)
             (root / name / "model.safetensors").unlink()
     baichuan.write(root / "baichuan", 4)
+    hf.write(root / "grouped", "qwen2", **GROUPED)
+    hf.write(root / "grouped experts", "qwen3_moe", **GROUPED, moe_intermediate_size=64, mlp_only_layers=[1])
     return root
 
 
@@ -66,13 +71,18 @@ def _placed(params: Params) -> None:
     for (path, x), where in zip(flat, want, strict=True):
         assert x.sharding.is_equivalent_to(where, x.ndim), (path, x.sharding, where)
     held = {
-        sum(s.data.nbytes for x in jax.tree.leaves(params.weights) for s in x.addressable_shards if s.device == device)
+        sum(
+            sharding.array_bytes(shard.data.shape, shard.data.dtype)
+            for x in jax.tree.leaves(params.weights)
+            for shard in x.addressable_shards
+            if shard.device == device
+        )
         for device in params.mesh.local_devices
     }
     assert held == {sharding.weight_bytes(params.weights, params.mesh)[0]}
 
 
-def child_reads(root: str, cases: list[tuple[str, str, Literal["int8"] | None]]) -> None:
+def child_reads(root: str, cases: list[tuple[str, str, Weights | None]]) -> None:
     for name, mesh, weights in cases:
         want = checkpoint.read(Path(root) / name, weights=weights)
         split = None if name == "baichuan" else SPLIT
@@ -90,6 +100,19 @@ def test_sharded_weights_equal_plain_ones(folders, weights):
     meshes = MESHES if weights is None else MESHES[2:] + MESHES[:2]
     cases = list(zip((*FOLDERS, "baichuan"), (*meshes, *meshes), (weights,) * 6, strict=False))
     devices.run(child_reads, str(folders), cases)
+
+
+def child_groups(root: str) -> None:
+    params = checkpoint.read(f"{root}/grouped", mesh="data=2,model=4", weights="int4")
+    for name in ("q", "k", "v", "o", "gate", "up", "down"):
+        linear = params.weights["blocks_0"][name]
+        assert linear["kernel"].sharding.spec == linear["group_scale"].sharding.spec != jax.P()
+    cases = [(name, mesh, "int4") for name in ("grouped", "grouped experts") for mesh in MESHES[:2]]
+    child_reads(root, cases)  # type: ignore[arg-type]
+
+
+def test_sharded_int4_equals_plain_int4(folders):
+    devices.run(child_groups, str(folders))
 
 
 class Counting:
@@ -141,7 +164,7 @@ def test_a_shard_reads_its_own_bytes(folders, name):
     devices.run(child_counts, str(folders / name))
 
 
-def child_memory(root: str, weights: Literal["int8"] | None) -> None:
+def child_memory(root: str, weights: Weights | None) -> None:
     floats = abstract_weights(checkpoint.read_config(root), jnp.float32)
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(floats))
     checkpoint.read(root, mesh="model=8", weights=weights)  # memory that imports and first calls keep
@@ -154,15 +177,18 @@ def child_memory(root: str, weights: Literal["int8"] | None) -> None:
     assert peak < min(kept, total) + most * largest, (kept, peak, largest, total)
 
 
-@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
 def test_host_memory_is_one_tensors(tmp_path, weights):
-    """Temporary host memory stays below 3 × the largest float tensor (measured: 1.9), or 2 × in int8 (measured: 1.4).
+    """Temporary host memory stays below 3 × the largest float tensor (measured: 1.9), or 2 × in int8 and
+    int4 (measured: 1.4).
 
     On CPU, float weights themselves are in host memory and do not count. tracemalloc does not see XLA's allocations.
     """
     from ..support import hf
 
-    hf.write(tmp_path, "llama", num_hidden_layers=6, intermediate_size=4096, hidden_size=256, vocab_size=64)
+    hf.write(
+        tmp_path, "llama", num_hidden_layers=6, intermediate_size=4096, hidden_size=256, vocab_size=64, head_dim=32
+    )
     devices.run(child_memory, str(tmp_path), weights)
 
 
@@ -288,7 +314,7 @@ def test_room_for_int8_is_enough_for_int8(folders, monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "_room", lambda device: needed)
     checkpoint.save(checkpoint.read(folders / "llama", weights="int8"), tmp_path / "int8", "orbax")
     monkeypatch.setattr(loading, "_room", lambda device: needed - 1)
-    with pytest.raises(ValueError, match=r"of it while kernels become int8\), .* use a mesh of more devices$"):
+    with pytest.raises(ValueError, match=r'of it while kernels become int8\), .* more devices, or weights="int4"$'):
         checkpoint.read(folders / "llama", weights="int8")
     monkeypatch.setattr(loading, "_room", lambda device: held)
     checkpoint.read(tmp_path / "int8")

@@ -91,10 +91,20 @@ def test_a_long_prompt_in_chunks_equals_transformers(tmp_path):
 # The mixture
 
 
-def _maps(rng, E=6, D=10, F=7, int8=False):
+def _maps(rng, kind=None):
+    """Six experts; int4 in groups of 32 inputs."""
+    E, D, F = (6, 64, 32) if kind == "int4" else (6, 10, 7)
     shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
-    if not int8:
+    if kind is None:
         return {name: {"kernel": rng.normal(size=shape).astype(np.float32)} for name, shape in shapes.items()}
+    if kind == "int4":
+        return {
+            name: {
+                "kernel": rng.integers(-8, 8, shape).astype(jnp.int4),
+                "group_scale": rng.uniform(0.1, 0.2, (E, shape[1] // 32, shape[2])).astype(jnp.bfloat16),
+            }
+            for name, shape in shapes.items()
+        }
     return {
         name: {
             "kernel": rng.integers(-127, 128, shape).astype(np.int8),
@@ -108,29 +118,34 @@ def _literal(x, share, maps):
     """The definition, in float64, expert by expert."""
     out = np.zeros(x.shape)
     for e in range(share.shape[1]):
-        gate, up, down = (
-            maps[name]["kernel"][e].astype(np.float64) * maps[name].get("scale", np.ones((e + 1, 1, 1)))[e]
-            for name in ("gate", "up", "down")
-        )
+        gate, up, down = (_wide({part: a[e] for part, a in maps[name].items()}) for name in ("gate", "up", "down"))
         g = x.astype(np.float64) @ gate
         out += share[:, e, None] * ((g / (1 + np.exp(-g)) * (x @ up)) @ down)
     return out
 
 
+def _wide(linear):
+    """Return an expert's kernel [inputs, outputs] in float64."""
+    kernel = linear["kernel"].astype(np.float64)
+    if "group_scale" in linear:
+        return kernel * np.repeat(linear["group_scale"].astype(np.float64), 32, axis=0)
+    return kernel * linear.get("scale", 1)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8, 40])
-@pytest.mark.parametrize("int8", [False, True])
-def test_the_mixture_is_its_definition(rows, int8):
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_the_mixture_is_its_definition(rows, kind):
     """Weights of experts that nobody chose are NaN, or scaled by NaN: they are not read."""
     rng = np.random.default_rng(rows)
-    x, logits = (rng.normal(size=(rows, n)).astype(np.float32) for n in (10, 6))
-    maps = _maps(rng, int8=int8)
+    maps = _maps(rng, kind)
+    x, logits = (rng.normal(size=(rows, n)).astype(np.float32) for n in (maps["gate"]["kernel"].shape[1], 6))
     logits[:, [1, 4]] = -20
     share = np.asarray(experts.shares(jnp.asarray(logits), Experts(6, 2, 7, normalize=True)))
     assert (np.count_nonzero(share, axis=-1) == 2).all()
     np.testing.assert_allclose(share.sum(-1), 1, rtol=1e-6)
     want = _literal(x, share, maps)
     for linear in maps.values():
-        linear["scale" if int8 else "kernel"][[1, 4]] = np.nan
+        linear[{None: "kernel", "int8": "scale", "int4": "group_scale"}[kind]][[1, 4]] = np.nan
     got = np.asarray(jax.jit(experts.mix)(x, share, maps))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 

@@ -18,6 +18,8 @@ from ..support.meshes import SPLIT, K, on, one_device
 CONFIG = ModelConfig(
     "qwen3_moe", 64, 32, 48, 3, 2 * K, K, 16, 4096, qk_norm=True, experts=Experts(8, 3, 24, True, dense_layers=(1,))
 )
+# Widths that groups of int4 divide.
+GROUPED = dataclasses.replace(CONFIG, intermediate_size=64, head_dim=32, experts=Experts(8, 3, 32, True, (1,)))
 LENGTHS = np.asarray([300, 31], np.int32)
 
 
@@ -35,12 +37,13 @@ def _session(params, steps=3):
     return [np.asarray(x) for x in out]
 
 
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("mesh", ["model=8", "data=2,model=4"])
-def test_logits_are_those_of_one_device(mesh, int8, record_property):
-    one = one_device(SPLIT, CONFIG)
-    if int8:
-        one = one.replace(weights=quantize_tree(one.weights, "int8"))
+@pytest.mark.parametrize(
+    ("mesh", "weights"), [("model=8", None), ("data=2,model=4", None), ("model=8", "int8"), ("data=2,model=4", "int4")]
+)
+def test_logits_are_those_of_one_device(mesh, weights, record_property):
+    one = one_device(SPLIT, GROUPED if weights == "int4" else CONFIG)
+    if weights is not None:
+        one = one.replace(weights=quantize_tree(one.weights, weights))
     many = on(one, mesh)
     stack = many.weights["blocks_0"]["expert_up"]["kernel"]
     parts = 8 if mesh == "model=8" else 4
