@@ -6,12 +6,12 @@ import os
 import shutil
 import tempfile
 
+from tests.support.xla_flags import FLAGS
+
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="razor-jax-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
-# Compiling is most of the suite's time and tiny models run fast anyway. This is machine code, not the graph:
-# fusion, copies and buffers are those of a real run.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 # Shape annotations are executed: every call in the suite is checked against them.
 import jax  # noqa: E402

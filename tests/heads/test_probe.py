@@ -33,6 +33,7 @@ from tests.support.heads_oracle import (
     oracle_scores,
     pair,
 )
+from tests.support.xla_flags import FLAGS
 
 families = pytest.mark.parametrize("family", list(FAMILIES))
 
@@ -283,7 +284,7 @@ print("equal")
 
 def test_seeds_spread_over_eight_devices():
     flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(

@@ -19,6 +19,7 @@ from razor_jax.kernels.cache_write import dequantize, quantize
 
 from ..support.kernel_cases import BLOCK, COPIES, EDGES, SCALE, H, S, compensation, inputs
 from ..support.kernel_inputs import NAN, by_arguments, error, literal, random
+from ..support.xla_flags import FLAGS
 
 backend = by_arguments(tpu.attend)
 backend_causal = by_arguments(tpu.attend_causal)
@@ -229,7 +230,7 @@ print("equal on", len(jax.devices()))
 def test_shards_of_heads_and_of_rows_equal_one_device():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=2",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     run = subprocess.run(

@@ -13,17 +13,16 @@ from pathlib import Path
 
 import pytest
 
-# Compiling is most of the time, and fusions by way of MLIR were 40 % of it; graph and buffers stay as they are. A JAX
-# that no longer knows the last flag says so, and it can go.
-FLAGS = (
-    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
-)
+from tests.support.xla_flags import FLAGS
 
 
 def run(record_property, *arguments: str) -> None:
     # One process, in which files share what they have compiled; this one may be one of two already.
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/sharded", *arguments]
-    environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
