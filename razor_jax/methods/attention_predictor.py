@@ -47,10 +47,10 @@ class Selectable(flax.struct.PyTreeNode):
 class AttentionPredictor(LearnedMethod):
     """Read the blocks of the prompt whose attention is predicted to be largest (arXiv 2502.04077, section 4).
 
-    It selects: all keys and values stay, and the budget is what a step reads of them. From the newest 64 rows of
-    attention weights, pooled over blocks of 16 keys, a convolutional network predicts the next row of each query head.
-    The query heads of a KV head read the same blocks. Later tokens are always read. Every fifth step, the history gets
-    its row from all blocks, otherwise from those that were read.
+    It selects: all keys and values stay, and the budget is what a step reads of them; reports count the others as
+    dropped. From the newest 64 rows of attention weights, pooled over blocks of 16 keys, a convolutional network
+    predicts the next row of each query head. The query heads of a KV head read the same blocks. Later tokens are always
+    read. Every fifth step, the history gets its row from all blocks, otherwise from those that were read.
 
     Attributes:
       sinks, local: first and newest tokens of the prompt that are always read, each a quarter of the room at most.
