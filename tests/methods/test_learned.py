@@ -15,6 +15,7 @@ from razor_jax.evals.protocol import CachedModel
 from razor_jax.methods import AttentionPredictor, KVzap, SnapKV, fit, load, stored_path
 from razor_jax.methods.engine import bind
 from razor_jax.methods.fitting import RECIPES
+from razor_jax.models.linear import quantize_tree
 from tests.support import tiny
 from tests.support.methods import parts_of, random_parts, text
 
@@ -118,6 +119,8 @@ def test_parts_of_another_model_or_method_are_refused_by_name(tmp_path):
         load(tmp_path / "text")
     with pytest.raises(ValueError, match="are fitted"):
         fit(params, "snapkv", rows=ROWS)
+    with pytest.raises(ValueError, match="fitting needs float weights, these are int8"):
+        fit(params.replace(weights=quantize_tree(params.weights, "int8")), "kvzap", rows=ROWS)
     with pytest.raises(ValueError, match="give 2 or more"):
         fit(params, "kvzap", rows=ROWS[:1])
 

@@ -48,12 +48,14 @@ def fit(
       state: file to resume from and to save progress to.
       progress: called with steps done and in all.
 
-    Raises ValueError for an unknown method, int8 weights, a mesh, or a state of another run.
+    Raises ValueError for an unknown method, quantised weights, a mesh, or a state of another run.
     """
     if method not in RECIPES:
         raise ValueError(f"method={method!r}: {', '.join(RECIPES)} are fitted")
-    if params.int8:
-        raise ValueError("fitting needs float weights: load them without weights='int8'; the parts fit both")
+    if params.kernel_type is not None:
+        raise ValueError(
+            f"fitting needs float weights, these are {params.kernel_type}: leave out weights=; the parts serve both"
+        )
     note = f"{documents if rows is None else len(rows)} documents of up to {tokens:,} tokens"
     if rows is None:
         tasks = make_tasks(params, "train", documents=documents, tokens=tokens, seed=seed, text=text)
