@@ -210,7 +210,7 @@ class RazorEngine:
                     return True
                 if self._stopped:
                     break
-            self._device.flush()
+            self._device.beat()
         self._device.close()
         return False
 

@@ -235,6 +235,9 @@ class Device:
     def flush(self) -> None:
         """End a tick. Here everything has run already."""
 
+    def beat(self) -> None:
+        """Pass time without work."""
+
     def close(self) -> None:
         """End the engine's use of the device."""
 

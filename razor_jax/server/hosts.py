@@ -2,7 +2,8 @@
 
 Process 0 alone has requests, scheduler and HTTP. Its engine calls the methods of `Leader`, which keeps the calls until
 the engine needs a result or its tick ends. Then it broadcasts them as one int32 vector, and every process, itself
-included, makes these calls on its own `Device`. So a tick is one broadcast, and one more for each first token.
+included, makes these calls on its own `Device`. So a tick is one broadcast, and one more for a first token and for log
+probabilities of a prompt.
 
     vector     words that follow in all broadcasts of this message, then the words, zeros at the end
     words      per call: index of the method, its arguments as a tuple
@@ -58,19 +59,27 @@ class Leader:
     end_row = _sent(Device.end_row)
 
     def prompt_scores(self) -> tuple[np.ndarray, ...]:
-        self.flush()
+        self._run()
         return self._device.prompt_scores()
 
     def first_token(self) -> RowTokens:
-        self.flush()
+        self._run()
         return self._device.first_token()
 
     def block_output(self) -> dict[int, RowTokens]:
-        self.flush()
+        self._run()
         return self._device.block_output()
 
     def flush(self) -> None:
-        """Send what has not been sent, also if that is nothing: a process that hears nothing for long gives up."""
+        """Send the calls if one of them runs a program. Others can wait for the next message."""
+        if any(name not in _WITHOUT_PROGRAM for name, _ in self._calls):
+            self._run()
+
+    def beat(self) -> None:
+        """Send a message, also if there is nothing to say: a process that hears nothing for long gives up."""
+        self._run()
+
+    def _run(self) -> None:
         calls, self._calls = self._calls, []
         _send(encode_calls(calls))
         for name, args in calls:
@@ -83,6 +92,7 @@ class Leader:
 
 
 _CLOSE = "close"
+_WITHOUT_PROGRAM = ("set_pages", "end_row")
 _METHODS = (
     "set_pages",
     "copy_prefix",

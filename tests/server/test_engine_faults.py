@@ -33,7 +33,7 @@ class Idle:
 
     closed = False
 
-    def flush(self):
+    def beat(self):
         pass
 
     def close(self):

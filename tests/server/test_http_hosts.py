@@ -62,7 +62,14 @@ def test_another_process_makes_the_calls_of_process_0(monkeypatch):
     leader.start_row(0, row, prompt[:2], prompt[:0], np.zeros(0, np.float32), np.arange(11) % 3 == 0)
     leader.decode_block(4, 0)
     leader.flush()
+    before = len(sent)
     leader.end_row(2)
+    leader.flush()
+    assert len(sent) == before  # it can wait for the next message
+    leader.beat()
+    leader.beat()
+    assert len(sent) == before + 2
+    leader.end_row(0)
     leader.close()
     assert {vector.shape for vector in sent} == {(hosts.WORDS,)}
     assert {vector.dtype for vector in sent} == {np.dtype(np.int32)}
@@ -70,9 +77,16 @@ def test_another_process_makes_the_calls_of_process_0(monkeypatch):
     monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda x: next(left))
     hosts.follow(theirs)
     assert next(left, None) is None
-    assert theirs.calls.pop() == ("end_row", (2,))  # process 0 has no use for its device any more
+    assert theirs.calls.pop() == ("end_row", (0,))  # process 0 has no use for its device any more
     assert_equal(tuple(theirs.calls), tuple(ours.calls))
-    assert [name for name, _ in ours.calls] == ["set_pages", "prefill_chunk", "start_row", "start_row", "decode_block"]
+    assert [name for name, _ in ours.calls] == [
+        "set_pages",
+        "prefill_chunk",
+        "start_row",
+        "start_row",
+        "decode_block",
+        "end_row",
+    ]
 
 
 def assert_equal(got, want):
