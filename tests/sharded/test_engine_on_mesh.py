@@ -52,7 +52,8 @@ def test_a_mesh_gives_the_answers_of_one_device(split, razor, mesh, layout):
             assert (got.tokens, got.reason) == (want.tokens, want.reason)
             assert got.finished.cached_tokens == want.finished.cached_tokens
             mine, theirs = ([each.logprob for each in h.prompt_logprobs + h.logprobs] for h in (got, want))
-            assert mine == pytest.approx(theirs, abs=1e-4)
+            # A value at the edge of two int8 steps may be rounded to either.
+            assert mine == pytest.approx(theirs, abs=2e-3 if razor is STREAMING_INT8 else 1e-4)
     assert made.stats().cached_tokens == one.stats().cached_tokens > 0
     assert made.stats().compilations == 0
 
