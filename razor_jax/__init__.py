@@ -9,6 +9,7 @@ from .heads import HeadScores, find_heads
 from .params import Params, with_heads
 from .text.chat import Chat
 from .text.generate import generate, prefill, stream
+from .text.logprobs import TokenLogprob
 from .text.result import KVReport, Result
 from .text.sampling import Greedy, MinP, Sampling, Temperature, TopK, TopP
 from .text.scoring import Score, score
@@ -33,6 +34,7 @@ __all__ = [
     "Sampling",
     "Score",
     "Temperature",
+    "TokenLogprob",
     "TopK",
     "TopP",
     "__version__",

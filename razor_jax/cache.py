@@ -242,6 +242,9 @@ class KVCache(flax.struct.PyTreeNode):
       length: int32 [B], tokens that each row has seen.
       window: int32 [B], W of each row; 0 until the first `extend` sets it from its lengths.
       overflow: bool [B], rows that were asked to hold more than the capacity and were left untouched.
+      seen: bool [B, V], tokens that each row has read, for the repetition penalty. None where nobody asked: `init`
+        leaves it out, `text` adds it.
+      fingerprint: uint32 [B, 2], of the weights that made the cache (`params.fingerprint_words`), None if unknown.
     """
 
     layers: tuple[tuple[Any, ...], ...]
@@ -249,6 +252,8 @@ class KVCache(flax.struct.PyTreeNode):
     window: jax.Array
     overflow: jax.Array
     spec: CacheSpec = flax.struct.field(pytree_node=False)
+    seen: jax.Array | None = None
+    fingerprint: jax.Array | None = None
 
     def __repr__(self) -> str:
         spec = self.spec
@@ -347,6 +352,16 @@ def begin(
     return meta, cache.replace(length=cache.length + new, window=window, overflow=cache.overflow | ~fits)
 
 
+def mark_seen(cache: KVCache, tokens: Int[jax.Array | np.ndarray, "B T"], new: Int[jax.Array, " B"]) -> KVCache:
+    """Add the first `new` int32 [B] of tokens int32 [B, T] to `seen`, if the cache has it."""
+    if cache.seen is None:
+        return cache
+    (B, T), V = tokens.shape, cache.seen.shape[1]
+    valid = jnp.arange(T, dtype=jnp.int32) < new[:, None]
+    rows, at = jnp.arange(B, dtype=jnp.int32)[:, None], jnp.where(valid, tokens, V)
+    return cache.replace(seen=cache.seen.at[rows, at].set(True, mode="drop"))
+
+
 def write(
     layer: tuple[Group, ...], k: Float[jax.Array, "B K T H"], v: Float[jax.Array, "B K T H"], meta: AttentionMetadata
 ) -> tuple[Group, ...]:
@@ -398,7 +413,7 @@ def dropped(spec: CacheSpec, length: Any, window: Any) -> Any:
 
 
 def broadcast(cache: KVCache, batch: int, capacity: int) -> KVCache:
-    """Return a cache of one row repeated over `batch` rows, or one of that batch, with room for `capacity` tokens.
+    """Return a cache with room for `capacity` tokens, each row repeated so that there are `batch`, a multiple.
 
     The argument stays as it is: compress once, ask many times.
     """
@@ -412,9 +427,14 @@ def broadcast(cache: KVCache, batch: int, capacity: int) -> KVCache:
 
 
 def repeat_rows(cache: KVCache, grow: Callable[[Group], Group], batch: int, spec: CacheSpec) -> KVCache:
-    """Return the cache under `spec` with `grow` applied to every group and rows repeated to `batch`."""
+    """Return the cache under `spec` with `grow` applied to every group and each row repeated, `batch` in all."""
     layers = tuple(tuple(grow(g) for g in layer) for layer in cache.layers)
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), cache.replace(layers=layers, spec=spec))
+    return jax.tree.map(lambda x: repeat(x, batch // cache.batch), cache.replace(layers=layers, spec=spec))
+
+
+def repeat(x: jax.Array, times: int) -> jax.Array:
+    """Return an array [B, …] with each row repeated, [B · times, …]."""
+    return jnp.broadcast_to(x[:, None], (x.shape[0], times, *x.shape[1:])).reshape(-1, *x.shape[1:])
 
 
 def rollback(cache: KVCache, saved: KVCache) -> KVCache:

@@ -19,7 +19,7 @@ from .config import RazorConfig
 from .kernels.cache_write import ordered_after
 from .models import alibi, rope
 from .models.transformer import Block, Transformer
-from .params import Params
+from .params import Params, fingerprint_words
 
 if TYPE_CHECKING:
     from .mesh.placement import MeshPlacement
@@ -146,7 +146,7 @@ def extend_known(
     check_cache(params, cache)
     T, config = tokens.shape[1], params.config
     # A program would copy the arrays that it only passes on.
-    meta, begun = _begin_call(cache.replace(layers=()), lengths, T, fresh)
+    meta, begun = _begin_call(cache.replace(layers=()), tokens, lengths, fresh)
     ends = {name: weight for name, weight in params.weights.items() if not name.startswith("blocks_")}
     x = _embed(config, ends, tokens, placement=cache.spec.placement)
     run = _layer_in_place if in_place else _layer
@@ -165,10 +165,11 @@ def extend_known(
 # layers of the same shapes share one compiled program; under jit they share one trace.
 
 
-@functools.partial(jax.jit, static_argnames=("T", "fresh"))
-def _begin_call(cache: KVCache, lengths: Ids, T: int, fresh: bool) -> tuple[AttentionMetadata, KVCache]:
+@functools.partial(jax.jit, static_argnames=("fresh",))
+def _begin_call(cache: KVCache, tokens: Ids, lengths: Ids, fresh: bool) -> tuple[AttentionMetadata, KVCache]:
     begin = kv.begin if cache.spec.method is None else cache.spec.method.begin
-    return begin(cache, lengths, T, fresh)
+    meta, cache = begin(cache, lengths, tokens.shape[1], fresh)
+    return meta, kv.mark_seen(cache, tokens, meta.new)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "placement"))
@@ -267,6 +268,14 @@ def check_cache(params: Params, cache: KVCache) -> None:
         raise ValueError(
             f"the cache was made for another head split: retrieval heads by layer {list(spec.heads.retrieval)}, these "
             f"params have {list(split.retrieval)}; make the cache from the same params"
+        )
+
+
+def check_weights(params: Params, cache: KVCache) -> None:
+    """Raise ValueError for a cache that says that other weights made it. For calls from the host."""
+    if cache.fingerprint is not None and np.any(np.asarray(cache.fingerprint) != fingerprint_words(params)):
+        raise ValueError(
+            "the cache was made with other weights: use the params that made it, or prefill again with these params"
         )
 
 

@@ -216,6 +216,11 @@ def weights_fingerprint(params: Params) -> str:
     return fingerprint(samples(maps, params.mesh))
 
 
+def fingerprint_words(params: Params) -> np.ndarray:
+    """Return the first 64 bits of `weights_fingerprint`, uint32 [2], which a cache carries."""
+    return np.frombuffer(bytes.fromhex(weights_fingerprint(params)[:16]), ">u4").astype(np.uint32)
+
+
 def sampled(config: ModelConfig) -> list[str]:
     """Return the weights that a fingerprint looks at, in order: none that a head split permutes."""
     prefixes = ("" if config.experts_of(layer) is None else "expert_" for layer in range(config.num_layers))

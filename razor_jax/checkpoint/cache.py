@@ -23,11 +23,11 @@ from .. import cache as kv
 from ..cache import CacheSpec, Group, KVCache, ring_length
 from ..config import RazorConfig
 from ..files import atomic_directory, read_json, write_json
-from ..functional import cache_spec, check_cache, placement_of
+from ..functional import cache_spec, check_cache, check_weights, placement_of
 from ..mesh import relayout
 from ..methods.engine import bind
 from ..methods.record import from_record, to_record
-from ..params import Params, architecture_fingerprint, weights_fingerprint
+from ..params import Params, architecture_fingerprint, fingerprint_words, weights_fingerprint
 from ..sharding import nontrivial, replicate
 
 RECORD = "cache.json"
@@ -57,6 +57,7 @@ def save_cache(
     if kv.deleted(cache):
         raise ValueError("this cache was consumed by a later call: save the cache that the call returned")
     check_cache(params, cache)
+    check_weights(params, cache)
     record = _record(cache, params, pending)
     if pending is not None and len(pending) != cache.batch:
         raise ValueError(f"pending has {len(pending)} rows, the cache {cache.batch}: give one list of tokens per row")
@@ -88,6 +89,9 @@ def load_cache(params: Params, directory: str | os.PathLike[str]) -> KVCache:
     kinds = {"length": ("lengths", np.int32), "window": ("windows", np.int32), "overflow": ("overflow", bool)}
     rows = {name: _to_devices(np.asarray(record[key], kind), params) for name, (key, kind) in kinds.items()}
     batch, layers, cache = len(record["lengths"]), [], None
+    rows["fingerprint"] = _to_devices(np.tile(fingerprint_words(params), (batch, 1)), params)
+    if record["seen"] is not None:
+        rows["seen"] = _to_devices(_seen(path, record["seen"], params.config.vocab_size), params)
     if spec.method is not None:
         return KVCache(_method_layers(path, spec, batch), spec=spec, **rows)
     # Shapes only: nothing is allocated.
@@ -130,6 +134,7 @@ def _record(cache: KVCache, params: Params, pending: Sequence[Sequence[int]] | N
         "windows": np.asarray(cache.window).tolist(),
         "overflow": np.asarray(cache.overflow).tolist(),
         "pending": None if pending is None else [[int(token) for token in row] for row in pending],
+        "seen": None if cache.seen is None else [np.flatnonzero(row).tolist() for row in np.asarray(cache.seen)],
     }
 
 
@@ -161,11 +166,25 @@ def _read_record(path: Path) -> dict[str, Any]:
         "windows": lambda x: _all(x, int, rows),
         "overflow": lambda x: _all(x, bool, rows),
         "pending": lambda x: x is None or (_all(x, list, rows) and all(_all(row, int, len(row)) for row in x)),
+        "seen": lambda x: x is None or (_all(x, list, rows) and all(_all(row, int, len(row)) for row in x)),
     }
+    record.setdefault("seen", None)  # caches of earlier versions do not know their tokens
     for name, valid in sound.items():
         if not valid(value := record.get(name, "missing")):
             raise _damaged(path, f"{name} is {_short(value)}, while lengths has {rows} rows")
     return record
+
+
+def _seen(path: Path, rows: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray:
+    """Return the tokens that each row has read, bool [B, V]."""
+    seen = np.zeros((len(rows), vocabulary), bool)
+    for row, tokens in zip(seen, rows, strict=True):
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise _damaged(
+                path, f"seen has token ids {min(tokens)} to {max(tokens)}, allowed are 0 to {vocabulary - 1}"
+            )
+        row[list(tokens)] = True
+    return seen
 
 
 def _all(values: Any, kind: type, count: int) -> bool:

@@ -127,7 +127,7 @@ class Engine(OneDevice):
         return (kept,) if self.method.evicts_later else (kept, tail)
 
     def broadcast(self, cache: KVCache, batch: int, capacity: int) -> KVCache:
-        """Return a cache of one row repeated over `batch` rows, or one of that batch, with room for `capacity`."""
+        """Return a cache with room for `capacity` tokens, each row repeated so that there are `batch`."""
         spec = dataclasses.replace(cache.spec, capacity=max(capacity, cache.spec.capacity))
         extra = self._tail(spec) - self._tail(cache.spec)
 

@@ -9,13 +9,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..text.logprobs import MAX_LOGPROBS
 from ..tokenizer.assets import Assets
 from .choice import chat_logprob, usage
 from .errors import ApiError
 from .events import Envelope, EventStream, answer_whole
 from .fields import Fields
 from .generation import Delta, Finished, Generation
-from .protocol import MAX_LOGPROBS, SHARED_FIELDS, Options, check_fits, make_generations, read_options
+from .protocol import SHARED_FIELDS, Options, check_fits, make_generations, read_options
 from .service import Service, new_id
 from .tools import CallParser, Tools, read_tools
 

@@ -9,8 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from ..text.logprobs import TokenLogprob
 from ..tokenizer.assets import Assets
-from .generation import Delta, Finished, TokenLogprob
+from .generation import Delta, Finished
 from .tokenize import token_text
 
 _LEAST = -9999.0  # Log probability of a token that cannot come; JSON has no infinity.

@@ -27,14 +27,15 @@ import numpy as np
 
 from .. import compilation
 from ..params import Params
+from ..text.logprobs import TokenLogprob, token_logprobs
 from ..text.policy import Policy
 from . import hosts, scheduler
-from .engine_answer import Answer, allowed_tokens, first_window, new_answer, token_logprobs
+from .engine_answer import Answer, allowed_tokens, first_window, new_answer
 from .engine_device import Device, row_numbers
 from .engine_prefixes import Prefixes, page_arrays, row_pages
 from .engine_sizes import choose_sizes
 from .engine_stats import Counters, snapshot
-from .generation import Delta, EngineStats, Finished, Generation, Listener, Refused, TokenLogprob
+from .generation import Delta, EngineStats, Finished, Generation, Listener, Refused
 
 log = logging.getLogger("razor_jax")
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..cache import CacheSpec, ring_length
 from ..params import Params
+from ..text.logprobs import MAX_LOGPROBS, TokenLogprob
 from ..text.row_output import RowOutput, end_ids
-from . import programs, scheduler
+from . import scheduler
 from .engine_sizes import EngineSizes
-from .generation import Generation, Listener, TokenLogprob
+from .generation import Generation, Listener
 from .prefix import Key, chain
 
 
@@ -63,8 +64,8 @@ def new_answer(
         raise ValueError(f"prompt: must have at least one token, each within 0 … {vocabulary - 1}")
     if not all(0 <= token < vocabulary for token, _ in generation.logit_bias):
         raise ValueError(f"logit_bias: each token must be within 0 … {vocabulary - 1}")
-    if generation.logprobs is not None and not 0 <= generation.logprobs <= programs.TOP_LOGPROBS:
-        raise ValueError(f"logprobs={generation.logprobs}: must be None or within 0 … {programs.TOP_LOGPROBS}")
+    if generation.logprobs is not None and not 0 <= generation.logprobs <= MAX_LOGPROBS:
+        raise ValueError(f"logprobs={generation.logprobs}: must be None or within 0 … {MAX_LOGPROBS}")
     output = RowOutput(params.assets, generation.stop, generation.max_tokens)
     stop_ids = end_ids(params.assets, generation.stop)
     answer = Answer(generation, listener, output, stop_ids, _segments(generation, sizes.segment_tokens))
@@ -109,17 +110,4 @@ def _cuts(generation: Generation) -> list[int]:
     return [at for at in checkpoints(generation) if at < len(generation.prompt)]
 
 
-def token_logprobs(tokens: Iterable[int], scores: Sequence[np.ndarray], top: int) -> list[TokenLogprob]:
-    """Return the records of tokens; `scores` are arrays [n] and [n, 20] of at least as many."""
-    chosen, ids, values = scores
-    return [
-        TokenLogprob(
-            int(token),
-            float(chosen[i]),
-            tuple((int(a), float(b)) for a, b in zip(ids[i, :top], values[i, :top], strict=True)),
-        )
-        for i, token in enumerate(tokens)
-    ]
-
-
-__all__: Sequence[str] = ("Answer", "allowed_tokens", "checkpoints", "first_window", "new_answer", "token_logprobs")
+__all__: Sequence[str] = ("Answer", "allowed_tokens", "checkpoints", "first_window", "new_answer")

@@ -16,6 +16,7 @@ import numpy as np
 from ..functional import placement_of
 from ..models.transformer import Block
 from ..params import Params
+from ..text.logprobs import Logprobs
 from ..text.sampling import Sampling, rules, set_rule
 from . import on_mesh, programs
 from .pages import Layout
@@ -63,7 +64,7 @@ class Device:
         )
         self._tables = tuple(np.zeros((layout.slots, width), np.int32) for width in layout.widths)
         self._rows = init_rows(layout.slots)
-        self._prompt_scores: programs.TopLogprobs | None = None
+        self._prompt_scores: Logprobs | None = None
         self._first: RowTokens | None = None
         self._output: dict[int, RowTokens] = {}
 
@@ -248,10 +249,9 @@ class Device:
 
 def init_rows(rows: int) -> Rows:
     """Return the numbers of rows without a request."""
-    sampling, greedy = rules(rows)
     integers = {name: np.zeros(rows, np.int32) for name in ("length", "window", "token", "count", "limit")}
     stop_ids, seed = np.full((rows, STOP_IDS), -1, np.int32), np.zeros(rows, np.uint32)
-    return Rows(**integers, live=np.zeros(rows, bool), stop_ids=stop_ids, seed=seed, sampling=sampling, greedy=greedy)
+    return Rows(**integers, live=np.zeros(rows, bool), stop_ids=stop_ids, seed=seed, sampling=rules(rows))
 
 
 def row_numbers(
@@ -261,7 +261,7 @@ def row_numbers(
     row = init_rows(1)
     row.length[0], row.window[0], row.limit[0], row.seed[0], row.live[0] = length, window, limit, seed, True
     row.stop_ids[0, : len(stop_ids[:STOP_IDS])] = stop_ids[:STOP_IDS]
-    set_rule(row.sampling, row.greedy, 0, sampling)
+    set_rule(row.sampling, 0, sampling)
     return tuple(jax.tree.leaves(row))
 
 

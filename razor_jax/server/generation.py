@@ -15,6 +15,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..text.logprobs import TokenLogprob
 from ..text.sampling import Sampling
 
 
@@ -62,15 +63,6 @@ class Generation:
     prompt_logprobs: bool = False
     checkpoints: tuple[int, ...] = ()
     grammar: Grammar | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLogprob:
-    """Log probability of a token, and the likeliest tokens at its place with theirs, most likely first."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,5 +187,4 @@ __all__: Sequence[str] = (
     "Grammar",
     "Listener",
     "Refused",
-    "TokenLogprob",
 )

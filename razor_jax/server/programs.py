@@ -33,16 +33,15 @@ from ..models import rope
 from ..models.config import ModelConfig
 from ..models.transformer import Block, Transformer
 from ..params import Params
-from ..text.sampling import Sampling, logprobs, sample_rows
+from ..text.logprobs import Logprobs, logprobs, no_logprobs
+from ..text.sampling import Sampling, sample
 from . import on_mesh
 from .pages import Layers, kinds
 
-TOP_LOGPROBS = 20  # most alternatives that a request can ask for
 _LOGITS_AT_ONCE = 32  # prompt tokens whose logits are in memory together
 
 Tables = tuple[jax.Array, ...]  # block table of each pool, int32 [rows, pages]
 Staged = tuple[jax.Array, jax.Array]  # k, v [1, K, T, H] of one layer
-TopLogprobs = tuple[jax.Array, jax.Array, jax.Array]  # of the chosen tokens [n], and the likeliest ones [n, 20]
 
 
 class Vocabulary(flax.struct.PyTreeNode):
@@ -76,7 +75,7 @@ class Rows(flax.struct.PyTreeNode):
       live: the row decodes.
       stop_ids: int32 [B, n], tokens that end it, padded with -1.
       seed: uint32, of its draws.
-      sampling, greedy: its rule; see `sampling.rules`.
+      sampling: its rule; see `sampling.rules`.
     """
 
     length: Any
@@ -88,7 +87,6 @@ class Rows(flax.struct.PyTreeNode):
     stop_ids: Any
     seed: Any
     sampling: Sampling
-    greedy: Any
 
 
 class BlockOutput(flax.struct.PyTreeNode):
@@ -204,7 +202,7 @@ def chunk_logits(
     score: jax.Array,
     *,
     spec: CacheSpec,
-) -> tuple[jax.Array, TopLogprobs]:
+) -> tuple[jax.Array, Logprobs]:
     """Return float32 logits [1, V] after the last of `count` tokens, and the log probabilities of the token after each.
 
     Args:
@@ -218,16 +216,16 @@ def chunk_logits(
         out = Transformer(config).apply({"params": weights}, x, method="logits")
         return on_mesh.pin_whole(cast(jax.Array, out), spec)
 
-    def scored() -> TopLogprobs:
+    def scored() -> Logprobs:
         size = min(_LOGITS_AT_ONCE, T)
         pad = -T % size
         parts = jnp.pad(x[0], ((0, pad), (0, 0))).reshape(-1, size, x.shape[2])
         aims = jnp.pad(targets, (0, pad)).reshape(-1, size)
-        found = lax.map(lambda part: logprobs(logits(part[0][None])[0], part[1], TOP_LOGPROBS), (parts, aims))
-        return cast(TopLogprobs, tuple(a.reshape(-1, *a.shape[2:])[:T] for a in found))
+        found = lax.map(lambda part: logprobs(logits(part[0][None])[0], part[1]), (parts, aims))
+        return cast(Logprobs, tuple(a.reshape(-1, *a.shape[2:])[:T] for a in found))
 
     last = lax.dynamic_slice_in_dim(x, count - 1, 1, axis=1)
-    return logits(last)[:, 0], lax.cond(score, scored, lambda: _no_logprobs(T, config.vocab_size))
+    return logits(last)[:, 0], lax.cond(score, scored, lambda: no_logprobs(T, config.vocab_size))
 
 
 @functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("layer",))
@@ -261,11 +259,6 @@ def write_layer(
     return on_mesh.pin_cache(tuple(map(whole, layer, written)), spec)
 
 
-def _no_logprobs(rows: int, vocabulary: int) -> TopLogprobs:
-    top = (rows, min(TOP_LOGPROBS, vocabulary))
-    return jnp.zeros((rows,)), jnp.zeros(top, jnp.int32), jnp.zeros(top)
-
-
 @functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("vocabulary",))
 @promoting
 def start_row(
@@ -278,7 +271,7 @@ def start_row(
     logits: jax.Array,
     *,
     spec: CacheSpec,
-) -> tuple[Vocabulary, jax.Array, jax.Array, TopLogprobs]:
+) -> tuple[Vocabulary, jax.Array, jax.Array, Logprobs]:
     """Choose a row's first token from logits [1, V]; `rows` are the numbers of this row, `seen`, `bias` and `allowed`
     [V] are what it knows about the tokens.
 
@@ -288,7 +281,7 @@ def start_row(
     fresh = Vocabulary(seen[None], jnp.zeros(seen.shape, jnp.int32)[None], bias[None], allowed[None])
     token, failed, fresh = _choose(fresh, rows, rows.live, logits)
     vocabulary = jax.tree.map(lambda x, new: lax.dynamic_update_slice_in_dim(x, new, slot, axis=0), vocabulary, fresh)
-    return on_mesh.pin_whole((vocabulary, token, failed, logprobs(logits, token, TOP_LOGPROBS)), spec)
+    return on_mesh.pin_whole((vocabulary, token, failed, logprobs(logits, token)), spec)
 
 
 def _choose(
@@ -302,16 +295,8 @@ def _choose(
     # Row 0 of the batch with the same seed: a request draws as `generate` does for one prompt.
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(rows.seed)
     keys = jax.vmap(jax.random.fold_in)(keys, rows.count)
-    chosen = sample_rows(
-        rows.sampling,
-        rows.greedy,
-        logits,
-        keys,
-        vocabulary.seen,
-        vocabulary.counts,
-        vocabulary.bias,
-        vocabulary.allowed,
-    )
+    v = vocabulary
+    chosen = sample(rows.sampling, logits, keys, v.seen, v.counts, v.bias, v.allowed)
     token = jnp.where(chooses, chosen, rows.token)
     each = jnp.arange(token.shape[0], dtype=jnp.int32)
     counts = vocabulary.counts.at[each, token].add(chooses.astype(jnp.int32))
@@ -337,7 +322,7 @@ def decode_block(
     B, V = vocabulary.seen.shape
     paged = tuple(tuple(group.replace(table=_tables_of(group, tables, spec)) for group in layer) for layer in layers)
     cache = KVCache(paged, rows.length, rows.window, jnp.zeros((B,), bool), spec)
-    empty = tuple(jnp.zeros((B, block, *x.shape[1:]), x.dtype) for x in _no_logprobs(B, V))
+    empty = tuple(jnp.zeros((B, block, *x.shape[1:]), x.dtype) for x in no_logprobs(B, V))
     out = BlockOutput(jnp.zeros((B, block), jnp.int32), rows.count, jnp.zeros((B,), bool), empty)
 
     def going(carry):
@@ -348,7 +333,7 @@ def decode_block(
         index, cache, vocabulary, rows, out = carry
         logits, cache = decode(params, cache, rows.token, rows.live)
         token, failed, vocabulary = _choose(vocabulary, rows, rows.live, logits)
-        found = lax.cond(score, lambda: logprobs(logits, token, TOP_LOGPROBS), lambda: _no_logprobs(B, V))
+        found = lax.cond(score, lambda: logprobs(logits, token), lambda: no_logprobs(B, V))
         count = rows.count + (rows.live & ~failed)
         stopped = jnp.any(token[:, None] == rows.stop_ids, axis=1) | (count >= rows.limit) | failed
         rows = rows.replace(token=token, count=count, live=rows.live & ~stopped)

@@ -36,7 +36,7 @@ SHARED_FIELDS = frozenset(
         "response_format",
     }
 )
-MAX_N, MAX_STOPS, MAX_BIASES, MAX_LOGPROBS = 8, 16, 1024, 20
+MAX_N, MAX_STOPS, MAX_BIASES = 8, 16, 1024
 _SEEDS = 2**32
 _DECIMAL = re.compile("[0-9]{1,9}")
 

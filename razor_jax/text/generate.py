@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from .. import compilation
 from ..cache import KVCache
 from ..functional import placement_of
-from ..params import Params
+from ..params import Params, fingerprint_words
 from . import loop, prompts
 from .policy import Policy, choose_policy, prefill_chunk, spec_for
 from .result import Result
 from .sampling import Rule, Sampling
-from .session import Piece, Session, pieces
+from .session import FIRST_STEPS, OnToken, Piece, Session, pieces
 
 # Keywords of other libraries, and what they are here.
 _ELSEWHERE = {
@@ -27,15 +29,45 @@ _ELSEWHERE = {
     "repetition_penalty": "sampling=Sampling.of(repetition_penalty=1.1, …)",
     **dict.fromkeys(("stop_strings", "stop_sequences"), "stop=[…]"),
     **dict.fromkeys(("past_key_values", "prompt_cache"), "cache=prefill(params, document)"),
-    **dict.fromkeys(("n", "num_return_sequences"), "a list of n equal prompts: each row draws by itself"),
+    "num_return_sequences": "n=4",
+    **dict.fromkeys(("top_logprobs", "output_scores"), "logprobs=5"),
+    **dict.fromkeys(("streamer", "callback"), "on_token=…"),
     "stream": "razor_jax.stream(…)",
 }
 
+Message = Mapping[str, Any]
+
+
+class _Options(TypedDict, total=False):
+    """Keywords of `generate` that do not change the type of its result."""
+
+    max_new_tokens: int
+    razor: Policy
+    sampling: Sampling | Rule | None
+    seed: int
+    stop: str | Sequence[str]
+    cache: KVCache | None
+    capacity: int | None
+    raw: bool
+    template_kwargs: Mapping[str, Any] | None
+    logprobs: int | None
+    on_token: OnToken | None
+
 
 @overload
-def generate(params: Params, prompt: str, **options: Any) -> Result: ...
+def generate(params: Params, prompt: str | list[Message], *, n: None = None, **options: Unpack[_Options]) -> Result: ...
 @overload
-def generate(params: Params, prompt: Any, **options: Any) -> Any: ...
+def generate(params: Params, prompt: str | list[Message], *, n: int, **options: Unpack[_Options]) -> list[Result]: ...
+@overload
+def generate(
+    params: Params, prompt: list[str] | list[list[Message]], *, n: None = None, **options: Unpack[_Options]
+) -> list[Result]: ...
+@overload
+def generate(
+    params: Params, prompt: list[str] | list[list[Message]], *, n: int, **options: Unpack[_Options]
+) -> list[list[Result]]: ...
+@overload
+def generate(params: Params, prompt: Any, *, n: int | None = None, **options: Unpack[_Options]) -> Any: ...
 def generate(
     params: Params,
     prompt: Any,
@@ -49,6 +81,9 @@ def generate(
     capacity: int | None = None,
     raw: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
+    n: int | None = None,
+    logprobs: int | None = None,
+    on_token: OnToken | None = None,
     **unknown: Any,
 ) -> Any:
     """Continue a prompt, or each of a list of prompts as one batch.
@@ -62,16 +97,22 @@ def generate(
         checkpoint recommends, or that of the paper if it recommends none, or dense attention for params without a head
         split.
       sampling: sampling rule; None for greedy decoding.
-      seed: random seed. Row i draws with the key of the seed folded with i.
+      seed: random seed. Row i draws with the key of the seed folded with i; answer i of prompt p is row n · p + i.
       stop: strings that end a row. The text is cut before the stop string.
       cache: cache from `prefill`, with one row for all prompts or one row per prompt. It is copied, never modified.
       capacity: cache capacity in tokens per row. By default, the next rung of `prompts.capacity_bucket` that
         fits the longest prompt and the new tokens.
       raw: continue strings as they are, without the chat template.
       template_kwargs: further names that the chat template reads, such as {"enable_thinking": False}.
+      n: answers per prompt, each drawn by itself. A prompt is read once, then its cache is copied.
+      logprobs: return the log probability of each token in `Result.logprobs`, with this many of the likeliest tokens,
+        0 to 20; None for none. They are the model's, before the sampling rule.
+      on_token: called with a `Piece` per token as tokens arrive, first one by one, then up to 32 together. An exception
+        that it raises ends the call.
 
     Returns:
-      A `Result` for one prompt, a list of `Result` for a list of prompts.
+      A `Result` for one prompt, a list of `Result` for a list of prompts. With `n`, a list of n in place of each
+      `Result`.
 
     Raises:
       ValueError, TypeError: on bad input, before anything is computed.
@@ -90,10 +131,15 @@ def generate(
         capacity=capacity,
         raw=raw,
         template_kwargs=template_kwargs,
+        n=1 if n is None else n,
+        logprobs=logprobs,
+        on_token=on_token,
     )
-    for _ in session.run():
+    for _ in session.run() if on_token is None else session.run(first_steps=FIRST_STEPS):
         pass
-    results = session.results()
+    results: Sequence[Any] = session.results()
+    if n is not None:
+        results = [results[at : at + n] for at in range(0, len(results), n)]
     return results[0] if session.prompts.single else results
 
 
@@ -117,9 +163,10 @@ def stream(
     capacity: int | None = None,
     raw: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
+    logprobs: int | None = None,
     **unknown: Any,
 ) -> Iterator[Piece]:
-    """Yield the answer to one prompt piece by piece. Takes the arguments of `generate`.
+    """Yield the answer to one prompt piece by piece. Takes the arguments of `generate`, but no `n` and no `on_token`.
 
     The concatenated text of all pieces is the text of the result. Text that may be the start of a stop string is
     delayed. Bad input raises here, before iteration.
@@ -137,6 +184,7 @@ def stream(
         capacity=capacity,
         raw=raw,
         template_kwargs=template_kwargs,
+        logprobs=logprobs,
     )
     if not session.prompts.single:
         raise ValueError("stream takes one prompt, got a list: use generate for a list")
@@ -166,4 +214,5 @@ def prefill(
     prompts.warn_beyond_trained(params.config, read.longest)
     with compilation.log_compilation("prefill"):
         _, cache = loop.prefill(params, *batch, spec=spec, chunk=prefill_chunk(policy))
-        return jax.block_until_ready(cache)
+        words = np.tile(fingerprint_words(params), (cache.batch, 1))
+        return jax.block_until_ready(cache.replace(fingerprint=placement_of(spec).to_devices(jnp.asarray(words))))

@@ -1,7 +1,8 @@
 """The compiled programs of generation: read the prompt layer by layer; choose a token; decode a block of tokens.
 
-Only shapes are static. Sampling numbers, stop ids, limits and lengths are traced: a later call with the same padded
-shapes compiles nothing. Reading takes one program per kind of layer, so that a model of 80 layers compiles a few.
+Only shapes, and whether log probabilities are wanted, are static. Sampling rules, stop ids, limits and lengths are
+traced: a later call with the same padded shapes compiles nothing. Reading takes one program per kind of layer, so that
+a model of 80 layers compiles a few.
 
 On a mesh, the arrays that the host reads (tokens, counts, flags) are replicated, so every process can read them.
 """
@@ -20,21 +21,21 @@ from .. import cache as kv
 from ..cache import CacheSpec, KVCache
 from ..functional import Ids, decode, extend, extend_known, placement_of, promoting
 from ..params import Params
+from .logprobs import Logprobs, logprobs, no_logprobs
 from .sampling import Sampling, sample
 
 BLOCK = 32  # Most decode steps per call. The host reads tokens and looks for stop strings between calls.
 
 
 class LoopState(flax.struct.PyTreeNode):
-    """State between calls: the cache, and one chosen token per row that the cache lacks.
+    """State between calls: the cache, with `seen`, and one chosen token per row that the cache lacks.
 
     Attributes:
       token: int32 [B], the newest token of each row; input of the next decode step.
       count: int32 [B], number of tokens generated so far.
       done: bool [B], rows that reached a stop token or their limit, or failed.
       failed: bool [B], rows whose logits were not finite; they get no further token.
-      seen: bool [B, V], tokens that occur in prompt or output; None without a repetition penalty.
-      counts: int32 [B, V], how often each token occurs in the output; None without a presence or frequency penalty.
+      counts: int32 [B, V], how often each token occurs in the output.
       keys: PRNG keys [B], folded with `count` at each draw, so that a replay draws the same.
     """
 
@@ -43,8 +44,7 @@ class LoopState(flax.struct.PyTreeNode):
     count: jax.Array
     done: jax.Array
     failed: jax.Array
-    seen: jax.Array | None
-    counts: jax.Array | None
+    counts: jax.Array
     keys: jax.Array
 
 
@@ -61,33 +61,44 @@ def begin(
     *,
     spec: CacheSpec,
     chunk: int | None,
+    n: int = 1,
+    score: bool = False,
     in_place: bool = False,
-) -> LoopState:
+) -> tuple[LoopState, Logprobs | None]:
     """Read prompts int32 [B, T] into a new cache, a copy of `source`, or `in_place` into `source` itself, and choose
-    each row's first token."""
+    the first token of `n` rows per prompt.
+
+    Returns the state, and the log probabilities of the tokens if `score`.
+    """
     if source is None:
         logits, cache = prefill(params, tokens, lengths, spec=spec, chunk=chunk)
     else:
+        if source.seen is None:
+            unknown = np.zeros((source.batch, params.config.vocab_size), bool)
+            source = source.replace(seen=placement_of(spec).to_devices(unknown))
         source = source if in_place else _copy(source, batch=tokens.shape[0], capacity=spec.capacity)
         logits, cache = _read(params, source, tokens, lengths, chunk, fresh=False)
+    if n > 1:
+        cache = _copy(cache, batch=n * tokens.shape[0], capacity=spec.capacity)
     # A program would copy the layers that it only passes on.
     bare = cache.replace(layers=())
-    return _first(bare, logits, tokens, lengths, stop_ids, limit, sampling, seed).replace(cache=cache)
+    state, found = _first(bare, logits, stop_ids, limit, sampling, seed, n=n, score=score)
+    return state.replace(cache=cache), found
 
 
 def prefill(
     params: Params, tokens: Ids, lengths: Ids, *, spec: CacheSpec, chunk: int | None
 ) -> tuple[jax.Array, KVCache]:
     """Read prompts int32 [B, T] into a new cache. Return float32 logits [B, V] after each prompt, and the cache."""
-    empty = _empty(lengths, spec=spec)
+    empty = _empty(lengths, spec=spec, vocabulary=params.config.vocab_size)
     return _read(params, empty, tokens, lengths, chunk, fresh=True)
 
 
-@functools.partial(jax.jit, static_argnames=("spec",))
+@functools.partial(jax.jit, static_argnames=("spec", "vocabulary"))
 @promoting
-def _empty(lengths: Ids, *, spec: CacheSpec) -> KVCache:
-    placement = placement_of(spec)
-    return placement.pin_cache(placement.init(spec, lengths.shape[0], lengths))
+def _empty(lengths: Ids, *, spec: CacheSpec, vocabulary: int) -> KVCache:
+    placement, B = placement_of(spec), lengths.shape[0]
+    return placement.pin_cache(placement.init(spec, B, lengths).replace(seen=jnp.zeros((B, vocabulary), bool)))
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "capacity"))
@@ -114,17 +125,26 @@ def _stream(params: Params, cache: KVCache, tokens, lengths, chunk: int):
     return read_prompt(params, cache, tokens, lengths, chunk, fresh=False)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("n", "score"))
 @promoting
-def _first(cache: KVCache, logits, tokens, lengths, stop_ids, limit, sampling: Sampling, seed) -> LoopState:
-    """Choose each row's first token."""
-    B = tokens.shape[0]
-    seen = _seen(tokens, lengths, logits.shape[-1]) if sampling.penalised else None
-    counts = jnp.zeros((B, logits.shape[-1]), jnp.int32) if sampling.counted else None
+def _first(
+    cache: KVCache, logits, stop_ids, limit, sampling: Sampling, seed, *, n: int, score: bool
+) -> tuple[LoopState, Logprobs | None]:
+    """Choose each row's first token from logits [B / n, V]; `score`: return its log probabilities too."""
+    logits = kv.repeat(logits, n)
+    B, V = logits.shape
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(B, dtype=jnp.int32))
     zeros = jnp.zeros((B,), jnp.int32)
-    state = LoopState(cache, zeros, zeros, zeros > 0, zeros > 0, seen, counts, keys)
-    return _choose(state, cache, logits, stop_ids, limit, sampling)
+    state = LoopState(cache, zeros, zeros, zeros > 0, zeros > 0, jnp.zeros((B, V), jnp.int32), keys)
+    state = _choose(state, cache, logits, stop_ids, limit, sampling)
+    return state, _scored(state, logits) if score else None
+
+
+def _scored(state: LoopState, logits: jax.Array) -> Logprobs:
+    """Return the log probabilities of the newest tokens, on every device."""
+    replicated = placement_of(state.cache.spec).replicated
+    chosen, ids, values = logprobs(logits, state.token)
+    return replicated(chosen), replicated(ids), replicated(values)
 
 
 @promoting
@@ -155,7 +175,7 @@ def read_prompt(
     return lax.fori_loop(0, (jnp.max(lengths) + chunk - 1) // chunk, body, (logits, cache))
 
 
-@functools.partial(jax.jit, donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("score",), donate_argnames=("state",))
 @promoting
 def decode_block(
     params: Params,
@@ -164,11 +184,13 @@ def decode_block(
     limit: jax.Array,
     steps: jax.Array,
     sampling: Sampling,
-) -> tuple[LoopState, jax.Array, LoopState]:
+    *,
+    score: bool = False,
+) -> tuple[LoopState, jax.Array, LoopState, Logprobs | None]:
     """Run up to `steps` ≤ BLOCK decode steps. A row stops at a stop token or after `limit` [B] tokens.
 
-    Returns the state, the new tokens int32 [B, BLOCK], and a state for `rewind`. Row b has as many new tokens as its
-    `count` grew; the rest of the row is padding.
+    Returns the state, the new tokens int32 [B, BLOCK], a state for `rewind`, and, if `score`, the log probabilities
+    [B, BLOCK, …] of the tokens. Row b has as many new tokens as its `count` grew; the rest of the row is padding.
     """
     # Full groups are append-only, so only the windowed ones need a copy. It is made without stop strings too: they
     # would be a second program.
@@ -179,7 +201,9 @@ def decode_block(
     saved = state.replace(cache=state.cache.replace(layers=layers))
     # The host lowers the limit of a row that ended at a stop string.
     state = state.replace(done=state.done | (state.count >= limit))
-    out = jnp.zeros((state.token.shape[0], BLOCK), jnp.int32)
+    B, V = state.counts.shape
+    tokens = jnp.zeros((B, BLOCK), jnp.int32)
+    scores = tuple(jnp.zeros((B, BLOCK, *x.shape[1:]), x.dtype) for x in no_logprobs(B, V)) if score else None
 
     def going(carry):
         index, state, _ = carry
@@ -189,14 +213,13 @@ def decode_block(
         index, state, out = carry
         logits, cache = decode(params, state.cache, state.token, ~state.done)
         state = _choose(state, cache, logits, stop_ids, limit, sampling)
-        return index + 1, state, lax.dynamic_update_slice_in_dim(out, state.token[:, None], index, axis=1)
+        new = state.token, _scored(state, logits) if score else None
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=index, axis=1)
+        return index + 1, state, jax.tree.map(lambda x, y: put(x, y[:, None]), out, new)
 
-    _, state, out = lax.while_loop(going, step, (jnp.int32(0), state, out))
-    return (
-        _with_sharding(state),
-        placement_of(state.cache.spec).replicated(out),
-        _with_sharding(saved),
-    )
+    _, state, out = lax.while_loop(going, step, (jnp.int32(0), state, (tokens, scores)))
+    tokens, scores = jax.tree.map(placement_of(state.cache.spec).replicated, out)
+    return _with_sharding(state), tokens, _with_sharding(saved), scores
 
 
 def _with_sharding(state: LoopState) -> LoopState:
@@ -220,24 +243,13 @@ def _choose(state: LoopState, cache: KVCache, logits, stop_ids, limit, sampling:
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
     failed = state.failed | (~state.done & ~jnp.isfinite(logits).all(axis=-1))
     ended = state.done | failed
-    token = jnp.where(ended, state.token, sample(sampling, logits, keys, state.seen, state.counts))
+    assert cache.seen is not None, "a cache of this loop knows its tokens"
+    token = jnp.where(ended, state.token, sample(sampling, logits, keys, cache.seen, state.counts))
     count = state.count + ~ended
-    seen = state.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(token.shape[0], dtype=jnp.int32), token].set(True)
-    counts = state.counts
-    if counts is not None:
-        counts = counts.at[jnp.arange(token.shape[0], dtype=jnp.int32), token].add((~ended).astype(jnp.int32))
+    rows = jnp.arange(token.shape[0], dtype=jnp.int32)
+    counts = state.counts.at[rows, token].add((~ended).astype(jnp.int32))
     stopped = jnp.any(token[:, None] == stop_ids[None, :], axis=1)
     done = ended | stopped | (count >= limit) | cache.overflow
+    new = {"token": token, "count": count, "done": done, "failed": failed, "counts": counts}
     replicated = placement_of(cache.spec).replicated
-    new = {"token": token, "count": count, "done": done, "failed": failed, "seen": seen, "counts": counts}
-    return state.replace(cache=cache, **{name: x if x is None else replicated(x) for name, x in new.items()})
-
-
-def _seen(tokens: jax.Array, lengths: jax.Array, vocabulary: int) -> jax.Array:
-    """Return bool [B, V]: the tokens that occur in each prompt."""
-    rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
-    valid = jnp.arange(tokens.shape[1], dtype=jnp.int32) < lengths[:, None]
-    at = jnp.where(valid, tokens, vocabulary)
-    return jnp.zeros((tokens.shape[0], vocabulary), bool).at[rows, at].set(True, mode="drop")
+    return state.replace(cache=cache, **{name: replicated(x) for name, x in new.items()})

@@ -11,6 +11,7 @@ from .. import cache as kv
 from ..cache import KVCache
 from ..config import HeadSplit
 from ..notebook import table
+from .logprobs import TokenLogprob
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -152,6 +153,7 @@ class Result:
         were not finite).
       kv: report on the cache. Bytes cover the whole batch, `dropped_tokens` only this row.
       timings: timings of the whole call.
+      logprobs: log probability of each token, None unless asked for.
     """
 
     text: str
@@ -159,6 +161,7 @@ class Result:
     finish_reason: FinishReason
     kv: KVReport
     timings: Timings
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     def _repr_html_(self) -> str:
         speed = f"{self.timings.decode_tokens_per_second:,.1f} tokens/s"
@@ -173,6 +176,7 @@ class Result:
             "finish_reason": self.finish_reason,
             "kv": self.kv.to_dict(),
             "timings": self.timings.to_dict(),
+            "logprobs": None if self.logprobs is None else [each.to_dict() for each in self.logprobs],
         }
 
 

@@ -1,8 +1,8 @@
 """Choice of the next token from logits [B, V].
 
 The filters are those of transformers' logits processors, in its order: repetition penalty, temperature, top-k, top-p,
-min-p. The presence and frequency penalties of OpenAI come after the repetition penalty, as in vLLM. Only greedy or not,
-and which penalties, are static. The numbers are traced, so other numbers need no compilation.
+min-p. The presence and frequency penalties of OpenAI come after the repetition penalty, as in vLLM. All of a rule is
+traced, so every rule runs in the same compiled program, greedy ones too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ALL_TOKENS = np.int32(np.iinfo(np.int32).max)  # A top_k that filters nothing fo
 
 
 class Sampling(flax.struct.PyTreeNode):
-    """A sampling rule as arrays: traced numbers and two static switches. Made by `Sampling.of` and the named rules.
+    """A sampling rule as arrays, one for all rows [] or one per row [B]. Made by `Sampling.of` and the named rules.
 
     Attributes:
       temperature: logits are divided by it, > 0.
@@ -31,9 +31,7 @@ class Sampling(flax.struct.PyTreeNode):
         multiplied; 1 for no penalty.
       presence_penalty: subtracted from the logits of tokens that occur in the output.
       frequency_penalty: subtracted once per occurrence of the token in the output.
-      greedy: static; take the most likely token. Only penalties apply.
-      penalised: static; apply the repetition penalty, which needs `seen`.
-      counted: static; apply the presence and frequency penalties, which need `counts`.
+      greedy: bool, take the most likely token. Only penalties apply.
     """
 
     temperature: np.ndarray | jax.Array
@@ -43,13 +41,10 @@ class Sampling(flax.struct.PyTreeNode):
     repetition_penalty: np.ndarray | jax.Array
     presence_penalty: np.ndarray | jax.Array
     frequency_penalty: np.ndarray | jax.Array
-    greedy: bool = flax.struct.field(pytree_node=False)
-    penalised: bool = flax.struct.field(pytree_node=False)
-    counted: bool = flax.struct.field(pytree_node=False)
+    greedy: np.ndarray | jax.Array
 
     def __repr__(self) -> str:
-        kind = "greedy, " if self.greedy else ""
-        return f"Sampling({kind}{', '.join(f'{name}={getattr(self, name)!s}' for name in NUMBERS)})"
+        return f"Sampling({', '.join(f'{name}={getattr(self, name)!s}' for name in FIELDS)})"
 
     @classmethod
     def of(
@@ -86,14 +81,11 @@ class Sampling(flax.struct.PyTreeNode):
             repetition_penalty=np.asarray(repetition_penalty, np.float32),
             presence_penalty=np.asarray(presence_penalty, np.float32),
             frequency_penalty=np.asarray(frequency_penalty, np.float32),
-            greedy=temperature == 0,
-            penalised=repetition_penalty != 1,
-            counted=presence_penalty != 0 or frequency_penalty != 0,
+            greedy=np.asarray(temperature == 0),
         )
 
 
-# The fields of `Sampling` that are traced.
-NUMBERS = tuple(field.name for field in dataclasses.fields(Sampling) if field.metadata.get("pytree_node", True))
+FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
 class Rule:
@@ -184,71 +176,57 @@ def sample(
     sampling: Sampling,
     logits: Float[Array, "B V"],
     keys: Key[Array, " B"] | UInt32[Array, "B 2"],
-    seen: Bool[Array, "B V"] | None = None,
-    counts: Int[Array, "B V"] | None = None,
+    seen: Bool[Array, "B V"],
+    counts: Int[Array, "B V"],
+    bias: Float32[Array, "B V"] | None = None,
+    allowed: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
     """Return the next token int32 [B] of each row of float32 logits [B, V].
 
-    Each row has its own key, so its draw does not depend on the other rows. `seen` marks the tokens of prompt
-    and output, `counts` int32 is how often each occurs in the output; only a rule with their penalty reads them. A
-    greedy rule ignores `keys`.
+    Each row has its own key and may have its own rule, so its token does not depend on the other rows.
+
+    Args:
+      keys: a greedy rule ignores them.
+      seen: tokens of prompt and output. counts: int32, how often each occurs in the output. Only penalties read them.
+      bias: added to the logits before all else.
+      allowed: the only tokens that may be chosen.
     """
-    scores = process_logits(sampling, logits, seen, counts)
-    if sampling.greedy:
-        return _most_likely(scores)
-    return _draw(keys, scores)
+    if bias is not None:
+        logits = logits + bias
 
-
-def sample_rows(
-    sampling: Sampling,
-    greedy: Bool[Array, " B"],
-    logits: Float[Array, "B V"],
-    keys: Key[Array, " B"] | UInt32[Array, "B 2"],
-    seen: Bool[Array, "B V"],
-    counts: Int[Array, "B V"],
-    bias: Float32[Array, "B V"],
-    allowed: Bool[Array, "B V"],
-) -> Int[Array, " B"]:
-    """Return the next token int32 [B], each row by its own rule: the numbers of `sampling` are [B] (see `rules`).
-
-    A row has the token that `sample` gives it alone. `bias` is added to the logits before all else, and tokens that are
-    not `allowed` are never chosen.
-    """
-    penalised = sampling.replace(penalised=True, counted=True)
-    scores = jnp.where(allowed, penalise(penalised, logits + bias, seen, counts), -jnp.inf)
+    def scores() -> jax.Array:
+        return _allow(penalise(sampling, logits, seen, counts), allowed)
 
     def draw() -> jax.Array:
-        return jnp.where(greedy, _most_likely(scores), _draw(keys, filter_logits(sampling, scores)))
+        penalised = scores()
+        return jnp.where(sampling.greedy, _most_likely(penalised), _draw(keys, filter_logits(sampling, penalised)))
 
-    # Filters and draws cost more than the rest of the choice.
-    return jax.lax.cond(jnp.all(greedy), lambda: _most_likely(scores), draw)
+    # Filters and draws cost more than the rest of the choice, and penalties more than the maximum.
+    cheapest = jnp.where(jnp.any(_penalised(sampling)), 1, 0)
+    case = jnp.where(jnp.all(sampling.greedy), cheapest, 2)
+    return jax.lax.switch(case, (lambda: _most_likely(_allow(logits, allowed)), lambda: _most_likely(scores()), draw))
 
 
-def rules(rows: int) -> tuple[Sampling, np.ndarray]:
-    """Return a greedy rule per row, for `set_rule`: numbers [B] in NumPy arrays, and `greedy` bool [B]."""
+def rules(rows: int) -> Sampling:
+    """Return a greedy rule per row, NumPy arrays [B], for `set_rule`."""
     one = Sampling.of(temperature=0)
-    numbers = {name: np.repeat(getattr(one, name)[None], rows) for name in NUMBERS}
-    return one.replace(**numbers, greedy=False), np.ones(rows, bool)
+    return one.replace(**{name: np.repeat(getattr(one, name)[None], rows) for name in FIELDS})
 
 
-def set_rule(sampling: Sampling, greedy: np.ndarray, row: int, rule: Sampling) -> None:
+def set_rule(sampling: Sampling, row: int, rule: Sampling) -> None:
     """Write a rule into one row of `rules`."""
-    for name in NUMBERS:
+    for name in FIELDS:
         np.asarray(getattr(sampling, name))[row] = getattr(rule, name)
-    greedy[row] = rule.greedy
 
 
-def logprobs(
-    logits: Float[Array, "B V"], token: Int[Array, " B"], top: int
-) -> tuple[Float32[Array, " B"], Int[Array, "B k"], Float32[Array, "B k"]]:
-    """Return the log probability of `token`, and the `top` most likely tokens with theirs, most likely first.
+def _allow(scores: jax.Array, allowed: jax.Array | None) -> jax.Array:
+    return scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
 
-    These are of the model itself, before penalties, temperature and filters. Ties go to the lower id.
-    """
-    scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    chosen = jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0]
-    values, ids = jax.lax.top_k(scores, min(top, logits.shape[-1]))
-    return chosen, ids.astype(jnp.int32), values
+
+def _penalised(sampling: Sampling) -> jax.Array:
+    """Return whether a rule has a penalty, bool [] or [B]."""
+    counted = (sampling.presence_penalty != 0) | (sampling.frequency_penalty != 0)
+    return jnp.asarray(counted | (sampling.repetition_penalty != 1))
 
 
 def _most_likely(scores: jax.Array) -> jax.Array:
@@ -259,38 +237,14 @@ def _draw(keys: jax.Array, scores: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
 
-def process_logits(
-    sampling: Sampling,
-    logits: Float[Array, "B V"],
-    seen: Bool[Array, "B V"] | None = None,
-    counts: Int[Array, "B V"] | None = None,
-) -> Float[Array, "B V"]:
-    """Return the logits [B, V] that `sample` draws from, after penalties and temperature; -inf for removed tokens.
-
-    Raises ValueError if the rule needs `seen` or `counts` and it is None.
-    """
-    logits = penalise(sampling, logits, seen, counts)
-    return logits if sampling.greedy else filter_logits(sampling, logits)
-
-
 def penalise(
-    sampling: Sampling,
-    logits: Float[Array, "B V"],
-    seen: Bool[Array, "B V"] | None,
-    counts: Int[Array, "B V"] | None,
+    sampling: Sampling, logits: Float[Array, "B V"], seen: Bool[Array, "B V"], counts: Int[Array, "B V"]
 ) -> Float[Array, "B V"]:
-    """Return the logits [B, V] after the penalties. Raises as `process_logits`."""
-    if sampling.penalised:
-        if seen is None:
-            raise ValueError("a repetition penalty needs `seen` [B, V], the tokens of prompt and output so far")
-        penalty = _column(sampling.repetition_penalty)
-        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-    if sampling.counted:
-        if counts is None:
-            raise ValueError("presence and frequency penalties need `counts` [B, V] of the tokens of the output so far")
-        logits = logits - counts.astype(jnp.float32) * _column(sampling.frequency_penalty)
-        logits = logits - (counts > 0) * _column(sampling.presence_penalty)
-    return logits
+    """Return the logits [B, V] after the penalties. Those of a row without a penalty stay as they are."""
+    penalty = _column(sampling.repetition_penalty)
+    logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    logits = logits - counts.astype(jnp.float32) * _column(sampling.frequency_penalty)
+    return logits - (counts > 0) * _column(sampling.presence_penalty)
 
 
 def filter_logits(sampling: Sampling, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:

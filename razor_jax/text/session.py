@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,10 +15,11 @@ from .. import cache as kv
 from .. import compilation
 from ..cache import CacheSpec, KVCache
 from ..config import check_int
-from ..functional import check_cache, placement_of
+from ..functional import check_cache, check_weights, placement_of
 from ..memory import check_memory
 from ..params import Params, nonfinite
 from . import loop, prompts
+from .logprobs import MAX_LOGPROBS, Logprobs, TokenLogprob, token_logprobs
 from .policy import Policy, choose_policy, padded_batch, prefill_chunk, room_for, spec_for
 from .prompts import Prompts
 from .result import KVReport, Result, Timings
@@ -28,21 +29,34 @@ from .sampling import Rule, Sampling, as_sampling
 log = logging.getLogger("razor_jax")
 
 _STOP_IDS = 8  # stop ids are padded to a multiple
+FIRST_STEPS = 4  # decode steps of the first block where somebody reads along
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The text and tokens that one step of `stream` adds. Only the last piece has a `result`."""
+    """The text and tokens that an answer grows by.
+
+    Attributes:
+      result: of the last piece of `stream`; None for all other pieces.
+      row: index of the answer in the batch; with n answers per prompt, answer i of prompt p is row n · p + i.
+      logprobs: of the tokens, if asked for.
+    """
 
     text: str
     tokens: tuple[int, ...]
     result: Result | None = None
+    row: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+OnToken = Callable[[Piece], object]
 
 
 class Session:
     """One batch from prompt to last token: the loop state on the device, the text of each row on the host.
 
-    Takes the arguments of `generate`. With `owns_cache` the session writes into `cache` itself, not into a copy.
+    Takes the arguments of `generate`; `n` is a number here. With `owns_cache` the session writes into `cache` itself,
+    not into a copy.
     """
 
     def __init__(
@@ -59,10 +73,16 @@ class Session:
         capacity: int | None = None,
         raw: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        n: int = 1,
+        logprobs: int | None = None,
+        on_token: OnToken | None = None,
         owns_cache: bool = False,
     ):
         compilation.track_compilation()
         max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
+        self.n = check_int("n", n, 1)
+        self._top = None if logprobs is None else check_int("logprobs", logprobs, 0, MAX_LOGPROBS)
+        self._on_token = on_token
         self.params = params
         part: prompts.Part = "whole" if cache is None else "question"
         self.prompts: Prompts = prompts.encode(params, prompt, part=part, raw=raw, template_kwargs=template_kwargs)
@@ -75,15 +95,19 @@ class Session:
             raise ValueError(f"stop={stop!r}: these params have no tokenizer to match text with; leave stop out")
         self.source, self._owns_source = cache, owns_cache
         self.spec = self._spec_or_error(razor, max_new_tokens, capacity)
-        self.limit = np.full(len(self.prompts.rows), max_new_tokens, np.int32)
+        rows = len(self.prompts.rows) * self.n
+        self.limit = np.full(rows, max_new_tokens, np.int32)
         stop_ids = end_ids(params.assets, self.stop)
         # Padded, so that other stop ids need no compilation.
         self._stop_ids = np.full(-(-max(1, len(stop_ids)) // _STOP_IDS) * _STOP_IDS, -1, np.int32)
         self._stop_ids[: len(stop_ids)] = stop_ids
-        self.rows = [RowOutput(params.assets, self.stop, max_new_tokens) for _ in self.prompts.rows]
+        self.rows = [RowOutput(params.assets, self.stop, max_new_tokens) for _ in range(rows)]
+        self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(rows)]
         self.state: loop.LoopState | None = None
-        # The tokens of the newest block, the token count of each row before it, and the state to rewind to.
+        # The newest tokens, None for the first of each row, and their log probabilities; the token count of each row
+        # before them, and the state to rewind to.
         self._unread: jax.Array | None = None
+        self._scores: Logprobs | None = None
         self._before = [0] * len(self.rows)
         self._saved: loop.LoopState | None = None
         self._warned = False
@@ -96,7 +120,7 @@ class Session:
             total = self.prompts.longest + max_new_tokens - 1
             policy = choose_policy(self.params, razor)
             rows = self.prompts.rows
-            spec = spec_for(self.params, policy, total, capacity, batch=len(rows), rows=rows)
+            spec = spec_for(self.params, policy, total, capacity, batch=self._most_rows, rows=rows)
             prompts.warn_beyond_trained(self.params.config, total)
             return spec
         source = self.source
@@ -107,6 +131,10 @@ class Session:
                 "leave razor out, or prefill again with this policy"
             )
         check_cache(self.params, source)
+        if not self._owns_source:
+            check_weights(self.params, source)
+        if source.seen is None and self.sampling.repetition_penalty != 1:
+            log.warning("this cache does not know its tokens, so the repetition penalty sees only later ones")
         if source.batch not in (1, len(self.prompts.rows)):
             raise ValueError(
                 f"the cache holds {source.batch} rows, but there are {len(self.prompts.rows)} prompts: "
@@ -120,8 +148,13 @@ class Session:
         room = source.spec.capacity if fits else room_for(total, capacity)
         spec = dataclasses.replace(source.spec, capacity=max(room, source.spec.capacity))
         if not (self._owns_source and spec == source.spec):
-            check_memory(spec, len(self.prompts.rows))
+            check_memory(spec, self._most_rows)
         return spec
+
+    @property
+    def _most_rows(self) -> int:
+        """Most rows of caches in memory: n rows per prompt are copies of one."""
+        return len(self.prompts.rows) * (1 if self.n == 1 else 1 + self.n)
 
     @property
     def cache(self) -> KVCache:
@@ -145,7 +178,7 @@ class Session:
         # A cache that must grow cannot be written in place.
         in_place = self._owns_source and self.source is not None and self.source.spec == self.spec
         with self._timed("prefill"):
-            self.state = loop.begin(
+            self.state, self._scores = loop.begin(
                 self.params,
                 self.source,
                 *placement_of(self.spec).to_devices((tokens, lengths, self._stop_ids, self._limits)),
@@ -153,6 +186,8 @@ class Session:
                 seed=self.seed,
                 spec=self.spec,
                 chunk=prefill_chunk(self.spec.razor),
+                n=self.n,
+                score=self._top is not None,
                 in_place=in_place,
             )
             self.source = None
@@ -172,22 +207,39 @@ class Session:
             self._live,
             *placement_of(self.spec).to_devices((self._stop_ids, self._limits, np.int32(steps))),
             self.sampling,
+            score=self._top is not None,
         )
-        (self.state, self._unread, self._saved), self._before = out, before
+        (self.state, self._unread, self._saved, self._scores), self._before = out, before
 
     def _collect(self) -> None:
         """Append the newest tokens to each row."""
-        new = np.asarray(self._live.token)[:, None] if self._unread is None else np.asarray(self._unread)
-        counts = self._counts
-        new = new[: len(counts)]
-        for row, tokens, count, before in zip(self.rows, new, counts, self._before, strict=True):
-            row.push(tokens[len(row.tokens) - before : count - before].tolist())
-        failed = [number for number, flag in enumerate(np.asarray(self._live.failed)[: len(counts)]) if flag]
+        first = self._unread is None
+        new = [np.asarray(x) for x in (self._live.token if first else self._unread, *(self._scores or ()))]
+        new = [x[:, None] if first else x for x in new]
+        for index, (row, count, before) in enumerate(zip(self.rows, self._counts, self._before, strict=True)):
+            unread = slice(len(row.tokens) - before, count - before)
+            self._extend(index, *(x[index, unread] for x in new))
+        failed = [number for number, flag in enumerate(np.asarray(self._live.failed)[: len(self.rows)]) if flag]
         for number in failed:
             self.rows[number].fail()
+            if self._on_token is not None and (text := self.rows[number].take()):
+                self._on_token(Piece(text, (), row=number))
         if failed and not self._warned:
             self._warned = True
             log.warning("row %d: %s", failed[0], nonfinite(self.params))
+
+    def _extend(self, index: int, tokens: np.ndarray, *scores: np.ndarray) -> None:
+        """Append tokens to a row up to its end, with their log probabilities if there are any."""
+        row, known = self.rows[index], self._logprobs[index]
+        records = token_logprobs(tokens, scores, self._top or 0) if scores else ()
+        for at, token in enumerate(tokens.tolist()):
+            if row.finished:
+                return
+            row.push([token])
+            here = records[at : at + 1]
+            known.extend(here)
+            if self._on_token is not None:
+                self._on_token(Piece(row.take(), (token,), row=index, logprobs=tuple(here)))
 
     def _replay(self, steps: int) -> None:
         """Rewind to the start of the block and replay up to a stop string, which is only seen after its block ran.
@@ -219,7 +271,7 @@ class Session:
     @property
     def _limits(self) -> np.ndarray:
         """Token limit of each row on the device. Padding rows have limit 0, so they end at once."""
-        return np.pad(self.limit, (0, placement_of(self.spec).padding(len(self.limit))))
+        return np.pad(self.limit, (0, self.n * placement_of(self.spec).padding(len(self.prompts.rows))))
 
     @property
     def _counts(self) -> np.ndarray:
@@ -235,7 +287,8 @@ class Session:
         return _Clock(self, phase)
 
     def results(self) -> list[Result]:
-        """Return the result of each row. If the run was cut short, results cover the tokens so far.
+        """Return the result of each row, the n answers of a prompt together. If the run was cut short, results cover
+        the tokens so far.
 
         Raises RuntimeError if a row overflowed the cache.
         """
@@ -254,7 +307,8 @@ class Session:
         )
         results = []
         for index, row in enumerate(self.rows):
-            results.append(Result(row.text, tuple(row.tokens), row.finish_reason, report.row(index), timings))
+            scores = None if self._top is None else tuple(self._logprobs[index])
+            results.append(Result(row.text, tuple(row.tokens), row.finish_reason, report.row(index), timings, scores))
         return results
 
 
@@ -286,7 +340,7 @@ def pieces(session: Session) -> Iterator[Piece]:
     """Run a session of one row and yield one piece per block."""
     sent = 0
     row = session.rows[0]
-    for _ in session.run(first_steps=4):
-        tokens, sent = tuple(row.tokens[sent:]), len(row.tokens)
+    for _ in session.run(first_steps=FIRST_STEPS):
+        new, sent = slice(sent, None), len(row.tokens)
         result = session.results()[0] if row.finished else None
-        yield Piece(row.take(), tokens, result)
+        yield Piece(row.take(), tuple(row.tokens[new]), result, logprobs=tuple(session._logprobs[0][new]))

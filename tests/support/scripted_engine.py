@@ -19,8 +19,8 @@ from razor_jax.server.generation import (
     Generation,
     Listener,
     Refused,
-    TokenLogprob,
 )
+from razor_jax.text.logprobs import TokenLogprob
 from razor_jax.text.row_output import RowOutput
 
 
