@@ -74,7 +74,7 @@ def begin(
         logits, cache = prefill(params, tokens, lengths, spec=spec, chunk=chunk)
     else:
         if source.seen is None:
-            unknown = np.zeros((source.batch, params.config.vocab_size), bool)
+            unknown = jnp.zeros((source.batch, params.config.vocab_size), bool)
             source = source.replace(seen=placement_of(spec).to_devices(unknown))
         source = source if in_place else _copy(source, batch=tokens.shape[0], capacity=spec.capacity)
         logits, cache = _read(params, source, tokens, lengths, chunk, fresh=False)

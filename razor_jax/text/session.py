@@ -230,9 +230,9 @@ class Session:
 
     def _extend(self, index: int, tokens: np.ndarray, *scores: np.ndarray) -> None:
         """Append tokens to a row up to its end, with their log probabilities if there are any."""
-        row, known = self.rows[index], self._logprobs[index]
-        records = token_logprobs(tokens, scores, self._top or 0) if scores else ()
-        for at, token in enumerate(tokens.tolist()):
+        row, known, new = self.rows[index], self._logprobs[index], tokens.tolist()
+        records = token_logprobs(new, scores, self._top or 0) if scores else ()
+        for at, token in enumerate(new):
             if row.finished:
                 return
             row.push([token])

@@ -12,11 +12,18 @@ import torch
 from transformers.generation import logits_process as hf
 
 from razor_jax.text import sampling
+from razor_jax.text.logprobs import MAX_LOGPROBS, logprobs
 from razor_jax.text.sampling import Greedy, MinP, Sampling, Temperature, TopK, TopP, as_sampling
 
 sample = jax.jit(sampling.sample)
-process_logits = jax.jit(sampling.process_logits)
-sample_rows = jax.jit(sampling.sample_rows)
+filter_logits = jax.jit(sampling.filter_logits)
+penalise = jax.jit(sampling.penalise)
+
+
+def nothing(logits):
+    """What a row knows that has read and said nothing: `seen`, `counts`."""
+    return np.zeros(np.shape(logits), bool), np.zeros(np.shape(logits), np.int32)
+
 
 SETTINGS = [
     {"temperature": 0.7},
@@ -88,7 +95,8 @@ def transformers_scores(setting, ids, logits):
 def test_processed_logits_are_those_of_transformers(setting, vocab):
     logits, (ids, seen) = rows(vocab), seen_tokens(vocab)
     expected = transformers_scores(setting, ids, logits.copy())
-    actual = np.asarray(process_logits(Sampling.of(**setting), logits, seen))
+    rule = Sampling.of(**setting)
+    actual = np.asarray(filter_logits(rule, penalise(rule, logits, seen, nothing(logits)[1])))
     np.testing.assert_array_equal(np.isneginf(actual), np.isneginf(expected))
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
@@ -96,10 +104,11 @@ def test_processed_logits_are_those_of_transformers(setting, vocab):
 def test_greedy_is_argmax_after_the_penalty():
     logits, (ids, seen) = rows(64), seen_tokens(64)
     expected = transformers_scores({"repetition_penalty": 2.0}, ids, logits.copy()).argmax(-1)
-    actual = sample(Greedy(repetition_penalty=2.0).to_sampling(), jnp.asarray(logits), _keys(10), jnp.asarray(seen))
+    plain, penalised = Greedy().to_sampling(), Greedy(repetition_penalty=2.0).to_sampling()
+    actual = sample(penalised, logits, _keys(10), seen, nothing(logits)[1])
     assert actual.dtype == jnp.int32
     np.testing.assert_array_equal(actual, expected)
-    np.testing.assert_array_equal(sample(Greedy().to_sampling(), jnp.asarray(logits), _keys(10)), logits.argmax(-1))
+    np.testing.assert_array_equal(sample(plain, logits, _keys(10), seen, nothing(logits)[1]), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("setting", [{}, {"temperature": 1.8}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}], ids=str)
@@ -108,7 +117,8 @@ def test_tokens_are_drawn_with_their_probabilities(setting):
     logits = np.random.default_rng(2).normal(size=(1, 12)).astype(np.float32)
     scores = transformers_scores(setting, np.zeros((1, 1), np.int64), logits.copy())[0]
     probabilities = scipy.special.softmax(scores.astype(np.float64))
-    tokens = sample(Sampling.of(**setting), np.repeat(logits, draws, axis=0), _keys(draws))
+    logits = np.repeat(logits, draws, axis=0)
+    tokens = sample(Sampling.of(**setting), logits, _keys(draws), *nothing(logits))
     counts = np.bincount(np.asarray(tokens), minlength=12)
     assert counts[probabilities == 0].sum() == 0
     kept = probabilities > 0
@@ -118,22 +128,25 @@ def test_tokens_are_drawn_with_their_probabilities(setting):
 def test_a_row_does_not_depend_on_its_batch_mates():
     logits, keys = jnp.asarray(rows(200)), _keys(10)
     rule = Sampling.of(temperature=2.0, top_k=50, top_p=0.95, min_p=0.01)
-    together = sample(rule, logits, keys)
-    alone = [int(sample(rule, logits[i : i + 1], keys[i : i + 1])[0]) for i in range(10)]
+    together = sample(rule, logits, keys, *nothing(logits))
+    one = nothing(logits[:1])
+    alone = [int(sample(rule, logits[i : i + 1], keys[i : i + 1], *one)[0]) for i in range(10)]
     np.testing.assert_array_equal(together, alone)
-    np.testing.assert_array_equal(sample(rule, logits[::-1], keys[::-1]), together[::-1])
+    np.testing.assert_array_equal(sample(rule, logits[::-1], keys[::-1], *nothing(logits)), together[::-1])
 
 
-def test_numbers_are_traced():
+def test_every_rule_runs_in_one_program():
     traces = []
 
     @jax.jit
     def draw(rule, logits, keys):
         traces.append(rule)
-        return sampling.sample(rule, logits, keys)
+        return sampling.sample(rule, logits, keys, *map(jnp.asarray, nothing(logits)))
 
     logits, keys = jnp.asarray(rows(50)), _keys(10)
     for rule in (
+        Greedy(),
+        Greedy(repetition_penalty=1.2),
         Temperature(0.5),
         Temperature(2),
         TopK(3),
@@ -142,6 +155,7 @@ def test_numbers_are_traced():
         TopP(1),
         MinP(0.3),
         Sampling.of(),
+        Sampling.of(presence_penalty=0.5, frequency_penalty=0.1),
     ):
         draw(as_sampling(rule), logits, keys)
     assert len(traces) == 1
@@ -152,9 +166,9 @@ def test_settings_may_differ_by_row():
     rules = [TopK(1), TopK(30, 0.5), TopP(0.2), MinP(0.5), Temperature(9.0)] * 2
     rules = [rule.to_sampling() for rule in rules]
     batched = jax.tree.map(lambda *values: np.stack(values), *rules)
-    alone = [np.asarray(process_logits(rule, logits[i : i + 1])[0]) for i, rule in enumerate(rules)]
-    np.testing.assert_array_equal(process_logits(batched, logits), np.stack(alone))
-    assert sample(batched, logits, keys).shape == (10,)
+    alone = [np.asarray(filter_logits(rule, logits[i : i + 1])[0]) for i, rule in enumerate(rules)]
+    np.testing.assert_array_equal(filter_logits(batched, logits), np.stack(alone))
+    assert sample(batched, logits, keys, *nothing(logits)).shape == (10,)
 
 
 def test_temperature_zero_is_greedy():
@@ -183,11 +197,6 @@ def test_settings_are_checked(setting, message):
         Sampling.of(**setting)
 
 
-def test_a_penalty_needs_the_tokens_seen():
-    with pytest.raises(ValueError, match="needs `seen`"):
-        process_logits(Greedy(repetition_penalty=1.2).to_sampling(), jnp.zeros((1, 4)))
-
-
 def _keys(batch):
     return jax.random.split(jax.random.key(0), batch)
 
@@ -204,12 +213,10 @@ def test_presence_and_frequency_penalties_follow_their_formula(numbers):
     logits = rows(32)[:4]
     counts = np.random.default_rng(2).integers(0, 4, logits.shape).astype(np.int32)
     rule = Sampling.of(temperature=0, **numbers)
-    got = process_logits(rule, logits, None, counts)
+    got = penalise(rule, logits, nothing(logits)[0], counts)
     want = logits.astype(np.float64) - counts * numbers.get("frequency_penalty", 0)
     want -= (counts > 0) * numbers.get("presence_penalty", 0)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)  # a penalty may cancel most of a logit
-    with pytest.raises(ValueError, match="need `counts`"):
-        sampling.process_logits(rule, jnp.asarray(logits))
 
 
 def test_each_row_of_a_batch_has_the_token_that_its_rule_gives_it_alone():
@@ -218,12 +225,12 @@ def test_each_row_of_a_batch_has_the_token_that_its_rule_gives_it_alone():
     _, seen = seen_tokens(vocab)
     counts = np.random.default_rng(4).integers(0, 3, logits.shape).astype(np.int32)
     settings = [{"temperature": 0}, *SETTINGS[5:12], {"temperature": 0, "repetition_penalty": 1.5}, PENALTIES[2]]
-    together, greedy = sampling.rules(10)
+    together = sampling.rules(10)
     for row, setting in enumerate(settings):
-        sampling.set_rule(together, greedy, row, Sampling.of(**setting))
+        sampling.set_rule(together, row, Sampling.of(**setting))
     no_bias, all_allowed = np.zeros_like(logits), np.ones_like(seen)
     keys = _keys(10)
-    got = np.asarray(sample_rows(together, greedy, logits, keys, seen, counts, no_bias, all_allowed))
+    got = np.asarray(sample(together, logits, keys, seen, counts, no_bias, all_allowed))
     for row, setting in enumerate(settings):
         one = slice(row, row + 1)
         want = sample(Sampling.of(**setting), logits[one], keys[one], seen[one], counts[one])
@@ -232,15 +239,16 @@ def test_each_row_of_a_batch_has_the_token_that_its_rule_gives_it_alone():
     allowed[:, 7], allowed[:, 30] = True, True
     biased = no_bias.copy()
     biased[:, 30] = 1e4
-    assert set(np.asarray(sample_rows(together, greedy, logits, keys, seen, counts, no_bias, allowed))) <= {7, 30}
-    assert set(np.asarray(sample_rows(together, greedy, logits, keys, seen, counts, biased, all_allowed))) == {30}
+    for rule in (together, sampling.rules(10)):  # mixed rows, and greedy ones
+        assert set(np.asarray(sample(rule, logits, keys, seen, counts, no_bias, allowed))) <= {7, 30}
+        assert set(np.asarray(sample(rule, logits, keys, seen, counts, biased, all_allowed))) == {30}
 
 
 def test_log_probabilities_and_the_likeliest_tokens():
     logits = rows(32)[:4]
     token = np.asarray([3, 0, 31, 7], np.int32)
-    chosen, ids, values = sampling.logprobs(jnp.asarray(logits), jnp.asarray(token), 5)
+    chosen, ids, values = logprobs(jnp.asarray(logits), jnp.asarray(token))
     want = scipy.special.log_softmax(logits.astype(np.float64), axis=-1)
     np.testing.assert_allclose(chosen, want[np.arange(4), token], atol=1e-5)
-    np.testing.assert_array_equal(ids, np.argsort(-want, axis=-1, kind="stable")[:, :5])
-    np.testing.assert_allclose(values, -np.sort(-want, axis=-1)[:, :5], atol=1e-5)
+    np.testing.assert_array_equal(ids, np.argsort(-want, axis=-1, kind="stable")[:, :MAX_LOGPROBS])
+    np.testing.assert_allclose(values, -np.sort(-want, axis=-1)[:, :MAX_LOGPROBS], atol=1e-5)
