@@ -216,7 +216,7 @@ def main(
     window: Annotated[int | None, typer.Option(min=1, help="Another window than the checkpoint recommends.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a call in our own cache.")] = 8,
     only: Annotated[str, typer.Option(help="Of kvpress only the methods whose name holds this.")] = "",
-    output: Annotated[Path, typer.Option(help="Folder of the JSON and the records.")] = RESULTS,
+    output: Annotated[Path, typer.Option("--out", help="Folder of the JSON and the records.")] = RESULTS,
 ) -> None:
     """Compare at equal bytes, one table a length."""
     if not all(part.strip().isdigit() for part in lengths.split(",")):

@@ -4,7 +4,7 @@
 
 Logits of documents are compared with those of float32 weights, under dense attention. Held-out needles are asked under
 the model's own Razor policy, with the document compressed before the question. Prints a table, and writes it as JSON
-with --output.
+with --out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=16)
     parser.add_argument("--facts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--out", dest="output", type=Path)
     options = parser.parse_args()
 
     exact = razor_jax.load(options.model, dtype="float32")

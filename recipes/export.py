@@ -62,7 +62,7 @@ def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
 
 def main(
     run: Annotated[pathlib.Path, typer.Option(help="Folder of a training run.")],
-    output: Annotated[pathlib.Path, typer.Option(help="Model folder to write.")] = ASSETS / "razor-mini",
+    output: Annotated[pathlib.Path, typer.Option("--out", help="Model folder to write.")] = ASSETS / "razor-mini",
 ) -> None:
     """Export the newest checkpoint of RUN as a Hugging Face folder."""
     saved = run.resolve() / "checkpoints"

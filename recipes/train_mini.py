@@ -1,4 +1,4 @@
-"""Train razor-mini: `python -m recipes.train_mini --output runs/mini`.
+"""Train razor-mini: `python -m recipes.train_mini --out runs/mini`.
 
 The defaults are the recipe of the shipped model. You can interrupt it at any time: the same command resumes from the
 last checkpoint with the same batches. On Linux,
@@ -191,7 +191,7 @@ def train(
 
 
 def main(
-    output: Annotated[pathlib.Path, typer.Option(help="Folder of the run: tokenizer, checkpoints, metrics.")],
+    output: Annotated[pathlib.Path, typer.Option("--out", help="Folder of the run: tokenizer, checkpoints, metrics.")],
     family: Annotated[Literal["llama", "qwen3"], typer.Option(help="qwen3 adds QK-norm.")] = "llama",
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
@@ -199,7 +199,7 @@ def main(
 ) -> None:
     """Train razor-mini by its recipe, resuming from the last checkpoint in OUTPUT."""
     if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"{output} is a file: name a folder", param_hint="--output")
+        raise typer.BadParameter(f"{output} is a file: name a folder", param_hint="--out")
     run = train(output, config=training.FAMILIES[family], seed=seed, save_every=save_every, stop_at=stop_at)
     typer.echo(f"step {run.step} of {sum(s.steps for s in STAGES)}, saved in {output / 'checkpoints'}")
 

@@ -1,4 +1,4 @@
-"""Serve from several hosts: `python -m razor_jax.launch … -- scripts/serve_multihost.py --prompts FILE --output FILE`.
+"""Serve from several hosts: `python -m razor_jax.launch … -- scripts/serve_multihost.py --prompts FILE --out FILE`.
 
 `razor-jax serve` by another name, for launchers that start a file. The same line on every host; docs/distributed.md
 has those of Cloud TPU VMs, Slurm, Kubernetes and plain SSH.

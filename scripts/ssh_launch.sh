@@ -2,7 +2,7 @@
 # One process on each host that SSH reaches; the first is the coordinator. All hosts have this repository at the same
 # path and the same Python on PATH. Ends with the worst exit code; a host that cannot be reached counts as 255.
 #
-#     scripts/ssh_launch.sh "host-a host-b" --mesh data=1,model=16 --prompts prompts.jsonl --output answers.jsonl
+#     scripts/ssh_launch.sh "host-a host-b" --mesh data=1,model=16 --prompts prompts.jsonl --out answers.jsonl
 #
 # Cloud TPU VMs need no list: gcloud compute tpus tpu-vm ssh NAME --worker=all --command="cd … && \
 #   python -m razor_jax.launch --restarts 3 -- scripts/serve_multihost.py …"

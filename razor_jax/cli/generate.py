@@ -11,12 +11,14 @@ from typing import Annotated, Any
 import typer
 
 import razor_jax
-from razor_jax import KVReport, Result
+from razor_jax import KVReport, Params, Result
 
+from ..text.logprobs import MAX_LOGPROBS
 from ..text.prompts import capacity_bucket, encode
 from ..tokenizer.questions import split
 from . import terminal
 from .options import (
+    Draws,
     JsonOption,
     ModelOptions,
     NewTokens,
@@ -89,6 +91,15 @@ def generate(
         typer.Option("--question", "-Q", help="Asked about the prompt, which is compressed once, before; repeatable."),
     ] = None,
     max_new_tokens: NewTokens = 256,
+    n: Annotated[int, Draws("--n", min=1, help="Answers per prompt, each drawn by itself.")] = 1,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=MAX_LOGPROBS,
+            help="With --json: log probabilities, with this many likeliest tokens at each place.",
+        ),
+    ] = None,
     *,
     model: ModelOptions,
     template: TemplateOptions,
@@ -97,6 +108,10 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a message, continue a text (--raw), or answer questions about a document (-Q)."""
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("--logprobs go into the JSON: add --json")
+    if n > 1 and draws.sampling().greedy:
+        raise typer.BadParameter(f"--n {n} without draws gives equal answers: add --temperature, such as 0.7")
     if sum(given is not None for given in (prompt, prompt_file, cache)) != 1:
         raise typer.BadParameter("give one of --prompt, --prompt-file and --cache")
     if template.raw and (template.system is not None or template.template_var):
@@ -118,6 +133,7 @@ def generate(
         "sampling": draws.sampling(),
         "seed": draws.seed,
         "stop": draws.stop or (),
+        "logprobs": logprobs,
     }
     params = model.load(dense=policy.dense)
     has_template = params.assets is not None and params.assets.chat_template is not None
@@ -136,19 +152,32 @@ def generate(
         options |= {"razor": policy.policy(params), "template_kwargs": variables}
         messages = [{"role": "system", "content": template.system}, {"role": "user", "content": text}]
         prompts = [(text or "", messages if template.system is not None else text)]
-    results = []
+    raw = template.raw or bool(question)
+    results: list[Result] = []
     for name, ids in prompts:
         if question and not as_json:
             typer.echo(f"— {name}")
-        raw = template.raw or bool(question)
-        results.append(terminal.answer(razor_jax.stream(params, ids, raw=raw, **options), show=not as_json))
+        if n > 1:
+            results += _several(params, ids, n, show=not as_json, raw=raw, **options)
+        else:
+            results.append(terminal.answer(razor_jax.stream(params, ids, raw=raw, **options), show=not as_json))
         if not results[-1].text.strip() and results[-1].finish_reason == "stop":
             note("the model ended its answer at once: rephrase the prompt" + ("" if raw else ", or try --raw"))
-    _report(results)
+    _report(results[::n])
     if as_json:
         key = "question" if question else "prompt"
-        answers = [{key: name, **result.to_dict()} for (name, _), result in zip(prompts, results, strict=True)]
+        answers = [{key: prompts[at // n][0], **result.to_dict()} for at, result in enumerate(results)]
         print_json({"model": model.model, "results": answers})
+
+
+def _several(params: Params, prompt: Any, n: int, show: bool, **options: Any) -> list[Result]:
+    """Return n answers to one prompt, and print them with their numbers."""
+    with terminal.working(f"{n} answers"):
+        results = razor_jax.generate(params, prompt, n=n, **options)
+    for number, result in enumerate(results, 1):
+        if show:
+            typer.echo(f"[{number}] {result.text}")
+    return results
 
 
 def _report(results: list[Result]) -> None:

@@ -255,6 +255,7 @@ def report_heads(
     preset: Preset = "paper",
     seeds: Seeds = 4,
     dtype: Dtype = "auto",
+    as_json: JsonOption = False,
     *,
     budget: BudgetOptions,
 ) -> None:
@@ -274,6 +275,8 @@ def report_heads(
     found = study.study(params.replace(heads=chosen, razor=policy), seeds=max(seeds, 4), say=_say)
     for path in report.write(found, folder, model=model, machine=machine()):
         note(f"saved {path}")
+    if as_json:
+        typer.echo((folder / "heads.json").read_text(encoding="utf-8"), nl=False)
 
 
 def _check_learning(method: str, budget: BudgetOptions, learn: LearnOptions, *, asks: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from razor_jax import RazorConfig, planner, sharding
-from razor_jax.cli.options import JsonOption
+from razor_jax.cli.options import JsonOption, Policy, PolicyOptions, grouped
 from razor_jax.cli.terminal import note
 from razor_jax.config import HeadSplit, check_split
 from razor_jax.heads import plots, store
@@ -21,49 +22,43 @@ from razor_jax.models.config import ModelConfig
 from razor_jax.planner import GIB, Job, Plan, compiler, picture
 from razor_jax.planner.compiler import Compiled
 
+Model_ = functools.partial(typer.Option, rich_help_panel="Model")
+Devices = functools.partial(typer.Option, rich_help_panel="Devices")
 
+
+@grouped
 def plan(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A well-known model's Hugging Face id, or a folder with a config.json.")
-    ],
-    topology: Annotated[
-        str, typer.Option("--topology", "-t", help="v5e:4x4 as libtpu names it, or a GPU: h100, h100:8.")
-    ],
-    context: Annotated[int, typer.Option("--context", "-c", min=1, help="Tokens that each row is to hold.")],
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Rows.")] = 1,
-    mesh: Annotated[str | None, typer.Option(help="data=1,model=16; all devices on model by default.")] = None,
+    model: Annotated[str, Model_("--model", "-m", help="A Hugging Face id, or a folder with a config.json.")],
+    topology: Annotated[str, Devices("--topology", "-t", help="v5e:4x4 as libtpu names it, or a GPU: h100, h100:8.")],
+    context: Annotated[int, Model_("--context", "-c", min=1, help="Tokens per row.")],
+    batch: Annotated[int, Model_("--batch", "-b", min=1, help="Rows.")] = 1,
     weights: Annotated[
-        Literal["bfloat16", "float16", "float32", "int8", "int4"], typer.Option(help="Type of the weights.")
+        Literal["bfloat16", "float16", "float32", "int8", "int4"], Model_(help="Type of the weights.")
     ] = "bfloat16",
-    kv_dtype: Annotated[
-        Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None,
-        typer.Option(help="Type of the compressed cache; by default both the weights' own and int8 are shown."),
-    ] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Dense attention only.")] = False,
-    window: Annotated[int | None, typer.Option(min=1, help="Newest tokens that a windowed head keeps.")] = None,
-    sinks: Annotated[int | None, typer.Option(min=0, help="First tokens that a windowed head keeps.")] = None,
-    share: Annotated[float | None, typer.Option(min=0, max=1, help="Share of KV heads that keep everything.")] = None,
-    heads: Annotated[Path | None, typer.Option(help="The model's razor.json instead.")] = None,
-    prefill_chunk: Annotated[
-        int | None, typer.Option(min=1, help="Read prompts by so many tokens a call; all at once by default.")
-    ] = None,
+    layers: Annotated[int | None, Model_(min=1, help="Plan only this many layers, from the first.")] = None,
+    mesh: Annotated[str | None, Devices(help="Such as data=1,model=16; by default all devices are on model.")] = None,
     layout: Annotated[
-        Literal["slot", "head"] | None, typer.Option(help="Of the cache over the mesh; chosen by default.")
+        Literal["slot", "head"] | None, Devices(help="Layout of the cache on the mesh; chosen by default.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Plan only the first so many layers.")] = None,
+    share: Annotated[float | None, Policy(min=0, max=1, help="Share of KV heads that keep everything.")] = None,
+    heads: Annotated[Path | None, Policy(help="The model's razor.json, in place of --share.")] = None,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Ask the TPU compiler as well: minutes. Needs the extra aot.")
     ] = False,
     chart: Annotated[Path | None, typer.Option(help="Write a picture here. Needs the extra plots.")] = None,
     as_json: JsonOption = False,
+    *,
+    policy: PolicyOptions,
 ) -> None:
-    """Check whether a model fits on a TPU slice or on GPUs, dense and compressed, and how much is missing."""
+    """Check whether a model fits on a TPU slice or on GPUs, dense and compressed, and how much is missing.
+
+    Without --kv-dtype, the compressed cache is shown in the weights' type and in int8.
+    """
     if share is not None and heads is not None:
         raise typer.BadParameter("give --share or --heads, not both")
-    given = {"--kv-dtype": kv_dtype, "--window": window, "--sinks": sinks, "--share": share, "--heads": heads}
-    given["--prefill-chunk"] = prefill_chunk
-    extra = [name for name, value in given.items() if value is not None]
-    if dense and extra:
+    given = policy.changes | {"share": share, "heads": heads}
+    extra = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if policy.dense and extra:
         raise typer.BadParameter(f"--dense compresses nothing: leave out {', '.join(extra)}")
     hardware = planner.find_hardware(topology)
     config = planner.find_config(model)
@@ -80,22 +75,18 @@ def plan(
         if layers > config.num_layers:
             raise typer.BadParameter(f"--layers {layers}: {model} has {config.num_layers}, give at most as many")
         config = dataclasses.replace(config, num_layers=layers)
-    split = None if dense else _split(config, share, heads)
-    policy = None
-    if split is not None:
-        changes = {"window": window, "sinks": sinks, "kv_dtype": kv_dtype, "prefill_chunk": prefill_chunk}
-        policy = RazorConfig(**{name: value for name, value in changes.items() if value is not None})
-        if layout == "head":
-            split = planner.balanced(split, sizes["model"])
+    split = None if policy.dense else _split(config, share, heads)
+    if split is not None and layout == "head":
+        split = planner.balanced(split, sizes["model"])
     job = Job(
         config=config,
         hardware=hardware,
         **sizes,
         batch=batch,
         context=context,
-        call=min(prefill_chunk or context, context),
+        call=min(policy.prefill_chunk or context, context),
         split=split or HeadSplit.all(config.num_layers, config.num_kv_heads),
-        razor=policy,
+        razor=None if split is None else RazorConfig(**policy.changes),
         weights=weights,
         layout=layout,
     )

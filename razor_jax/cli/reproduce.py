@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -14,7 +15,7 @@ from rich.table import Table
 import razor_jax
 from razor_jax.checkpoint.hub import find
 from razor_jax.cli import terminal
-from razor_jax.cli.options import Dtype, ModelName
+from razor_jax.cli.options import Dtype, JsonOption, ModelName
 from razor_jax.cli.terminal import note
 from razor_jax.evals import reproduce as steps
 from razor_jax.evals.journal import Journal
@@ -31,8 +32,9 @@ def reproduce(
     documents: Annotated[int | None, typer.Option(min=1, help="Documents, instead of the preset's.")] = None,
     dtype: Dtype = "auto",
     output: Annotated[
-        Path, typer.Option(help="JSON; records beside it, from which a run that was stopped goes on.")
+        Path, typer.Option("--out", help="JSON; records beside it, from which a run that was stopped goes on.")
     ] = Path("reproduce.json"),
+    as_json: JsonOption = False,
 ) -> None:
     """Measure the paper's claims on a checkpoint: heads, needle, memory, speed, and a verdict for each claim.
 
@@ -52,11 +54,21 @@ def reproduce(
             "positions: give --tokens"
         )
     found = steps.reproduce(params, folder, size, Journal(output.with_suffix(".jsonl")), note)
-    path = write_json(output, {"about": provenance(params, model), **found})
+    content = {"about": provenance(params, model), **found}
+    note(f"saved {write_json(output, content)}")
+    if as_json:
+        terminal.print_json(content)
+    else:
+        _show(found["claims"])
+    if found["failed"]:
+        raise RuntimeError("; ".join(f"{stage} could not be run: {why}" for stage, why in found["failed"].items()))
+
+
+def _show(claims: Sequence[Mapping[str, Any]]) -> None:
     table = Table(title="RazorAttention's claims on this checkpoint", box=box.SIMPLE, title_justify="left")
     for column in ("claim", "asked for", "measured", "verdict", "why"):
         table.add_column(column)
-    for claim in found["claims"]:
+    for claim in claims:
         measured = claim["measured"]
         interval = "" if claim["low"] == claim["high"] else f" ({claim['low']:.1f}…{claim['high']:.1f})"
         table.add_row(
@@ -67,6 +79,3 @@ def reproduce(
             claim["why"],
         )
     Console().print(table)
-    note(f"saved {path}")
-    if found["failed"]:
-        raise RuntimeError("; ".join(f"{stage} could not be run: {why}" for stage, why in found["failed"].items()))

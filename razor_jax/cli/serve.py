@@ -31,7 +31,7 @@ def serve(
         Path | None, typer.Option(help='JSON lines {"id": …, "prompt": … or "messages": …, "max_new_tokens": …}.')
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Where answers go, in the same order; answers already there stay.")
+        Path | None, typer.Option("--out", help="Where answers go, in the same order; answers already there stay.")
     ] = None,
     interactively: Annotated[
         bool, typer.Option("--interactive", help="Read prompts from stdin, of process 0, until /exit.")
@@ -51,7 +51,7 @@ def serve(
     elif http.given:
         raise typer.BadParameter(f"{', '.join(http.given)}: only HTTP has it, give --port")
     elif interactively == (prompts is not None) or (prompts is None) != (output is None):
-        raise typer.BadParameter("give --port PORT, --prompts FILE and --output FILE, or --interactive")
+        raise typer.BadParameter("give --port PORT, --prompts FILE and --out FILE, or --interactive")
     decisive = _decisive(model, policy, draws)
     shape = {
         "batch": rows,
@@ -106,7 +106,7 @@ def _refuse_files(
     prompts: Path | None, output: Path | None, interactively: bool, rows: int, draws: SamplingOptions
 ) -> None:
     """Raise BadParameter for options that HTTP does not have."""
-    files = {"prompts": (prompts, None), "output": (output, None), "interactive": (interactively, False)}
+    files = {"prompts": (prompts, None), "out": (output, None), "interactive": (interactively, False)}
     refuse("not with --port, which serves HTTP", files)
     refuse("HTTP has --slots instead", {"batch": (rows, _BATCH)})
     plain = SamplingOptions()

@@ -262,8 +262,8 @@ def test_steps_past_the_recipe_are_refused():
 @pytest.mark.parametrize(
     ("command", "arguments", "said"),
     [
-        (train_mini, ["--output", __file__], "is a file: name a folder"),
-        (train_mini, ["--output", "x", "--seed", "-1"], "--seed"),
+        (train_mini, ["--out", __file__], "is a file: name a folder"),
+        (train_mini, ["--out", "x", "--seed", "-1"], "--seed"),
         (export, ["--run", "/nowhere"], "name a folder that train_mini wrote"),
         (evaluate, ["--folder", "/nowhere"], "holds no model.safetensors"),
         (evaluate, ["--lengths", "512,many"], "is not a list of token counts"),

@@ -50,7 +50,7 @@ def read_lines(path: Path) -> list[dict]:
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_process_costs_no_answer(killed, model, tmp_path):
     prompts, output = write_lines(tmp_path / "prompts.jsonl", lines(31)), tmp_path / "answers.jsonl"
-    arguments = ["--prompts", prompts, "--output", output, "--model", model, *MESH]
+    arguments = ["--prompts", prompts, "--out", output, "--model", model, *MESH]
     arguments = [*map(str, arguments), "--batch", str(BATCH), "--max-new-tokens", str(NEW_TOKENS)]
 
     run = Run(tmp_path, *arguments)
@@ -262,7 +262,7 @@ def test_a_resumed_run_keeps_to_its_policy(model, tmp_path, monkeypatch):
 
     def run(window):
         heads = store.write(tmp_path / f"{window}.json", tiny.SPLIT, RazorConfig.compact(window=window))
-        options = ["--prompts", prompts, "--output", output, "--batch", 1, "--max-new-tokens", 2, "--heads", heads]
+        options = ["--prompts", prompts, "--out", output, "--batch", 1, "--max-new-tokens", 2, "--heads", heads]
         return CliRunner().invoke(cli.app, [str(option) for option in ("serve", "--model", model, *options)])
 
     assert run(8).exit_code == 0
@@ -285,7 +285,7 @@ def test_a_prompt_that_the_model_cannot_take_gets_an_error_record(model, tmp_pat
     outputs = []
     for name, given in (("bad", items), ("good", good)):
         prompts, output = write_lines(tmp_path / f"{name}.jsonl", given), tmp_path / f"{name}.out.jsonl"
-        options = ["--prompts", prompts, "--output", output, "--batch", 3, "--max-new-tokens", 2]
+        options = ["--prompts", prompts, "--out", output, "--batch", 3, "--max-new-tokens", 2]
         command = [str(option) for option in ("serve", "--model", model, *options)]
         done = CliRunner().invoke(cli.app, command)
         assert done.exit_code == 0, done.output

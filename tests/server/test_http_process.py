@@ -158,10 +158,10 @@ def test_a_port_in_use_is_one_clear_error():
     [
         (("--slots", "4"), "--slots: only HTTP has it, give --port"),
         (("--cache-gib", "1", "--host", "0.0.0.0"), "--host, --cache-gib: only HTTP has it"),
-        (("--port", "0", "--prompts", "p.jsonl", "--output", "a.jsonl"), "--prompts, --output: not with --port"),
+        (("--port", "0", "--prompts", "p.jsonl", "--out", "a.jsonl"), "--prompts, --out: not with --port"),
         (("--port", "0", "--batch", "4"), "--batch: HTTP has --slots instead"),
         (("--port", "0", "--temperature", "1"), "--temperature: over HTTP each request brings its own"),
-        ((), "give --port PORT, --prompts FILE and --output FILE, or --interactive"),
+        ((), "give --port PORT, --prompts FILE and --out FILE, or --interactive"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused_by_name(arguments, message):
