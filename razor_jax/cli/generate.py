@@ -94,11 +94,7 @@ def generate(
     n: Annotated[int, Draws("--n", min=1, help="Answers per prompt, each drawn by itself.")] = 1,
     logprobs: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            max=MAX_LOGPROBS,
-            help="With --json: log probabilities, with this many likeliest tokens at each place.",
-        ),
+        typer.Option(min=0, max=MAX_LOGPROBS, help="With --json: log probabilities, and this many likeliest tokens."),
     ] = None,
     *,
     model: ModelOptions,

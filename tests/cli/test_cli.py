@@ -70,6 +70,18 @@ def test_options_become_policy_and_sampling(run, model, monkeypatch, options, ra
     assert str(given["sampling"]) == str(Sampling.of(**sampling))
 
 
+def test_several_answers_and_log_probabilities(run, model):
+    command = ("generate", "-m", model, "-p", "a fox", "--n", 2, "--temperature", 1, "--max-new-tokens", 6)
+    done = run(*command, "--json", "--logprobs", 2)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["results"]
+    options = {"sampling": Sampling.of(temperature=1), "max_new_tokens": 6, "logprobs": 2}
+    want = razor_jax.generate(razor_jax.load(model), "a fox", n=2, **options)
+    assert [each["tokens"] for each in found] == [list(each.tokens) for each in want]
+    assert json.dumps([each["logprobs"] for each in found]) == json.dumps([each.to_dict()["logprobs"] for each in want])
+    assert run(*command).stdout == "".join(f"[{at}] {each.text}\n" for at, each in enumerate(want, 1))
+
+
 def test_the_document_is_read_once_for_all_questions(run, model, tmp_path, monkeypatch):
     document = tmp_path / "document.txt"
     document.write_text("the fox and a dog " * 20)
@@ -339,6 +351,10 @@ def test_demo_compares_three_caches(run, model):
         (("generate", "-p", "x", "--sinks", -4), "--sinks"),
         (("generate", "-p", "x", "--max-new-tokens", 0), "--max-new-tokens"),
         (("generate", "-p", "x", "--dense", "--window", 9), "leave out --window"),
+        (("generate", "-p", "x", "--n", 3), "--n 3 without draws gives equal answers: add --temperature"),
+        (("generate", "-p", "x", "--logprobs", 3), "--logprobs go into the JSON: add --json"),
+        (("generate", "-p", "x", "--json", "--logprobs", 21), "--logprobs"),
+        (("reproduce", "--output", "x"), "--out"),
         (("chat", "--dense", "--kv-dtype", "int8"), "leave out --kv-dtype"),
         (("chat", "--system", "x", "--system-file", "y"), "not both"),
         (("fit", "--method", "snapkv"), "use kvzap, less, csr, predictor"),

@@ -150,7 +150,8 @@ def test_wrong_use(run, options, words):
 @pytest.mark.slow
 def test_report_writes_text_figures_and_pictures(run, tmp_path):
     pytest.importorskip("matplotlib", reason="pictures need the extra 'plots': pip install -e '.[plots]'")
-    run("report", tmp_path / "report")
+    said = run("report", tmp_path / "report", "--json").stdout
+    assert said == (tmp_path / "report" / "heads.json").read_text(encoding="utf-8")
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert names >= {"heads.md", "heads.json", "echo.png", "induction.png", "causal.png", "split.png", "accuracy.png"}
     text = (tmp_path / "report" / "heads.md").read_text(encoding="utf-8")

@@ -137,9 +137,10 @@ def test_the_quick_preset_on_razor_mini(tmp_path):
     app = typer.Typer()
     app.command()(cli_reproduce.reproduce)
     output = tmp_path / "found.json"
-    result = CliRunner().invoke(app, ["--model", "razor-mini", "--out", str(output)])
+    result = CliRunner().invoke(app, ["--model", "razor-mini", "--out", str(output), "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(output.read_text(encoding="utf-8"))
+    assert json.loads(result.stdout) == found
     verdicts = {claim["claim"]: claim["verdict"] for claim in found["claims"]}
     assert verdicts["bytes"] == verdicts["short"] == "confirmed"
     assert found["stages"]["needle"]["accuracy"]["dense"] > 0.9
