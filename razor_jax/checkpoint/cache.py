@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from .. import cache as kv
 from ..cache import CacheSpec, Group, KVCache, ring_length
@@ -61,6 +60,8 @@ def save_cache(
     record = _record(cache, params, pending)
     if pending is not None and len(pending) != cache.batch:
         raise ValueError(f"pending has {len(pending)} rows, the cache {cache.batch}: give one list of tokens per row")
+    import orbax.checkpoint as ocp  # late, because the import is slow
+
     with (
         atomic_directory(Path(directory).expanduser(), overwrite) as folder,
         ocp.StandardCheckpointer() as checkpointer,
@@ -284,6 +285,8 @@ def _read_layer(
 
 def _read_arrays(folder: Path, wanted: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
     """Return the arrays of a layer's folder by group and name, which must be those that are wanted."""
+    import orbax.checkpoint as ocp
+
     names = {str(number): dict.fromkeys(arrays, 0) for number, arrays in enumerate(wanted)}
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -313,7 +316,7 @@ def _method_layers(path: Path, spec: CacheSpec, batch: int) -> tuple[tuple[Any, 
     return tuple(layers)
 
 
-def _read(checkpointer: ocp.PyTreeCheckpointer, folder: Path, group: str, name: str) -> np.ndarray:
+def _read(checkpointer: Any, folder: Path, group: str, name: str) -> np.ndarray:
     restore = ocp.args.PyTreeRestore(
         item={group: {name: 0}},
         restore_args={group: {name: ocp.RestoreArgs(restore_type=np.ndarray)}},

@@ -223,11 +223,23 @@ class _Parser:
             raise self._error(f"metadata field {name} has type {kind}, which GGUF does not have")
         inner = self._scalar("I")
         if inner == _STRING:
-            return [self._string() for _ in range(self._count(f"strings of {name}", 8))]
+            return self._strings(self._count(f"strings of {name}", 8))
         if inner not in _SCALARS:
             raise self._error(f"metadata field {name} is an array of type {inner}, which is not read")
         item = np.dtype(_SCALARS[inner]).newbyteorder("<")
         return np.frombuffer(self._take(self._count(f"entries of {name}", item.itemsize) * item.itemsize), item)
+
+    def _strings(self, count: int) -> list[str]:
+        """Read an array of strings. A vocabulary has so many that calls per string would be a second of a start."""
+        data, most, found = self._data, min(len(self._data), _HEADER_BYTES), []
+        for _ in range(count):
+            start = self._at + 8
+            end = start + int.from_bytes(data[self._at : start], "little")
+            if end > most:
+                self._string()  # raises, and says why
+            found.append(data[start:end].decode("utf-8", errors="replace"))
+            self._at = end
+        return found
 
     def _string(self) -> str:
         return self._take(self._count("bytes of a string", 1)).decode("utf-8", errors="replace")

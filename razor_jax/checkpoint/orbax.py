@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import flax.traverse_util
 import jax
-import orbax.checkpoint as ocp
 
 from ..config import HeadSplit
 from ..files import read_json, write_json
@@ -44,6 +43,8 @@ def read(
         record.get("origin"),
     )
     folder = path.absolute() / _WEIGHTS
+    import orbax.checkpoint as ocp  # late, because the import is slow and few models need it
+
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             stored: dict[str, Any] = dict(
@@ -74,6 +75,8 @@ def write(params: Params, folder: Path) -> None:
     if params.kernel_type:
         record |= {"weights": params.kernel_type, "origin": params.origin}
     write_json(folder / RECORD, record)
+    import orbax.checkpoint as ocp
+
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute() / _WEIGHTS, params.weights)
         checkpointer.wait_until_finished()
@@ -121,7 +124,7 @@ def _check(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> 
 
 
 def _restore(
-    checkpointer: ocp.PyTreeCheckpointer,
+    checkpointer: Any,
     folder: Path,
     loader: Loader,
     split: HeadSplit | None,
@@ -132,6 +135,8 @@ def _restore(
     If one of several concurrent reads failed, Orbax would leave the readers of the others running, which then print
     errors about a closed event loop.
     """
+    import orbax.checkpoint as ocp
+
     total = sum(math.prod(x.shape) * x.dtype.itemsize for x in loader.targets.values())
     done = 0
     for name, target in loader.targets.items():

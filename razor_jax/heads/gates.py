@@ -19,7 +19,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Float
 
 from .. import cache as kv
@@ -99,6 +98,8 @@ def gate_heads(
     parts = readings(Ablation(params, calibration.tasks(params), policy))
     dense = [_dense(reading) for reading in parts]
     shape = (params.config.num_layers, params.config.num_kv_heads)
+    import optax  # late, because only learned gates need it
+
     optimizer = optax.adam(RATE, b1=0.9, b2=0.95)
     gates = jnp.asarray(saved.arrays.get("gates", np.ones(shape, np.float32)))
     leaves, tree = jax.tree.flatten(optimizer.init(gates))

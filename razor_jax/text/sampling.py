@@ -172,6 +172,7 @@ def as_sampling(sampling: Sampling | Rule | None) -> Sampling:
     return sampling
 
 
+@jax.jit  # one trace for the programs that call it
 def sample(
     sampling: Sampling,
     logits: Float[Array, "B V"],
