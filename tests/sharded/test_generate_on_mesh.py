@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import razor_jax
-from razor_jax import RazorConfig
+from razor_jax import RazorConfig, Sampling
 
 from ..support import tiny
 from ..support.meshes import on
@@ -53,6 +53,30 @@ def test_a_document_read_once_answers_many():
         assert found[0].kv.capacity > cache.spec.capacity
         answers.append([r.tokens for r in found])
     assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
+def test_several_answers_with_log_probabilities():
+    rule = Sampling.of(top_p=0.9, temperature=0.8, repetition_penalty=1.3)
+    options = {"n": 2, "logprobs": 2, "sampling": rule, "max_new_tokens": 6, "razor": RAZOR}
+    want, got = (razor_jax.generate(p, PROMPTS, **options) for p in both())
+    for alone, spread in zip(want, got, strict=True):
+        assert [each.tokens for each in spread] == [each.tokens for each in alone]
+        for a, b in zip(alone, spread, strict=True):
+            values = [[each.logprob for each in one.logprobs] for one in (a, b)]
+            np.testing.assert_allclose(*values, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_cache_keeps_its_tokens_and_weights(tmp_path):
+    """Saved on a mesh and loaded there, the penalty sees what the cache holds."""
+    one, many = both()
+    rule = {"sampling": Sampling.of(temperature=0, repetition_penalty=3.0), "max_new_tokens": 8}
+    cache = razor_jax.prefill(many, PROMPTS[0], razor=RAZOR)
+    want = razor_jax.generate(one, PROMPTS[2], cache=razor_jax.prefill(one, PROMPTS[0], razor=RAZOR), **rule)
+    razor_jax.save_cache(cache, many, tmp_path / "cache")
+    for kept in (cache, razor_jax.load_cache(many, tmp_path / "cache")):
+        assert razor_jax.generate(many, PROMPTS[2], cache=kept, **rule).tokens == want.tokens
 
 
 @pytest.mark.slow
