@@ -132,6 +132,7 @@ def generate(
         "logprobs": logprobs,
     }
     params = model.load(dense=policy.dense)
+    draws.tell_idle(params)
     has_template = params.assets is not None and params.assets.chat_template is not None
     if (template.system is not None or variables) and not has_template:
         raise ValueError(f"{model.model} has no chat template: leave out --system and --template-var")

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from razor_jax import HeadSplit, Params, RazorConfig
+from razor_jax.checkpoint import hub
 from razor_jax.cli import terminal
 from razor_jax.cli.options import Dtype, JsonOption, ModelName, ModelOptions, grouped
 from razor_jax.cli.terminal import note, print_json
@@ -173,9 +174,11 @@ def find(
     _check_learning(method, budget, learn, asks=learned or measured)
     if learned and seeds != 1:
         raise typer.BadParameter(f"--seeds: --method {method} takes one set of documents")
-    uses_policy = budget.size is not None or output.save_duo is not None or learned or measured
+    windows = learned or measured or method == "causal"  # the search itself drops tokens
+    uses_policy = budget.size is not None or output.save_duo is not None or windows
     if budget.window is not None and not uses_policy:
-        raise typer.BadParameter(f"--window goes with --bytes, --save-duo, --measure, or --method {', '.join(LEARNED)}")
+        names = ", ".join(("causal", *LEARNED))
+        raise typer.BadParameter(f"--window goes with --bytes, --save-duo, --measure, or --method {names}")
     params = _load(model, dtype, uses_policy)
     if params.config.alibi:
         if budget.given or output.save_duo is not None or method != "probe":
@@ -184,9 +187,9 @@ def find(
         return
     budget.check_layers(params)
     policy = budget.policy(params)
-    if (learned or measured) and policy.window is None:
+    if windows and policy.window is None:
         policy = dataclasses.replace(policy, window=_WINDOW)
-        note(f"--window {_WINDOW}: documents of calibration are shorter than the paper's window")
+        note(f"--window {_WINDOW}: the documents of the search are shorter than the paper's window")
     output.check(policy)
     scores = _scores(params, model, method, preset, seeds, policy, budget, learn)
     if learn.target is None:
@@ -201,10 +204,24 @@ def find(
             asked = partial(progress, "asked")
             [kept] = promise.measure(params, chosen, policy, **sizes, progress=asked)
     _finish(model, scores, chosen, policy, output, kept)
+    _compare_with_shipped(model, params, chosen)
     if method == "probe" and not measured:
         note(
             "these heads were only probed: --measure tells what they lose, --method gates learns better ones in minutes"
         )
+
+
+def _compare_with_shipped(model: str, params: Params, chosen: HeadSplit) -> None:
+    """Say how the split that the model comes with differs from the one that was found, if there is one."""
+    files = hub.beside_model(hub.find(model)), store.packaged_path(params)
+    shipped = next((store.read(file).split for file in files if file.is_file()), None)
+    if shipped is None or shipped.retrieval == chosen.retrieval:
+        return
+    common = sum(len(set(a) & set(b)) for a, b in zip(shipped.retrieval, chosen.retrieval, strict=True))
+    note(
+        f"{model} comes with a split of {sum(shipped.counts)} heads, {common} of them among these ({shipped.note}); "
+        "it stays in use: --save this one and give it as --heads"
+    )
 
 
 @app.command("import")
@@ -364,6 +381,8 @@ def _scores(
             options["heads"] = round((budget.share or 0) * params.config.num_layers * params.config.num_kv_heads)
     else:
         options["seeds"] = tuple(range(seeds))
+        if method == "causal":
+            options["razor"] = policy
         if method == "probe":
             options["preset"] = preset
     if method == "random":

@@ -167,9 +167,13 @@ class SamplingOptions:
 
     def sampling(self) -> Sampling:
         """Return the rule; greedy unless a temperature or a filter is given. Raises BadParameter."""
+        filters = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        if self.temperature == 0 and filters:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in filters)
+            raise typer.BadParameter(f"--temperature 0 takes the most likely token: leave out {names}, or raise it")
         temperature = self.temperature
         if temperature is None:
-            temperature = 0.0 if self.top_k is None and self.top_p is None and self.min_p is None else 1.0
+            temperature = 1.0 if filters else 0.0
         try:
             return Sampling.of(
                 temperature=temperature,
@@ -180,6 +184,13 @@ class SamplingOptions:
             )
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
+
+    def tell_idle(self, params: Params) -> None:
+        """Print a note about a filter that filters nothing of this model."""
+        if self.top_k is not None and self.top_k >= params.config.vocab_size:
+            terminal.note(
+                f"--top-k {self.top_k:,} filters nothing: the vocabulary has {params.config.vocab_size:,} tokens"
+            )
 
 
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]

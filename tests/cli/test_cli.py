@@ -226,6 +226,7 @@ def test_quiet_counts_after_the_command(run, model):
     assert quiet.stderr == ""
     assert quiet.stdout == loud.stdout
     assert run("generate", "-m", model, "-p", "-q", "--max-new-tokens", 4).exit_code == 0  # a prompt, not an option
+    assert "--top-k 5,000 filters nothing: the vocabulary has" in run(*command, "--top-k", 5000).stderr
 
 
 @pytest.mark.parametrize(
@@ -351,6 +352,7 @@ def test_demo_compares_three_caches(run, model):
         (("generate", "-p", "x", "--sinks", -4), "--sinks"),
         (("generate", "-p", "x", "--max-new-tokens", 0), "--max-new-tokens"),
         (("generate", "-p", "x", "--dense", "--window", 9), "leave out --window"),
+        (("generate", "-p", "x", "--temperature", 0, "--top-k", 5), "takes the most likely token: leave out --top-k"),
         (("generate", "-p", "x", "--n", 3), "--n 3 without draws gives equal answers: add --temperature"),
         (("generate", "-p", "x", "--logprobs", 3), "--logprobs go into the JSON: add --json"),
         (("generate", "-p", "x", "--json", "--logprobs", 21), "--logprobs"),

@@ -40,6 +40,7 @@ def test_share_layers_and_devices(run, tmp_path):
         "find", "--method", "random", "--share", 0.5, "--keep-layer", 1, "--save", tmp_path / "razor.json", "--json"
     )
     assert split_of(done) == [[], [0, 1]]
+    assert "comes with a split of 1 heads, 0 of them among these" in " ".join(done.stderr.split())
     assert store.read(tmp_path / "razor.json").split.counts == (0, 2)
     assert split_of(run("find", "--method", "random", "--share", 0.25, "--balanced-over", 2, "--json")) in (
         [[0, 1], []],
