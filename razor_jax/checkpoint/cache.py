@@ -317,6 +317,8 @@ def _method_layers(path: Path, spec: CacheSpec, batch: int) -> tuple[tuple[Any, 
 
 
 def _read(checkpointer: Any, folder: Path, group: str, name: str) -> np.ndarray:
+    import orbax.checkpoint as ocp
+
     restore = ocp.args.PyTreeRestore(
         item={group: {name: 0}},
         restore_args={group: {name: ocp.RestoreArgs(restore_type=np.ndarray)}},
