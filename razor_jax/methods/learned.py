@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 from ..compilation import user_cache
 from ..files import atomic_file
@@ -80,11 +80,8 @@ class Learned:
         }
         fields = {name: getattr(self, name) for name in ("method", "architecture", "weights", "note", "loss")}
         with atomic_file(path) as partial:
-            save_file(
-                {name: np.ascontiguousarray(x) for name, x in named.items()},
-                partial,
-                {"format": _FORMAT, "fields": json.dumps(fields)},
-            )
+            # `save_file` would make a file that only this user can read.
+            partial.write_bytes(serialize(named, {"format": _FORMAT, "fields": json.dumps(fields)}))
         return Path(path).expanduser()
 
 
