@@ -137,10 +137,12 @@ def extend_known(
     *,
     fresh: bool,
     in_place: bool = False,
+    layer: Callable[..., Any] | None = None,
 ) -> tuple[jax.Array | None, KVCache]:
     """Run `extend`; `fresh` (static) says that every row is empty, so only the call is attended to.
 
-    `in_place` writes into the arrays of `cache`, which are of no use after. It is for calls from the host.
+    `in_place` writes into the arrays of `cache`, which are of no use after. It is for calls from the host. `layer` runs
+    each layer, with the arguments of `_run_layer`; None for `_run_layer`.
     """
     _check_call(cache, tokens, lengths, logits)
     check_cache(params, cache)
@@ -149,14 +151,14 @@ def extend_known(
     meta, begun = _begin_call(cache.replace(layers=()), tokens, lengths, fresh)
     ends = {name: weight for name, weight in params.weights.items() if not name.startswith("blocks_")}
     x = _embed(config, ends, tokens, placement=cache.spec.placement)
-    run = _layer_in_place if in_place else _layer
+    run = layer or (_layer_in_place if in_place else _layer)
     if cache.spec.method is not None:
         run = cache.spec.method.layers(jnp.asarray(tokens, jnp.int32), fresh)
     layers, cache = list(cache.layers), begun
-    for index, layer in enumerate(layers):
+    for index, arrays in enumerate(layers):
         # Only `layers` holds the arrays of a layer that is written in place.
         block = Block(config, config.first_like(index), placement_of(cache.spec).mix)
-        x, layers[index] = run(block, params.weights[f"blocks_{index}"], _slopes(params, index), x, layer, meta)
+        x, layers[index] = run(block, params.weights[f"blocks_{index}"], _slopes(params, index), x, arrays, meta)
     cache = placement_of(cache.spec).pin_cache(cache.replace(layers=tuple(layers)))
     return (None if logits == "none" else _logits(config, ends, x, meta, T, logits)), cache
 

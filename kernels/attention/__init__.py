@@ -5,6 +5,7 @@ from .alibi import Alibi
 from .dispatch import attend, attend_causal, attend_groups, unsupported
 from .part import Part
 from .state import NEG, State, compensation, empty, finish
+from .xla import attend_visible
 
 __all__ = [
     "NEG",
@@ -15,6 +16,7 @@ __all__ = [
     "attend",
     "attend_causal",
     "attend_groups",
+    "attend_visible",
     "compensation",
     "empty",
     "finish",

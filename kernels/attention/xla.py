@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from .. import EIGHT_BIT
 from .alibi import Alibi
@@ -56,6 +56,21 @@ def attend_causal(
     return state if return_state else finish(state, part.q.dtype)
 
 
+def attend_visible(
+    part: Part, visible: Bool[jax.Array, "B Q S"], *, group_size: int, scale: float, return_state: bool = False
+) -> Float[jax.Array, "B K R H"] | State:
+    """Attend to the slots that each query token sees; see `Part`.
+
+    `visible` bool [B, Tq, S] says which of slots [0, lengths[b]) the query token sees; q is [B, K, G·Tq, H].
+    """
+
+    def rows(slots):
+        return jnp.repeat(jnp.take(visible, slots, axis=2), group_size, axis=1)[:, None]
+
+    state = _scan(part, rows, lambda slots: None, jnp.max(part.lengths), scale)
+    return state if return_state else finish(state, part.q.dtype)
+
+
 def _gather_pages(part: Part, table: jax.Array, start: jax.Array | int) -> Part:
     """Return the part with pages of its pools gathered into rows: k and v [B,K,s,H], scales [B,K,1,s].
 
@@ -79,8 +94,8 @@ def _gather_pages(part: Part, table: jax.Array, start: jax.Array | int) -> Part:
 def _scan(part: Part, visible, bias, end, scale: float) -> State:
     """Fold slots [0, end) of a part, `end` traced, into its state.
 
-    `visible(slots)` returns which query rows see which slots, bool [R, s], or None if all do. `bias(slots)` returns
-    what is added to the logits, float32 [B or 1, K, R, s], or None.
+    `visible(slots)` returns which query rows see which slots, bool [R, s] or [B, 1, R, s], or None if all do.
+    `bias(slots)` returns what is added to the logits, float32 [B or 1, K, R, s], or None.
     """
     initial = empty(part.q) if part.state is None else part.state
     page, table = part.k.shape[2], part.block_table
@@ -137,8 +152,8 @@ def _slice(part: Part, start, size: int) -> Part:
 def _fold(part: Part, valid, visible, bias, scale: float, state: State, mask_values: bool) -> State:
     """Return the state after one online-softmax step over all slots of `part`.
 
-    `valid` is bool [B,s]; `visible` bool [R,s] and `bias` [B,K,R,s] may be None. `mask_values` takes unread values out
-    of the product, because 0 × NaN is NaN.
+    `valid` is bool [B,s]; `visible` bool [R,s] or [B,1,R,s] and `bias` [B,K,R,s] may be None. `mask_values` takes
+    unread values out of the product, because 0 × NaN is NaN.
     """
     q, k, v = part.q, part.k, part.v
     acc, m, l = state

@@ -2,6 +2,16 @@
 
 from .arrays import CacheWrite, GroupArrays
 from .dispatch import unsupported, write
-from .xla import dequantize, ordered_after, quantize
+from .xla import dequantize, newest_positions, ordered_after, quantize, ring_slot
 
-__all__ = ["CacheWrite", "GroupArrays", "dequantize", "ordered_after", "quantize", "unsupported", "write"]
+__all__ = [
+    "CacheWrite",
+    "GroupArrays",
+    "dequantize",
+    "newest_positions",
+    "ordered_after",
+    "quantize",
+    "ring_slot",
+    "unsupported",
+    "write",
+]

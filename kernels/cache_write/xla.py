@@ -27,9 +27,9 @@ def dropped(lengths: jax.Array, window: jax.Array, sinks: jax.Array | int) -> ja
 
 
 def ring_slot(
-    position: Int[jax.Array, " B"], window: Int[jax.Array, " B"], sinks: jax.Array | int
-) -> Int[jax.Array, " B"]:
-    """Return the slot of a position in a windowed group, int32 [B]."""
+    position: Int[jax.Array, "B ..."], window: Int[jax.Array, "B ..."], sinks: jax.Array | int
+) -> Int[jax.Array, "B ..."]:
+    """Return the slot of positions in a windowed group, int32 [B, …], by the window of each row."""
     return jnp.where(position < sinks, position, sinks + (position - sinks) % jnp.maximum(window, 1))
 
 
@@ -132,7 +132,7 @@ def _write_ring_chunk(call: CacheWrite) -> GroupArrays:
     group, tokens, lengths, counts = call[:4]
     window, sinks = _ring(call)
     T = tokens.k.shape[2]
-    source = _newest_positions(group.k.shape[2], lengths + counts, window, sinks) - lengths[:, None]
+    source = newest_positions(group.k.shape[2], lengths + counts, window, sinks) - lengths[:, None]
     arrives = (source >= 0) & (counts > 0)[:, None]
     if group.k_mean is not None:
         k_mean, v_mean = fold_chunk(call)
@@ -175,7 +175,7 @@ def fold_chunk(call: CacheWrite) -> tuple[jax.Array, jax.Array]:
     start, tokens = lengths[:, None], jnp.arange(new.k.shape[2], dtype=jnp.int32)[None, :]
     n_before, n_after = dropped(lengths, window, sinks), dropped(lengths + counts, window, sinks)
     first_kept = (sinks + n_after)[:, None]
-    old, position = _newest_positions(group.k.shape[2], lengths, window, sinks), start + tokens
+    old, position = newest_positions(group.k.shape[2], lengths, window, sinks), start + tokens
     leaves_ring = (old >= sinks) & (old < first_kept)
     leaves_chunk = (tokens < counts[:, None]) & (position >= sinks) & (position < first_kept)
 
@@ -192,7 +192,7 @@ def fold_chunk(call: CacheWrite) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def _newest_positions(S: int, length: jax.Array, window: jax.Array, sinks: jax.Array | int) -> jax.Array:
+def newest_positions(S: int, length: jax.Array, window: jax.Array, sinks: jax.Array | int) -> jax.Array:
     """Return the position in each slot once length [B] tokens were seen, int32 [B,S]; negative if it is empty."""
     slots, ring, length = jnp.arange(S, dtype=jnp.int32)[None, :], jnp.maximum(window, 1)[:, None], length[:, None]
     laps = jnp.where(slots < sinks, 0, (length - 1 - slots) // ring)

@@ -32,6 +32,7 @@ _ELSEWHERE = {
     "num_return_sequences": "n=4",
     **dict.fromkeys(("top_logprobs", "output_scores"), "logprobs=5"),
     **dict.fromkeys(("streamer", "callback"), "on_token=…"),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "num_speculative_tokens", "num_draft_tokens"), "draft=8"),
     "stream": "razor_jax.stream(…)",
 }
 
@@ -53,6 +54,7 @@ class _Options(TypedDict, total=False):
     template_kwargs: Mapping[str, Any] | None
     logprobs: int | None
     on_token: OnToken | None
+    draft: int | None
 
 
 @overload
@@ -85,6 +87,7 @@ def generate(
     n: int | None = None,
     logprobs: int | None = None,
     on_token: OnToken | None = None,
+    draft: int | None = None,
     **unknown: Any,
 ) -> Any:
     """Continue a prompt, or each of a list of prompts as one batch.
@@ -110,6 +113,8 @@ def generate(
         0 to 20; None for none. They are the model's, before the sampling rule.
       on_token: called with a `Piece` per token as tokens arrive, first one by one, then up to 32 together. An exception
         that it raises ends the call.
+      draft: most tokens that are guessed from the prompt and answer so far and verified in one call of the model, 1 to
+        16; None for one token per call. The answer is the same (`text.lookup`). Not with `cache`.
 
     Returns:
       A `Result` for one prompt, a list of `Result` for a list of prompts. With `n`, a list of n in place of each
@@ -135,6 +140,7 @@ def generate(
         n=1 if n is None else n,
         logprobs=logprobs,
         on_token=on_token,
+        draft=draft,
     )
     for _ in session.run() if on_token is None else session.run(first_steps=FIRST_STEPS):
         pass
@@ -165,6 +171,7 @@ def stream(
     raw: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
     logprobs: int | None = None,
+    draft: int | None = None,
     **unknown: Any,
 ) -> Iterator[Piece]:
     """Yield the answer to one prompt piece by piece. Takes the arguments of `generate`, but no `n` and no `on_token`.
@@ -186,6 +193,7 @@ def stream(
         raw=raw,
         template_kwargs=template_kwargs,
         logprobs=logprobs,
+        draft=draft,
     )
     if not session.prompts.single:
         raise ValueError("stream takes one prompt, got a list: use generate for a list")

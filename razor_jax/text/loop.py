@@ -136,11 +136,11 @@ def _first(
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(B, dtype=jnp.int32))
     zeros = jnp.zeros((B,), jnp.int32)
     state = LoopState(cache, zeros, zeros, zeros > 0, zeros > 0, jnp.zeros((B, V), jnp.int32), keys)
-    state = _choose(state, cache, logits, stop_ids, limit, sampling)
-    return state, _scored(state, logits) if score else None
+    state = choose(state, cache, logits, stop_ids, limit, sampling)
+    return state, scored(state, logits) if score else None
 
 
-def _scored(state: LoopState, logits: jax.Array) -> Logprobs:
+def scored(state: LoopState, logits: jax.Array) -> Logprobs:
     """Return the log probabilities of the newest tokens, on every device."""
     replicated = placement_of(state.cache.spec).replicated
     chosen, ids, values = logprobs(logits, state.token)
@@ -192,13 +192,7 @@ def decode_block(
     Returns the state, the new tokens int32 [B, BLOCK], a state for `rewind`, and, if `score`, the log probabilities
     [B, BLOCK, …] of the tokens. Row b has as many new tokens as its `count` grew; the rest of the row is padding.
     """
-    # Full groups are append-only, so only the windowed ones need a copy. It is made without stop strings too: they
-    # would be a second program.
-    layers = tuple(
-        tuple(g if g.windowed else g.map_slots(lambda x, axis: lax.slice_in_dim(x, 0, 0, axis=axis)) for g in layer)
-        for layer in state.cache.layers
-    )
-    saved = state.replace(cache=state.cache.replace(layers=layers))
+    saved = before_block(state)
     # The host lowers the limit of a row that ended at a stop string.
     state = state.replace(done=state.done | (state.count >= limit))
     B, V = state.counts.shape
@@ -212,14 +206,26 @@ def decode_block(
     def step(carry):
         index, state, out = carry
         logits, cache = decode(params, state.cache, state.token, ~state.done)
-        state = _choose(state, cache, logits, stop_ids, limit, sampling)
-        new = state.token, _scored(state, logits) if score else None
+        state = choose(state, cache, logits, stop_ids, limit, sampling)
+        new = state.token, scored(state, logits) if score else None
         put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=index, axis=1)
         return index + 1, state, jax.tree.map(lambda x, y: put(x, y[:, None]), out, new)
 
     _, state, out = lax.while_loop(going, step, (jnp.int32(0), state, (tokens, scores)))
     tokens, scores = jax.tree.map(placement_of(state.cache.spec).replicated, out)
     return _with_sharding(state), tokens, _with_sharding(saved), scores
+
+
+def before_block(state: LoopState) -> LoopState:
+    """Return a state to `rewind` to, which lacks the full groups: they are append-only.
+
+    The windowed groups are copied without stop strings too, which would be a second program.
+    """
+    layers = tuple(
+        tuple(g if g.windowed else g.map_slots(lambda x, axis: lax.slice_in_dim(x, 0, 0, axis=axis)) for g in layer)
+        for layer in state.cache.layers
+    )
+    return state.replace(cache=state.cache.replace(layers=layers))
 
 
 def _with_sharding(state: LoopState) -> LoopState:
@@ -238,7 +244,7 @@ def rewind(state: LoopState, saved: LoopState) -> LoopState:
     return saved.replace(cache=kv.rollback(state.cache, saved.cache))
 
 
-def _choose(state: LoopState, cache: KVCache, logits, stop_ids, limit, sampling: Sampling) -> LoopState:
+def choose(state: LoopState, cache: KVCache, logits, stop_ids, limit, sampling: Sampling) -> LoopState:
     """Choose the next token of each live row and return the new state. Finished rows keep their token."""
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
     failed = state.failed | (~state.done & ~jnp.isfinite(logits).all(axis=-1))

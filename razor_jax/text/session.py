@@ -18,7 +18,7 @@ from ..config import check_int
 from ..functional import check_cache, check_weights, placement_of
 from ..memory import check_memory
 from ..params import Params, nonfinite
-from . import loop, prompts
+from . import lookup, loop, prompts
 from .logprobs import MAX_LOGPROBS, Logprobs, TokenLogprob, token_logprobs
 from .policy import Policy, choose_policy, padded_batch, prefill_chunk, room_for, spec_for
 from .prompts import Prompts
@@ -76,6 +76,7 @@ class Session:
         n: int = 1,
         logprobs: int | None = None,
         on_token: OnToken | None = None,
+        draft: int | None = None,
         owns_cache: bool = False,
     ):
         compilation.track_compilation()
@@ -95,6 +96,11 @@ class Session:
             raise ValueError(f"stop={stop!r}: these params have no tokenizer to match text with; leave stop out")
         self.source, self._owns_source = cache, owns_cache
         self.spec = self._spec_or_error(razor, max_new_tokens, capacity)
+        if draft is not None and cache is not None:
+            raise ValueError(
+                f"draft={draft}: a cache has no text to draft from: give the document in the prompt, or leave out draft"
+            )
+        self.draft = None if draft is None else lookup.check_draft(params, self.spec, draft)
         rows = len(self.prompts.rows) * self.n
         self.limit = np.full(rows, max_new_tokens, np.int32)
         stop_ids = end_ids(params.assets, self.stop)
@@ -104,6 +110,7 @@ class Session:
         self.rows = [RowOutput(params.assets, self.stop, max_new_tokens) for _ in range(rows)]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(rows)]
         self.state: loop.LoopState | None = None
+        self.text: lookup.Text | None = None
         # The newest tokens, None for the first of each row, and their log probabilities; the token count of each row
         # before them, and the state to rewind to.
         self._unread: jax.Array | None = None
@@ -191,6 +198,9 @@ class Session:
                 in_place=in_place,
             )
             self.source = None
+            if self.draft is not None:
+                text = (np.repeat(x, self.n, axis=0) for x in (tokens, lengths))
+                self.text = lookup.begin(*text, self.state.token, capacity=self.spec.capacity)
             self._collect()
         self._replay(loop.BLOCK)
 
@@ -202,13 +212,14 @@ class Session:
 
     def _block(self, steps: int) -> None:
         before = [len(row.tokens) for row in self.rows]
-        out = loop.decode_block(
-            self.params,
-            self._live,
-            *placement_of(self.spec).to_devices((self._stop_ids, self._limits, np.int32(steps))),
-            self.sampling,
-            score=self._top is not None,
-        )
+        options = (*placement_of(self.spec).to_devices((self._stop_ids, self._limits, np.int32(steps))), self.sampling)
+        score = self._top is not None
+        if self.draft is None or self.text is None:
+            out = loop.decode_block(self.params, self._live, *options, score=score)
+        else:
+            *out, self.text = lookup.decode_block(
+                self.params, self._live, self.text, *options, draft=self.draft, score=score
+            )
         (self.state, self._unread, self._saved, self._scores), self._before = out, before
 
     def _collect(self) -> None:
