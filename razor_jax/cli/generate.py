@@ -95,6 +95,7 @@ def generate(
     logprobs: Annotated[
         int | None,
         typer.Option(min=0, max=MAX_LOGPROBS, help="With --json: log probabilities, and this many likeliest tokens."),
+    ] = None,
     draft: Annotated[
         int | None,
         typer.Option(
