@@ -123,6 +123,8 @@ def generate(
         raise typer.BadParameter("with -Q the document is the system message: leave out --system")
     if cache is not None and not question:
         raise typer.BadParameter("--cache holds a document: ask about it with -Q")
+    if cache is not None and draft is not None:
+        raise typer.BadParameter("--cache has no text to draft from: leave out --draft, or give --prompt-file instead")
     if cache is not None and (policy.dense or policy.changes):
         raise typer.BadParameter(
             "--cache has its policy already: leave out --dense and the options of the cache policy"
@@ -151,6 +153,7 @@ def generate(
         else:
             with terminal.working("reading the document"):
                 options["cache"] = razor_jax.prefill(params, asked.document, razor=policy.policy(params), raw=True)
+            options["draft_from"] = None if draft is None else asked.document
             note(f"document: {KVReport.of(options['cache'], params.heads_or_all)}")
         prompts: list[tuple[str, Any]] = list(zip(question, asked.questions, strict=True))
     else:

@@ -55,6 +55,7 @@ class _Options(TypedDict, total=False):
     logprobs: int | None
     on_token: OnToken | None
     draft: int | None
+    draft_from: Any
 
 
 @overload
@@ -88,6 +89,7 @@ def generate(
     logprobs: int | None = None,
     on_token: OnToken | None = None,
     draft: int | None = None,
+    draft_from: Any = None,
     **unknown: Any,
 ) -> Any:
     """Continue a prompt, or each of a list of prompts as one batch.
@@ -113,8 +115,9 @@ def generate(
         0 to 20; None for none. They are the model's, before the sampling rule.
       on_token: called with a `Piece` per token as tokens arrive, first one by one, then up to 32 together. An exception
         that it raises ends the call.
-      draft: most tokens that are guessed from the prompt and answer so far and verified in one call of the model, 1 to
-        16; None for one token per call. The answer is the same (`text.lookup`). Not with `cache`.
+      draft: most tokens, 1 to 16, that a call of the model verifies beside the next one: a guess from the text so far,
+        for answers that quote it. The answer stays the same. None for one token per call.
+      draft_from: with `draft` and `cache`, the document of the cache as `prefill` took it.
 
     Returns:
       A `Result` for one prompt, a list of `Result` for a list of prompts. With `n`, a list of n in place of each
@@ -141,6 +144,7 @@ def generate(
         logprobs=logprobs,
         on_token=on_token,
         draft=draft,
+        draft_from=draft_from,
     )
     for _ in session.run() if on_token is None else session.run(first_steps=FIRST_STEPS):
         pass
@@ -172,6 +176,7 @@ def stream(
     template_kwargs: Mapping[str, Any] | None = None,
     logprobs: int | None = None,
     draft: int | None = None,
+    draft_from: Any = None,
     **unknown: Any,
 ) -> Iterator[Piece]:
     """Yield the answer to one prompt piece by piece. Takes the arguments of `generate`, but no `n` and no `on_token`.
@@ -194,6 +199,7 @@ def stream(
         template_kwargs=template_kwargs,
         logprobs=logprobs,
         draft=draft,
+        draft_from=draft_from,
     )
     if not session.prompts.single:
         raise ValueError("stream takes one prompt, got a list: use generate for a list")

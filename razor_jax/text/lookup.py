@@ -9,18 +9,21 @@ of plain decoding; only the rounding of a call of several tokens may decide a ti
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Int
 
-from ..cache import CacheSpec, mark_seen
+from ..cache import CacheSpec, KVCache, mark_seen
 from ..config import check_int
 from ..functional import Ids, decode, promoting
 from ..params import Params
 from ..verification import commit, verify
+from . import prompts
 from .logprobs import Logprobs, no_logprobs
 from .loop import BLOCK, LoopState, before_block, choose, scored
 from .sampling import Sampling
@@ -59,6 +62,21 @@ def check_draft(params: Params, spec: CacheSpec, draft: int) -> int:
     if refused:
         raise ValueError(f"draft={draft}: {refused}")
     return draft
+
+
+def cached_text(params: Params, cache: KVCache, rows: int, document: Any, **options: Any) -> list[list[int]]:
+    """Return the tokens that each row of `cache` has read; `options` are those of `prompts.encode`.
+
+    Raises ValueError if `document`, of one row or of `rows`, does not have as many tokens as the cache has read.
+    """
+    if document is None:
+        raise ValueError("a cache has no text to draft from: give draft_from=document too, or leave out draft")
+    read = prompts.encode(params, document, part="document", what="draft_from", **options).rows
+    texts = list(read) * (rows if len(read) == 1 else 1)
+    found, seen = [len(text) for text in texts], np.broadcast_to(np.asarray(cache.length), rows).tolist()
+    if found != seen:
+        raise ValueError(f"draft_from has {found} tokens, the cache has read {seen}: give the document of this cache")
+    return texts
 
 
 @functools.partial(jax.jit, static_argnames=("capacity",))

@@ -77,6 +77,7 @@ class Session:
         logprobs: int | None = None,
         on_token: OnToken | None = None,
         draft: int | None = None,
+        draft_from: Any = None,
         owns_cache: bool = False,
     ):
         compilation.track_compilation()
@@ -96,11 +97,14 @@ class Session:
             raise ValueError(f"stop={stop!r}: these params have no tokenizer to match text with; leave stop out")
         self.source, self._owns_source = cache, owns_cache
         self.spec = self._spec_or_error(razor, max_new_tokens, capacity)
-        if draft is not None and cache is not None:
-            raise ValueError(
-                f"draft={draft}: a cache has no text to draft from: give the document in the prompt, or leave out draft"
-            )
         self.draft = None if draft is None else lookup.check_draft(params, self.spec, draft)
+        self._texts = self.prompts.rows
+        if draft is not None and cache is not None:
+            options = {"raw": raw, "template_kwargs": template_kwargs}
+            read = lookup.cached_text(params, cache, len(self._texts), draft_from, **options)
+            self._texts = [[*before, *row] for before, row in zip(read, self._texts, strict=True)]
+        elif draft_from is not None:
+            raise ValueError("draft_from is the document of a cache, to draft from: give cache and draft too")
         rows = len(self.prompts.rows) * self.n
         self.limit = np.full(rows, max_new_tokens, np.int32)
         stop_ids = end_ids(params.assets, self.stop)
@@ -199,8 +203,8 @@ class Session:
             )
             self.source = None
             if self.draft is not None:
-                text = (np.repeat(x, self.n, axis=0) for x in (tokens, lengths))
-                self.text = lookup.begin(*text, self.state.token, capacity=self.spec.capacity)
+                texts = (np.repeat(x, self.n, axis=0) for x in padded_batch(self._texts, self.spec))
+                self.text = lookup.begin(*texts, self.state.token, capacity=self.spec.capacity)
             self._collect()
         self._replay(loop.BLOCK)
 

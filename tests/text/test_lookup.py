@@ -152,6 +152,24 @@ def test_answers_in_int8_and_dense_caches_are_those_of_plain_decoding(razor, dra
     assert_same(run(razor=razor, draft=DRAFT), plain, calls=20)
 
 
+def test_drafts_come_from_the_document_of_a_cache():
+    params = tiny.params(text=False)
+    document, questions = tiny.prompt(40), [tiny.prompt(5), tiny.prompt(9)]
+    cache = razor_jax.prefill(params, document, razor=WINDOW)
+    session = Session(params, questions, cache=cache, draft=DRAFT, draft_from=document, max_new_tokens=4)
+    for row, question in zip(session._texts, questions, strict=True):
+        assert row == [*document, *question]
+
+
+@pytest.mark.slow
+def test_answers_about_a_cached_document_are_those_of_plain_decoding(drafts_of):
+    document, questions = tiny.prompt(40), [tiny.prompt(5), tiny.prompt(9), tiny.prompt(9, seed=1)]
+    cache = razor_jax.prefill(tiny.params(text=False), document, razor=WINDOW)
+    plain = run(questions, cache=cache, razor="auto")
+    drafts_of(plain)
+    assert_same(run(questions, cache=cache, razor="auto", draft=DRAFT, draft_from=document), plain, calls=20)
+
+
 @pytest.mark.slow
 def test_a_repeating_answer_takes_fewer_calls():
     params = razor_jax.load("razor-mini", dtype="float32")
@@ -181,7 +199,12 @@ def test_wrong_drafts_are_named_before_anything_runs():
             lookup.check_draft(model, wrong, draft)
     with pytest.raises(ValueError, match="draft=8: other cache methods"):
         run(razor=SnapKV(64), draft=8)
-    with pytest.raises(ValueError, match="draft=8: a cache has no text to draft from"):
-        run([tiny.prompt(5)], cache=razor_jax.prefill(params, tiny.prompt(40), razor=WINDOW), razor="auto", draft=8)
+    asked = {"cache": razor_jax.prefill(params, tiny.prompt(40), razor=WINDOW), "razor": "auto"}
+    with pytest.raises(ValueError, match="a cache has no text to draft from: give draft_from=document"):
+        run([tiny.prompt(5)], draft=8, **asked)
+    with pytest.raises(ValueError, match=r"draft_from has \[39\] tokens, the cache has read \[40\]"):
+        run([tiny.prompt(5)], draft=8, draft_from=tiny.prompt(39), **asked)
+    with pytest.raises(ValueError, match="draft_from is the document of a cache"):
+        run([tiny.prompt(5)], draft=8, draft_from=tiny.prompt(40))
     with pytest.raises(TypeError, match="give draft=8"):
         razor_jax.generate(params, tiny.prompt(9), prompt_lookup_num_tokens=8)
