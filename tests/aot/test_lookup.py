@@ -42,15 +42,8 @@ with jax.set_mesh(mesh):
     assert cache.spec.implementation == "pallas_tpu"
     traced = lookup.decode_block.trace(place(params), *arguments, place(as_sampling(None)), draft=8)
     compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    memory = compiled.memory_analysis()
-    windowed = sum(x.size * x.dtype.itemsize for layer in cache.layers for g in layer if g.windowed for x in (g.k, g.v))
     full = [g.k for layer in cache.layers for g in layer if not g.windowed]
-    print(json.dumps({
-        "temporary": memory.temp_size_in_bytes,
-        "cache": cache.spec.kv_bytes(B),
-        "windowed": windowed,
-        "copies": copies(compiled, full),
-    }))
+    print(json.dumps({"copies": copies(compiled, full)}))
 """
 
 
@@ -59,5 +52,4 @@ with jax.set_mesh(mesh):
 def test_a_block_copies_no_full_group(kv_dtype):
     (seen,) = tpu_compiler.run(tpu_compiler.COPIES + COMPILE, ["v5e:2x2", tpu_compiler.LLAMA, kv_dtype])
     # The windowed groups are copied once per block, to go back to.
-    assert seen["temporary"] < 0.1 * seen["cache"], seen
     assert not seen["copies"], seen
