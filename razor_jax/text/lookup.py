@@ -9,6 +9,7 @@ of plain decoding; only the rounding of a call of several tokens may decide a ti
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -64,15 +65,19 @@ def check_draft(params: Params, spec: CacheSpec, draft: int) -> int:
     return draft
 
 
-def cached_text(params: Params, cache: KVCache, rows: int, document: Any, **options: Any) -> list[list[int]]:
-    """Return the tokens that each row of `cache` has read; `options` are those of `prompts.encode`.
+def cached_text(
+    params: Params, cache: KVCache, rows: int, document: Any, raw: bool, template_kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[int, ...], ...]:
+    """Return the tokens of the document that each row of `cache` has read.
 
     Raises ValueError if `document`, of one row or of `rows`, does not have as many tokens as the cache has read.
     """
     if document is None:
         raise ValueError("a cache has no text to draft from: give draft_from=document too, or leave out draft")
-    read = prompts.encode(params, document, part="document", what="draft_from", **options).rows
-    texts = list(read) * (rows if len(read) == 1 else 1)
+    read = prompts.encode(
+        params, document, part="document", raw=raw, template_kwargs=template_kwargs, what="draft_from"
+    ).rows
+    texts = read * (rows if len(read) == 1 else 1)
     found, seen = [len(text) for text in texts], np.broadcast_to(np.asarray(cache.length), rows).tolist()
     if found != seen:
         raise ValueError(f"draft_from has {found} tokens, the cache has read {seen}: give the document of this cache")

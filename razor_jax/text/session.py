@@ -100,9 +100,8 @@ class Session:
         self.draft = None if draft is None else lookup.check_draft(params, self.spec, draft)
         self._texts = self.prompts.rows
         if draft is not None and cache is not None:
-            options = {"raw": raw, "template_kwargs": template_kwargs}
-            read = lookup.cached_text(params, cache, len(self._texts), draft_from, **options)
-            self._texts = [[*before, *row] for before, row in zip(read, self._texts, strict=True)]
+            read = lookup.cached_text(params, cache, len(self._texts), draft_from, raw, template_kwargs)
+            self._texts = tuple((*before, *row) for before, row in zip(read, self._texts, strict=True))
         elif draft_from is not None:
             raise ValueError("draft_from is the document of a cache, to draft from: give cache and draft too")
         rows = len(self.prompts.rows) * self.n

@@ -158,7 +158,7 @@ def test_drafts_come_from_the_document_of_a_cache():
     cache = razor_jax.prefill(params, document, razor=WINDOW)
     session = Session(params, questions, cache=cache, draft=DRAFT, draft_from=document, max_new_tokens=4)
     for row, question in zip(session._texts, questions, strict=True):
-        assert row == [*document, *question]
+        assert row == (*document, *question)
 
 
 @pytest.mark.slow
