@@ -154,9 +154,9 @@ def main(
             f"({row['speedup_in_cpu_time']:.2f}× in CPU time), equal: {row['equal']}",
             flush=True,
         )
-    path = out or RESULTS / f"lookup-{Path(model).stem.lower()}.json"
-    content = {"provenance": provenance(params, model), "note": note, "prediction": PREDICTION, "rows": rows}
-    print(f"written to {write_json(path, content)}")
+        # After each kind: a run that is cut short keeps what it measured.
+        content = {"provenance": provenance(params, model), "note": note, "prediction": PREDICTION, "rows": rows}
+        write_json(out or RESULTS / f"lookup-{Path(model).stem.lower()}.json", content)
 
 
 if __name__ == "__main__":
