@@ -125,7 +125,8 @@ def _quantize(path: str, kernel: jax.Array, weights: Weights, mesh: Mesh | None)
     tree = flax.traverse_util.unflatten_dict(quantize(path, kernel, weights), sep="/")
     if mesh is not None:
         tree = jax.lax.with_sharding_constraint(tree, weight_shardings(tree, mesh))
-    return flax.traverse_util.flatten_dict(tree, sep="/")
+    parts: dict[str, Any] = dict(flax.traverse_util.flatten_dict(tree, sep="/"))
+    return parts
 
 
 def fold(items: Sequence[str], separator: str, shown: int = 10) -> str:
