@@ -75,8 +75,8 @@ class EMS(CacheMethod):
         others = jnp.take_along_axis(at, jnp.minimum(place, 2 * slots - 1)[:, None], axis=2)
         score = jnp.take_along_axis(scores, centres, axis=2)
         state = keep(prompt, centres, room, score=score, position=centres)
-        of_others = (take_tokens(x, others) for x in (prompt.k, prompt.v, scores[..., None]))
-        return self._merge(state, state.used, *of_others, jnp.broadcast_to(joins[:, None], others.shape))
+        k, v, score = (take_tokens(x, others) for x in (prompt.k, prompt.v, scores[..., None]))
+        return self._merge(state, state.used, k, v, score, jnp.broadcast_to(joins[:, None], others.shape))
 
     def put(
         self,
@@ -90,17 +90,18 @@ class EMS(CacheMethod):
         """Add the weights to the scores, merge the lowest of those that may go, and write the token to its slot."""
         assert state.score is not None
         assert state.position is not None
-        state = state.replace(score=state.score + weights.mean(axis=2))
-        assert state.score is not None
+        positions, scores = state.position, state.score + weights.mean(axis=2)
         # With the new token, which is among the newest, the row is one token longer.
-        stays = self._protected(state.position, position[:, None, None] + 1, state.room[..., None])
-        at = next_slot(state, jnp.where(stays, jnp.inf, state.score))
-        going = (take_tokens(x, at[..., None]) for x in (state.k, state.v, state.score[..., None]))
+        stays = self._protected(positions, position[:, None, None] + 1, state.room[..., None])
+        at = next_slot(state, jnp.where(stays, jnp.inf, scores))
+        old_k, old_v, old_score = (take_tokens(x, at[..., None]) for x in (state.k, state.v, scores[..., None]))
         left = state.used & (jnp.arange(state.k.shape[2], dtype=jnp.int32) != at[..., None])
-        state = self._merge(state, left, *going, (at < state.valid)[..., None])
-        return put_slot(state, at, k, v).replace(
-            score=write_slot(state.score, at, own.mean(axis=2)),
-            position=write_slot(state.position, at, jnp.broadcast_to(position[:, None], at.shape)),
+        going = (at < state.valid)[..., None]
+        merged = self._merge(state.replace(score=scores), left, old_k, old_v, old_score, going)
+        assert merged.score is not None
+        return put_slot(merged, at, k, v).replace(
+            score=write_slot(merged.score, at, own.mean(axis=2)),
+            position=write_slot(positions, at, jnp.broadcast_to(position[:, None], at.shape)),
         )
 
     def _protected(self, position: jax.Array, length: jax.Array, room: jax.Array) -> jax.Array:
