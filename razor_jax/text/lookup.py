@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -159,7 +159,8 @@ def decode_block(
     B, V = state.counts.shape
     rows = jnp.arange(B, dtype=jnp.int32)
     drafts = jnp.zeros((B, draft), jnp.int32)
-    scores = tuple(jnp.zeros((B, BLOCK, *x.shape[1:]), x.dtype) for x in no_logprobs(B, V)) if score else None
+    kept = (jnp.zeros((B, BLOCK, *x.shape[1:]), x.dtype) for x in no_logprobs(B, V))
+    scores = cast(Logprobs, tuple(kept)) if score else None
     block = _Block(state, text, start + steps, drafts, start * 0, scores).redraft()
 
     def take(block: _Block, logits: jax.Array, live: jax.Array) -> _Block:
