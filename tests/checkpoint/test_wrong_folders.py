@@ -305,8 +305,8 @@ def test_a_damaged_orbax_folder(folder, tmp_path):
     record.write_text(json.dumps({"version": 1}))
     with pytest.raises(ValueError, match="damaged"):
         checkpoint.read(tmp_path / "out")
-    record.write_text(json.dumps({**json.loads(good), "weights": "int4"}))
-    with pytest.raises(ValueError, match=r"damaged.*int4"):
+    record.write_text(json.dumps({**json.loads(good), "weights": "int3"}))
+    with pytest.raises(ValueError, match=r"damaged.*int3"):
         checkpoint.read(tmp_path / "out")
     config = {**json.loads(good)["config"], "hidden_size": 64}
     record.write_text(json.dumps({**json.loads(good), "config": config}))

@@ -76,7 +76,7 @@ def test_vendor_file(run, tmp_path):
 
 @pytest.mark.parametrize("method", ["needle", "causal"])
 def test_other_searches_take_the_seeds(run, monkeypatch, method):
-    def made(params, *, seeds, progress=None):
+    def made(params, *, seeds, razor=None, progress=None):
         return random_heads(params, seeds=seeds)
 
     monkeypatch.setitem(find._SCORERS, method, made)
