@@ -48,6 +48,8 @@ def test_a_cache_from_a_dense_reading_is_the_one_a_prefill_leaves(razor):
     real = prefill(params, [task.document for task in tasks()], razor=razor, capacity=read.capacity)
     assert cache.spec == real.spec
     # The program that computes keys decides their last bit, which a rounded cache shows as one step of its type.
+    # A prefill also remembers its tokens and the weights.
+    real = real.replace(seen=None, fingerprint=None)
     for mine, other in zip(jax.tree.leaves(cache), jax.tree.leaves(real), strict=True):
         mine, other = (np.asarray(x, np.float32) for x in (mine, other))
         np.testing.assert_allclose(mine, other, rtol=1e-2, atol=1.0 if razor.kv_dtype == "int8" else 1e-5)
