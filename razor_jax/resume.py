@@ -29,7 +29,7 @@ class State:
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(f"{path} is not the state of a search or fit: give another file") from error
         if theirs != self._run:
-            raise ValueError(f"{path} is the state of another run ({theirs}): give another file, or delete it")
+            raise ValueError(f"{path} is the state of another run ({theirs}): delete it, or repeat the first command")
         self.arrays = arrays
 
     def save(self, **arrays: np.ndarray) -> None:

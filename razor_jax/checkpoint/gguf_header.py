@@ -230,7 +230,7 @@ class _Parser:
         return np.frombuffer(self._take(self._count(f"entries of {name}", item.itemsize) * item.itemsize), item)
 
     def _strings(self, count: int) -> list[str]:
-        """Read an array of strings. A vocabulary has so many that calls per string would be a second of a start."""
+        """Read an array of strings. A vocabulary is so long that a call per string would take a second."""
         data, most, found = self._data, min(len(self._data), _HEADER_BYTES), []
         for _ in range(count):
             start = self._at + 8

@@ -19,13 +19,13 @@ from .terminal import note, print_json
 app = typer.Typer(
     cls=terminal.Commands,
     no_args_is_help=True,
-    help="Compiled programs, heads, verdicts on kernels, downloads.",
+    help="Compiled programs, heads, fitted methods, verdicts on kernels, downloads.",
 )
 
 
 @app.command("list")
 def list_caches(as_json: JsonOption = False) -> None:
-    """Show where compiled programs, remembered heads, verdicts on kernels and Hub downloads are, and their size."""
+    """Show where compiled programs, heads, fitted methods, verdicts on kernels and downloads are, and their size."""
     found = {kind: {"folder": str(folder), "bytes": _size(folder)} for kind, folder in _folders().items()}
     if as_json:
         print_json(found)
@@ -36,15 +36,18 @@ def list_caches(as_json: JsonOption = False) -> None:
 
 @app.command()
 def clear(
-    what: Annotated[list[str] | None, typer.Argument(help="programs, heads, kernels; all by default.")] = None,
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(help="programs, heads, kernels, methods; without: all but methods, which take minutes to fit."),
+    ] = None,
 ) -> None:
-    """Delete compiled programs, remembered heads and verdicts on kernels; all are made again when they are needed."""
+    """Delete compiled programs, remembered heads and verdicts on kernels, which are made again when they are needed."""
     folders = _folders()
     for kind in what or ("programs", "heads", "kernels"):
         if kind == "downloads":
             raise typer.BadParameter("downloads are shared with other programs: use `hf cache delete`")
         if kind not in folders:
-            raise typer.BadParameter(f"{kind!r}: must be programs, heads or kernels")
+            raise typer.BadParameter(f"{kind!r}: must be programs, heads, kernels or methods")
         size = _size(folders[kind])
         shutil.rmtree(folders[kind], ignore_errors=True)
         note(f"{kind}: freed {size / 2**20:,.1f} MiB in {folders[kind]}")
@@ -57,6 +60,7 @@ def _folders() -> dict[str, Path]:
         "programs": Path(programs),
         "heads": user_cache() / "heads",
         "kernels": user_cache() / "kernels",
+        "methods": user_cache() / "methods",
         "downloads": Path(huggingface_hub.constants.HF_HUB_CACHE),
     }
 

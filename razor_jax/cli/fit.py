@@ -22,9 +22,11 @@ def fit(
         Path | None, typer.Option(help="File of the fitted parts; by default where `--method` of evaluations looks.")
     ] = None,
     documents: Annotated[int, typer.Option(min=2, help="Documents to fit on; a quarter of them only measures.")] = 16,
-    tokens: Annotated[int, typer.Option(min=32, help="Tokens of each.")] = 1024,
+    tokens: Annotated[
+        int, typer.Option(min=32, help="Tokens of each, about 500 or more: they hold eight questions.")
+    ] = 1024,
     text: Annotated[Path | None, typer.Option(help="Folder of .txt files to make them of.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of documents and draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the documents.")] = 0,
     as_json: JsonOption = False,
     *,
     model: ModelOptions,

@@ -27,7 +27,9 @@ def methods(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(METHODS)}, with fields as in snapkv:window=32; repeatable. All by default."),
+        typer.Option(
+            help=f"{', '.join(METHODS)}, with fields as in snapkv:window=32; repeatable. By default all, and of those that learn the fitted ones."
+        ),
     ] = None,
     tasks: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(study.TASKS)}.")] = ",".join(study.TASKS),
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of document, question and answer.")] = 2048,
@@ -46,7 +48,7 @@ def methods(
     params = model.load()
     razor = policy.compressed(params)
     grid, haystack = Grid((tokens,), documents=documents, facts=facts, seed=run.seed), Haystack.load(run.haystack)
-    share = budget or study.razor_share(params, razor, names, grid, haystack)  # type: ignore[arg-type]
+    share = budget if budget is not None else study.razor_share(params, razor, names, grid, haystack)  # type: ignore[arg-type]
     try:
         rows = study.settings(params, razor, method or [], share)
     except ValueError as error:

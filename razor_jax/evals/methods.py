@@ -83,7 +83,7 @@ def settings(params: Params, razor: RazorConfig, names: Sequence[str], budget: f
     """
     if not names:
         names = [name for name in METHODS if is_fitted(params, name)]
-        for name in METHODS.keys() - names:
+        for name in (name for name in METHODS if name not in names):
             logger.info("%s is left out: `razor-jax fit --method %s` fits it to the model", METHODS[name].name, name)
     rows = [dense(params), CachedModel("Razor", params, razor)]
     return rows + [CachedModel(row_name(name), params, make(params, name, budget)) for name in names]

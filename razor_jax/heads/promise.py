@@ -162,8 +162,8 @@ def _promise(
     # The interval is over documents, because questions of one document are not independent.
     change = [(f - d)[c].mean() for f, d, c in zip(found, dense, counted, strict=True) if c.any()]
     half = 1.96 * float(np.std(change, ddof=1)) / math.sqrt(len(change)) if len(change) > 1 else 1.0
-    # Where nothing differed, n questions still allow a difference of 3 / n (the rule of three).
-    half = half or 3 / int(counted.sum())
+    if (dense == found)[counted].all():
+        half = 3 / int(counted.sum())  # the rule of three: n questions without a difference still allow one of 3 / n
     by_family = {}
     for name in dict.fromkeys(families.ravel().tolist()):
         of = families == name

@@ -82,7 +82,9 @@ def _task(
     taken = sum(len(_ids(assets, line)) + 1 for each in planted for line in each.lines)
     lines = _prose(assets, rng, prose, tokens - taken)
     if not lines:
-        raise ValueError(f"tokens={tokens}: {len(families)} questions need documents of at least {taken + 256:,}")
+        raise ValueError(
+            f"tokens={tokens}: a document holds {len(families)} questions and needs at least {taken + 256:,} tokens"
+        )
     middle = [each.lines for each in planted if not each.first]
     # Evenly spread, each at a random place of its stretch; lines of one task stay in order, each at its own place.
     places = [

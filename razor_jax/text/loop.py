@@ -219,7 +219,7 @@ def decode_block(
 def before_block(state: LoopState) -> LoopState:
     """Return a state to `rewind` to, which lacks the full groups: they are append-only.
 
-    The windowed groups are copied without stop strings too, which would be a second program.
+    The windowed groups are copied even without stop strings: a program that does not copy would be a second one.
     """
     layers = tuple(
         tuple(g if g.windowed else g.map_slots(lambda x, axis: lax.slice_in_dim(x, 0, 0, axis=axis)) for g in layer)

@@ -84,11 +84,17 @@ class Session:
         max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
         self.n = check_int("n", n, 1)
         self._top = None if logprobs is None else check_int("logprobs", logprobs, 0, MAX_LOGPROBS)
+        if on_token is not None and not callable(on_token):
+            raise TypeError(f"on_token={on_token!r}: give a function that takes a Piece, or None")
         self._on_token = on_token
         self.params = params
         part: prompts.Part = "whole" if cache is None else "question"
         self.prompts: Prompts = prompts.encode(params, prompt, part=part, raw=raw, template_kwargs=template_kwargs)
         self.sampling = as_sampling(sampling)
+        if self.n > 1 and self.sampling.greedy:
+            raise ValueError(
+                f"n={n}: greedy answers are all equal; give a rule that draws, such as sampling=Temperature(0.7)"
+            )
         self.seed = np.uint32(check_int("seed", seed, 0, 2**32 - 1))
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(self.stop):

@@ -77,7 +77,7 @@ def test_log_probabilities_end_with_the_tokens_at_a_stop_string():
 def test_a_callback_hears_every_token_of_every_row():
     heard = []
     prompts = ["the fox " * 6, "a dog"]
-    options = {"max_new_tokens": NEW, "razor": WINDOW, "logprobs": 1}
+    options = {"max_new_tokens": NEW, "razor": WINDOW, "logprobs": 1, "sampling": Temperature(1.0)}
     found = razor_jax.generate(tiny.params(), prompts, n=2, on_token=heard.append, **options)
     rows = [answer for answers in found for answer in answers]
     for index, result in enumerate(rows):

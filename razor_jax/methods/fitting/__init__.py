@@ -42,7 +42,7 @@ def fit(
     Args:
       method: one of `RECIPES`.
       documents, tokens: how many to fit on, and how long; those that heads are chosen by, with questions and answers.
-      seed: of the documents, and of what a recipe draws.
+      seed: of the documents.
       text: folder of .txt files to make documents of; None for the packaged training text.
       rows: token ids of documents, instead.
       state: file to resume from and to save progress to.
