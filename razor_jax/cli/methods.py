@@ -28,7 +28,8 @@ def methods(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{', '.join(METHODS)}, with fields as in snapkv:window=32; repeatable. By default all, and of those that learn the fitted ones."
+            help=f"{', '.join(METHODS)}, with fields as in snapkv:window=32; repeatable. "
+            "By default all; of those that learn, the fitted ones."
         ),
     ] = None,
     tasks: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(study.TASKS)}.")] = ",".join(study.TASKS),

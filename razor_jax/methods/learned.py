@@ -139,7 +139,10 @@ class LearnedMethod(CacheMethod):
 
     def check_params(self, params: Params) -> None:
         """Raise ValueError without parts, or with those of another method or model."""
-        command = f"`razor-jax fit --method {self.key} --model …`, then repeat this (Python: {type(self).__name__}(…, learned=FILE))"
+        command = (
+            f"`razor-jax fit --method {self.key} --model …`, then repeat this "
+            f"(Python: {type(self).__name__}(…, learned=FILE))"
+        )
         if not isinstance(self.learned, Learned):
             raise ValueError(f"{self.name} has to be fitted to the model first: {command}")
         if self.learned.method != self.key:
