@@ -102,8 +102,9 @@ def test_an_8_bit_cut_cache_and_its_growth():
     grown = kv.broadcast(small, 1, 90)
     large = functional.init_cache(params, batch=1, capacity=90, razor=razor)
     _, large = extend(params, large, tokens, np.asarray([50], np.int32))
+    # Two programs may differ in the last bit of a scale.
     for one, other in zip(jax.tree.leaves(grown), jax.tree.leaves(large), strict=True):
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_what_a_cut_head_sees_and_what_it_loses(record_property):

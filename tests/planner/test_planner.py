@@ -275,7 +275,7 @@ def test_options_change_the_plan(run, tmp_path):
 def test_what_the_compiler_says_is_shown(run, monkeypatch):
     """The decode step compiles, the prefill is refused."""
     exchange = {"op": "all-reduce", "bytes": 1 << 20, "count": 3, "in_loop": False}
-    takes = compiler.Compiled(8 * GIB, 61.0, "0.0.51", 9 * GIB, 5 * GIB, 5 * GIB, -GIB, [exchange])
+    takes = compiler.Compiled(8 * GIB, 61.0, "0.0.51", 9 * GIB, 5 * GIB, 5 * GIB, -GIB, collectives=[exchange])
     refuses = compiler.Compiled(20 * GIB, 30.0, "0.0.51", refused="RESOURCE_EXHAUSTED")
     monkeypatch.setattr(compiler, "require", lambda hardware: None)
     monkeypatch.setattr(plan, "compile_step", lambda job, step: refuses if step == "prefill" else takes)
