@@ -7,17 +7,16 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float32, Int32
 
-from ..kernels.attention import State
 from .base import CacheMethod, Prompt, QueryRows
 from .expected_attention import ExpectedAttention
-from .pool import Pool, fill_pool, keep_first, read_pool
+from .pool import Pool, PoolMethod, fill_pool, keep_first
 from .snapkv import SnapKV
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaKV(CacheMethod):
+class AdaKV(PoolMethod):
     """Keep the highest scores of a layer over all its heads (Feng et al., arXiv 2407.11550, algorithm 1).
 
     The scores are those of another method. Every head first gets a floor of its own best tokens. Later tokens all stay.
@@ -62,10 +61,6 @@ class AdaKV(CacheMethod):
         scores = keep_first(self.scores(prompt, seen), prompt.valid, floor[:, None])
         heads = prompt.k.shape[1]
         return fill_pool(prompt, scores, heads * room, heads * slots)
-
-    def read(self, state: Pool, q: Float[jax.Array, "B K R H"], scale: float, implementation: Any) -> State:
-        """Return the softmax state over each head's own slots. Runs on XLA."""
-        return read_pool(state, q, scale)
 
 
 @dataclasses.dataclass(frozen=True)

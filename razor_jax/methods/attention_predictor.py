@@ -16,12 +16,11 @@ from ..kernels import attention as kernel
 from ..kernels.attention import State
 from .base import Prompt, QueryRows
 from .learned import LearnedMethod
-from .slots import merge
+from .slots import einsum, merge
 
 BLOCK = 16  # keys of a block, which is read as a whole
 HISTORY = 64  # rows that the network sees
 EVERY = 5  # steps after which the history gets a row of all blocks
-_einsum = jax.tree_util.Partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class Selectable(flax.struct.PyTreeNode):
@@ -77,7 +76,7 @@ class AttentionPredictor(LearnedMethod):
         place = rows.at - (prompt.lengths[:, None] - HISTORY)
         here = (place[..., None] == jnp.arange(HISTORY, dtype=jnp.int32)) & rows.counted[..., None]
         weights = _fit(rows.weights(prompt.k), seen.shape[-1] * BLOCK, axis=4)
-        return seen + _einsum("bcw,bkcgn->bkgwn", here.astype(jnp.float32), pool(weights))
+        return seen + einsum("bcw,bkcgn->bkgwn", here.astype(jnp.float32), pool(weights))
 
     def compress(self, prompt: Prompt, seen: Any, room: Int32[jax.Array, " B"], slots: int) -> Selectable:
         """Return the whole layer."""
@@ -99,14 +98,14 @@ class AttentionPredictor(LearnedMethod):
             for x in (state.k, state.v)
         )
         q = q.astype(jnp.float32) * H**-0.5
-        logits = jnp.where(mask[:, :, None], _einsum("bkgh,bkmth->bkgmt", q, k), kernel.NEG)
+        logits = jnp.where(mask[:, :, None], einsum("bkgh,bkmth->bkgmt", q, k), kernel.NEG)
         m = jnp.max(logits, axis=(3, 4))
         weights = jnp.where(mask[:, :, None], jnp.exp(logits - m[..., None, None]), 0.0)
         v = jnp.where(mask[..., None], v, 0.0)
-        seen = merge((_einsum("bkgmt,bkmth->bkgh", weights, v), m, weights.sum(axis=(3, 4))), others)
+        seen = merge((einsum("bkgmt,bkmth->bkgh", weights, v), m, weights.sum(axis=(3, 4))), others)
         log_total = seen[1] + jnp.log(seen[2])
         row = jnp.exp(jnp.max(logits, axis=4) - log_total[..., None])
-        row = _einsum("bkgm,bkmn->bkgn", row, (at[..., None] == jnp.arange(blocks)).astype(jnp.float32))
+        row = einsum("bkgm,bkmn->bkgn", row, (at[..., None] == jnp.arange(blocks)).astype(jnp.float32))
         whole = (state.steps % EVERY == EVERY - 1)[:, None, None, None]
         row = lax.cond(jnp.any(whole), lambda: jnp.where(whole, _whole_row(state, q, log_total), row), lambda: row)
         history = jnp.concatenate([state.history[:, :, :, 1:], row[:, :, :, None].astype(jnp.bfloat16)], axis=3)
@@ -149,7 +148,7 @@ def predict(parts: Mapping[str, Any], history: Float[jax.Array, "*n W m"]) -> Fl
 
 def _whole_row(state: Selectable, q: jax.Array, log_total: jax.Array) -> Float32[jax.Array, "B K G n"]:
     """Return the pooled weights of all blocks, as parts of what was read."""
-    logits = _einsum("bkgh,bkth->bkgt", q, state.k.astype(jnp.float32))
+    logits = einsum("bkgh,bkth->bkgt", q, state.k.astype(jnp.float32))
     valid = jnp.arange(state.k.shape[2], dtype=jnp.int32) < state.length[:, None]
     return pool(jnp.where(valid[:, None, None], jnp.exp(logits - log_total[..., None]), 0.0))
 

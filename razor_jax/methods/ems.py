@@ -7,13 +7,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Bool, Float, Float32, Int32
 
 from .base import CacheMethod, Prompt, QueryRows
-from .slots import ALWAYS, Slots, best, keep, next_slot, put_slot, take_tokens, write_slot
+from .slots import ALWAYS, Slots, best, einsum, keep, next_slot, put_slot, take_tokens, write_slot
 
-_einsum = jax.tree_util.Partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 _LEAST = 1e-20  # norms and scores are at least this in divisions
 
 
@@ -128,7 +126,7 @@ class EMS(CacheMethod):
             jnp.where(centres[..., None], x.astype(jnp.float32), 0.0)
             for x in (state.k, state.v, state.score[..., None])
         ]
-        of_k, of_v = (_einsum("bkmh,bksh->bkms", _unit(a), _unit(b)) for a, b in zip(new[:2], old[:2], strict=True))
+        of_k, of_v = (einsum("bkmh,bksh->bkms", _unit(a), _unit(b)) for a, b in zip(new[:2], old[:2], strict=True))
         similar = jnp.maximum(of_k, 0.0) * jnp.maximum(of_v, 0.0)
         similar = jnp.where(joins[..., None] & centres[:, :, None], similar, -1.0)
         nearest = jnp.argmax(similar, axis=-1)
@@ -136,7 +134,7 @@ class EMS(CacheMethod):
         slot = jnp.arange(state.k.shape[2], dtype=jnp.int32)
         member = ((nearest[..., None] == slot) & merges[..., None]).astype(jnp.float32)  # [B, K, M, S]
         parts = zip(_weighted(*old), _weighted(*new), strict=True)
-        weight, value, norm, direction = (a + _einsum("bkms,bkmh->bksh", member, b) for a, b in parts)
+        weight, value, norm, direction = (a + einsum("bkms,bkmh->bksh", member, b) for a, b in parts)
         key, value = norm / weight * _unit(direction), value / weight
         grown = member.sum(2)[..., None] > 0
         k, v = (jnp.where(grown, a.astype(b.dtype), b) for a, b in ((key, state.k), (value, state.v)))

@@ -7,14 +7,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Float32
 
 from ..models import rope
 from .base import CacheMethod, Prompt, QueryRows
-from .slots import ALWAYS
-
-_einsum = jax.tree_util.Partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+from .slots import ALWAYS, einsum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +53,7 @@ class ExpectedAttention(CacheMethod):
         q = rope.rotate(q, (cos / square, -sin / square))
         q = jnp.where((rows.counted & (rows.at >= self.sinks))[:, :, None, None, None], q, 0.0)
         total, outer = seen
-        return total + q.sum(axis=1), outer + _einsum("bckgh,bckgi->bkghi", q, q)
+        return total + q.sum(axis=1), outer + einsum("bckgh,bckgi->bkghi", q, q)
 
     def scores(self, prompt: Prompt, seen: Any) -> Float32[jax.Array, "B K T"]:
         """Return expected weights times value norms; sinks always stay."""
@@ -65,11 +62,11 @@ class ExpectedAttention(CacheMethod):
         mean = total / count[:, None, None, None]
         covariance = outer / count[:, None, None, None, None] - mean[..., :, None] * mean[..., None, :]
         turn = self._mean_rotation(prompt)
-        mean = _einsum("bij,bkgj->bkgi", turn, mean)
-        covariance = _einsum("bij,bkgjl,bml->bkgim", turn, covariance, turn)
+        mean = einsum("bij,bkgj->bkgi", turn, mean)
+        covariance = einsum("bij,bkgjl,bml->bkgim", turn, covariance, turn)
         k = prompt.k.astype(jnp.float32)
-        logits = _einsum("bkgh,bkth->bkgt", mean, k)
-        logits += 0.5 * _einsum("bkgti,bkti->bkgt", _einsum("bkth,bkghi->bkgti", k, covariance), k)
+        logits = einsum("bkgh,bkth->bkgt", mean, k)
+        logits += 0.5 * einsum("bkgti,bkti->bkgt", einsum("bkth,bkghi->bkgti", k, covariance), k)
         sinks = prompt.first(self.sinks)[:, None]
         counted = prompt.valid[:, None] & ~sinks
         weights = jax.nn.softmax(jnp.where(counted[:, :, None], logits, -jnp.inf), axis=-1).mean(axis=2)

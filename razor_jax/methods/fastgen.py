@@ -10,18 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Bool, Float, Float32, Int, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 
-from ..kernels.attention import State
 from ..models.config import ModelConfig
 from ..tokenizer.assets import Assets
-from .base import CacheMethod, Prompt, QueryRows
+from .base import Prompt, QueryRows
 from .observed import no_sums
-from .pool import Pool, fill_pool, rank, read_pool
+from .pool import Pool, PoolMethod, fill_pool, rank
 
 
 @dataclasses.dataclass(frozen=True)
-class FastGen(CacheMethod):
+class FastGen(PoolMethod):
     """Give every head one rung of a ladder of token sets (Ge et al., arXiv 2310.01801, section 3).
 
     Each rung adds tokens: special ones; punctuation; those of largest accumulated attention; the newest; all. A rung is
@@ -94,10 +93,6 @@ class FastGen(CacheMethod):
         chosen = jnp.take_along_axis(sets, rung[..., None, None], axis=2)[:, :, 0]
         share = seen[0].mean(axis=2) / jnp.maximum(prompt.lengths, 1)[:, None, None]  # at most 1
         return fill_pool(prompt, jnp.where(chosen, 1 + share, share), heads * room, heads * slots)
-
-    def read(self, state: Pool, q: Float[jax.Array, "B K R H"], scale: float, implementation: Any) -> State:
-        """Return the softmax state over each head's own slots. Runs on XLA."""
-        return read_pool(state, q, scale)
 
     def _count(self, share: float, prompt: Prompt, room: jax.Array) -> jax.Array:
         """Return how many tokens a rung adds, int32 [B]."""

@@ -8,19 +8,18 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Int32
 
-from ..kernels.attention import State
 from ..models.config import ModelConfig
 from .base import Prompt
-from .pool import Pool, fill_pool, rank, read_pool
+from .pool import Pool, PoolMethod, fill_pool, rank
 from .snapkv import SnapKV
 
 _ROUNDS = 8  # of sharing out what full heads cannot use
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadKV(SnapKV):
+class HeadKV(PoolMethod, SnapKV):
     """Keep more in important heads (Fu et al., arXiv 2410.19258, section 3).
 
     Of an equal share, 1 - 1/β goes to every head and 1/β by importance; inside a head SnapKV chooses. What a head
@@ -78,7 +77,3 @@ class HeadKV(SnapKV):
         """Return the slots that the layer needs for the prompt that needs most."""
         lengths, room = self.rooms(prompt.longest, slots)
         return int(self.sizes(room, lengths, prompt.layer).sum(1).max())
-
-    def read(self, state: Pool, q: Float[jax.Array, "B K R H"], scale: float, implementation: Any) -> State:
-        """Return the softmax state over each head's own slots. Runs on XLA."""
-        return read_pool(state, q, scale)

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Float32, Int32
 
-from ..kernels.attention import State
 from .base import Prompt
 from .learned import LearnedMethod
-from .pool import Pool, fill_pool, read_pool
+from .pool import Pool, PoolMethod, fill_pool
 from .slots import ALWAYS
 
 
 @dataclasses.dataclass(frozen=True)
-class KVzap(LearnedMethod):
+class KVzap(PoolMethod, LearnedMethod):
     """Keep the tokens whose KVzip score, predicted by a linear map, is highest (arXiv 2601.07891).
 
     The map takes the layer's hidden states, divided by their root mean square, to one logarithmic score per KV head.
@@ -48,10 +47,6 @@ class KVzap(LearnedMethod):
         window = prompt.newest(jnp.minimum(self.window, room // 2)[:, None])
         heads = prompt.k.shape[1]
         return fill_pool(prompt, jnp.where(window[:, None], ALWAYS, seen), heads * room, heads * slots)
-
-    def read(self, state: Pool, q: Float[jax.Array, "B K R H"], scale: float, implementation: Any) -> State:
-        """Return the softmax state over each head's own slots. Runs on XLA."""
-        return read_pool(state, q, scale)
 
 
 def features(x: Float[jax.Array, "B T D"]) -> Float32[jax.Array, "B T D"]:

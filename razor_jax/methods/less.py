@@ -10,16 +10,13 @@ from typing import Any, ClassVar
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Float, Float32, Int32
 
 from ..kernels import attention as kernel
 from .base import Prompt
 from .learned import LearnedMethod
-from .slots import Slots, merge, put_slot, read_slots, take_tokens
+from .slots import Slots, einsum, merge, put_slot, read_slots, take_tokens
 from .streaming import StreamingLLM
-
-_einsum = jax.tree_util.Partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class Folded(flax.struct.PyTreeNode):
@@ -71,7 +68,7 @@ class LESS(LearnedMethod, StreamingLLM):
         at = jnp.arange(prompt.k.shape[2], dtype=jnp.int32)
         evicted = (at >= sinks) & (at < prompt.lengths[:, None] - ring)
         features = jnp.where(evicted[:, None, :, None], key_features(self.learned, prompt.k), 0.0)
-        values = _einsum("bktr,bkth->bkrh", features, prompt.v.astype(jnp.float32))
+        values = einsum("bktr,bkth->bkrh", features, prompt.v.astype(jnp.float32))
         return Folded(kept, values, features.sum(axis=2))
 
     def step(
@@ -85,8 +82,8 @@ class LESS(LearnedMethod, StreamingLLM):
         """Attend to the slots, the memory and the token itself; the token whose slot it takes joins the memory."""
         scale = 1.0 / math.sqrt(q.shape[-1])
         q_features = query_features(self.learned, q[:, :, :, None])[:, :, :, 0]
-        total = _einsum("bkgr,bkr->bkg", q_features, state.total)
-        memory = _einsum("bkgr,bkrh->bkgh", q_features, state.values), jnp.where(total > 0, 0.0, kernel.NEG), total
+        total = einsum("bkgr,bkr->bkg", q_features, state.total)
+        memory = einsum("bkgr,bkrh->bkgh", q_features, state.values), jnp.where(total > 0, 0.0, kernel.NEG), total
         own = jnp.sum(q.astype(jnp.float32) * k[:, :, None].astype(jnp.float32), axis=-1) * scale
         itself = jnp.broadcast_to(v[:, :, None].astype(jnp.float32), q.shape), own, jnp.ones_like(own)
         seen = merge(merge(read_slots(state.slots, q, scale, "xla"), itself), memory)
@@ -111,10 +108,10 @@ def key_features(parts: Mapping[str, Any], k: Float[jax.Array, "*B K T H"]) -> F
     """Return ψ(k) of rotated keys, at least 0."""
     first, second = (parts[name][..., None, :] for name in ("scale", "mix_scale"))
     u = jnp.abs(first) * _two_layers(k, parts["k_in"], parts["k_out"])
-    return jnp.abs(u + _einsum("...tr,...rs->...ts", u, parts["mix"]) * second)
+    return jnp.abs(u + einsum("...tr,...rs->...ts", u, parts["mix"]) * second)
 
 
 def _two_layers(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
     gelu = jax.tree_util.Partial(jax.nn.gelu, approximate=False)
-    hidden = gelu(_einsum("...th,...hi->...ti", x.astype(jnp.float32), first))
-    return gelu(_einsum("...ti,...ir->...tr", hidden, second))
+    hidden = gelu(einsum("...th,...hi->...ti", x.astype(jnp.float32), first))
+    return gelu(einsum("...ti,...ir->...tr", hidden, second))

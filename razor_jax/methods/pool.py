@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+import dataclasses
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -12,8 +13,8 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from ..kernels import attention as kernel
 from ..kernels.attention import State
-from .base import Prompt
-from .slots import ALWAYS
+from .base import CacheMethod, Prompt
+from .slots import ALWAYS, einsum
 
 
 class Pool(flax.struct.PyTreeNode):
@@ -64,8 +65,16 @@ def read_pool(pool: Pool, q: Float[jax.Array, "B K R H"], scale: float) -> State
     own = (pool.owner[:, None] == jnp.arange(K, dtype=jnp.int8)[:, None]) & used[:, None]  # [B, K, P]
     mask = own[:, :, None]
     k, v = (jnp.where(used[..., None], x, 0).astype(jnp.float32) for x in (pool.k, pool.v))
-    einsum = jax.tree_util.Partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     logits = jnp.where(mask, einsum("bkrh,bph->bkrp", q.astype(jnp.float32), k) * scale, kernel.NEG)
     m = jnp.max(logits, axis=-1)
     weights = jnp.where(mask, jnp.exp(logits - m[..., None]), 0.0)
     return cast(State, (einsum("bkrp,bph->bkrh", weights, v), m, weights.sum(axis=-1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolMethod(CacheMethod):
+    """A method whose state of a layer is a pool."""
+
+    def read(self, state: Pool, q: Float[jax.Array, "B K R H"], scale: float, implementation: Any) -> State:
+        """Return the softmax state over each head's own slots. Runs on XLA."""
+        return read_pool(state, q, scale)

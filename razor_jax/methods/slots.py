@@ -17,6 +17,9 @@ from ..kernels.attention import State
 if TYPE_CHECKING:
     from .base import Prompt
 
+# Products in float32 on every device.
+einsum = jax.tree_util.Partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
 ALWAYS = jnp.inf  # score of a token that is kept whatever the others score
 
 
