@@ -151,15 +151,14 @@ def extend_known(
     meta, begun = _begin_call(cache.replace(layers=()), tokens, lengths, fresh)
     ends = {name: weight for name, weight in params.weights.items() if not name.startswith("blocks_")}
     x = _embed(config, ends, tokens, placement=cache.spec.placement)
-    run = layer or (_layer_in_place if in_place else _layer)
-    if cache.spec.method is not None:
-        run = cache.spec.method.layers(jnp.asarray(tokens, jnp.int32), fresh)
+    placement = placement_of(cache.spec)
+    run = placement.layers(layer or (_layer_in_place if in_place else _layer), tokens, fresh)
     layers, cache = list(cache.layers), begun
     for index, arrays in enumerate(layers):
         # Only `layers` holds the arrays of a layer that is written in place.
-        block = Block(config, config.first_like(index), placement_of(cache.spec).mix)
+        block = Block(config, config.first_like(index), placement.mix)
         x, layers[index] = run(block, params.weights[f"blocks_{index}"], _slopes(params, index), x, arrays, meta)
-    cache = placement_of(cache.spec).pin_cache(cache.replace(layers=tuple(layers)))
+    cache = placement.pin_cache(cache.replace(layers=tuple(layers)))
     return (None if logits == "none" else _logits(config, ends, x, meta, T, logits)), cache
 
 
@@ -169,8 +168,7 @@ def extend_known(
 
 @functools.partial(jax.jit, static_argnames=("fresh",))
 def _begin_call(cache: KVCache, tokens: Ids, lengths: Ids, fresh: bool) -> tuple[AttentionMetadata, KVCache]:
-    begin = kv.begin if cache.spec.method is None else cache.spec.method.begin
-    meta, cache = begin(cache, lengths, tokens.shape[1], fresh)
+    meta, cache = placement_of(cache.spec).begin(cache, lengths, tokens.shape[1], fresh)
     return meta, kv.mark_seen(cache, tokens, meta.new)
 
 
@@ -350,10 +348,15 @@ class OneDevice:
     mix = None  # a layer's experts run as they are
     init = staticmethod(kv.init)
     broadcast = staticmethod(kv.broadcast)
+    begin = staticmethod(kv.begin)
     attend = staticmethod(attention.attend)
     attend_and_write = staticmethod(attention.attend_and_write)
     write = staticmethod(kv.write)
     write_after = staticmethod(attention.write_after)
+
+    def layers(self, run: Callable[..., Any], tokens: Ids, fresh: bool) -> Callable[..., Any]:
+        """Return what runs the layers of a call on tokens [B, T], one after the other: `run` for each."""
+        return run
 
     @staticmethod
     def embed(embed: Callable[[jax.Array], jax.Array], tokens: jax.Array, chunk: int) -> jax.Array:

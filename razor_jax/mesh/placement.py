@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh
 
 from .. import sharding
-from ..cache import AttentionMetadata, CacheSpec, Group, KVCache
+from ..cache import AttentionMetadata, CacheSpec, Group, KVCache, begin
 from ..config import HeadSplit, RazorConfig
 from ..sharding import constrain
 from . import attention, cache, experts, head_order
@@ -103,6 +103,11 @@ class MeshPlacement:
 
     def init(self, spec: CacheSpec, batch: int, prompt_lengths: Any = None) -> KVCache:
         return cache.init(spec, batch, prompt_lengths)
+
+    begin = staticmethod(begin)
+
+    def layers(self, run: Callable[..., Any], tokens: Any, fresh: bool) -> Callable[..., Any]:
+        return run
 
     def broadcast(self, source: KVCache, batch: int, capacity: int) -> KVCache:
         return cache.broadcast(source, batch, capacity)

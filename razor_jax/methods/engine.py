@@ -150,10 +150,10 @@ class Engine(OneDevice):
             return meta, cache
         return meta.replace(window=meta.new), cache.replace(window=meta.new)
 
-    def layers(self, tokens: jax.Array, fresh: bool) -> Callable[..., tuple[jax.Array, Layer]]:
-        """Return what runs the layers of a call, one after the other, as `functional` runs its own."""
+    def layers(self, run: Callable[..., Any], tokens: Any, fresh: bool) -> Callable[..., tuple[jax.Array, Layer]]:
+        """Return what runs the layers of a call on tokens [B, T], one after the other."""
         if fresh:
-            return _Prompt(self, tokens).run
+            return _Prompt(self, jnp.asarray(tokens, jnp.int32)).run
         numbers = itertools.count()
         return lambda block, weights, slopes, x, layer, meta: _run_later(
             self, block, weights, x, layer, meta, self.parts(next(numbers))
