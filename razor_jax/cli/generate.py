@@ -14,6 +14,7 @@ import razor_jax
 from razor_jax import KVReport, Params, Result
 
 from ..text.logprobs import MAX_LOGPROBS
+from ..text.lookup import MAX_DRAFT
 from ..text.prompts import capacity_bucket, encode
 from ..tokenizer.questions import split
 from . import terminal
@@ -99,8 +100,7 @@ def generate(
     draft: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            help="Tokens to draft from the prompt per call, up to 16: the same answer, faster where it quotes.",
+            min=1, max=MAX_DRAFT, help="Tokens to draft from the prompt per call: the same answer, faster if it quotes."
         ),
     ] = None,
     *,

@@ -91,6 +91,7 @@ class Commands(typer.core.TyperGroup):
         except Exception as error:
             # typer's exceptions (usage, exit) have an exit code.
             if hasattr(error, "exit_code") or ctx.params.get("debug"):
+                _name_value(error)
                 raise
             fail(_sentence(error))
             raise typer.Exit(1) from error
@@ -127,6 +128,14 @@ def watch_interrupts() -> None:
     signal.signal(signal.SIGINT, interrupt)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True, name="interrupts").start()
+
+
+def _name_value(error: Any) -> None:
+    """Put the value into the message of a range or type error, where typer reports pydantic's, which leave it out."""
+    cause = error.__cause__
+    if hasattr(cause, "errors"):
+        value, message = cause.errors()[0]["input"], error.message.removeprefix("Value error, ")
+        error.message = message.replace("Input", repr(value), 1) if message.startswith("Input ") else message
 
 
 def _sentence(error: Exception) -> str:

@@ -29,7 +29,7 @@ from .logprobs import Logprobs, no_logprobs
 from .loop import BLOCK, LoopState, before_block, choose, scored
 from .sampling import Sampling
 
-LONGEST = 16  # Most drafted tokens per call.
+MAX_DRAFT = 16  # Most drafted tokens per call.
 # Newest tokens that the source of a draft repeats. One token alone drafts twice as often and rarely holds.
 LONGEST_MATCH, SHORTEST_MATCH = 8, 2
 
@@ -50,7 +50,7 @@ class Text(flax.struct.PyTreeNode):
 
 def check_draft(params: Params, spec: CacheSpec, draft: int) -> int:
     """Return `draft` as an int. Raises ValueError if it is out of range, or drafts cannot be verified here."""
-    draft = check_int("draft", draft, 1, LONGEST)
+    draft = check_int("draft", draft, 1, MAX_DRAFT)
     refused = None
     if spec.method is not None:
         refused = "other cache methods verify no drafts: give razor=RazorConfig(…) or None, or leave out draft"

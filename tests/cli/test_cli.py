@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,25 @@ def test_generate_prints_the_answer_and_accounts_for_it(run, model):
     assert answer["kv"]["engaged"]
     assert answer["kv"]["ratio"] == answer["kv"]["same_type_bytes"] / answer["kv"]["allocated_bytes"]
     assert answer["timings"]["prompt_tokens"] > 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("generate", "--max-new-tokens", 0), "0"),
+        (("generate", "--draft", 17), "17"),
+        (("generate", "--temperature", "warm"), "warm"),
+        (("generate", "--kv-dtype", "int3"), "int3"),
+        (("eval", "needle", "--documents", -4), "-4"),
+    ],
+)
+def test_errors_of_ranges_and_types_name_option_and_value(run, model, arguments, said):
+    *command, option, _ = arguments
+    done = run(*command, "-m", model, *arguments[-2:])
+    assert done.exit_code == 2
+    assert f"'{option}'" in done.stderr
+    assert re.search(rf"(: |'){re.escape(said)}\b", done.stderr.partition(option)[2]), done.stderr
+    assert "error," not in done.stderr
 
 
 @pytest.mark.parametrize(
