@@ -189,7 +189,16 @@ async def counters(url: str) -> dict[str, float]:
 async def served(arguments: argparse.Namespace, dense: bool) -> AsyncIterator[tuple[str, int]]:
     """Start `razor-jax serve` and yield its address and process id once it is ready."""
     command = [sys.executable, "-c", "from razor_jax.cli import main; main()", "serve", "--port", "0"]
-    command += ["--model", arguments.model, "--served-name", arguments.name, "--slots", str(arguments.slots)]
+    command += [
+        "--model",
+        arguments.model,
+        "--dtype",
+        arguments.dtype,
+        "--served-name",
+        arguments.name,
+        "--slots",
+        str(arguments.slots),
+    ]
     command += ["--max-model-len", str(max(arguments.lengths) + arguments.tokens[1])]
     command += ["--cache-gib", str(arguments.cache_mib / 1024)] if arguments.cache_mib else []
     command += ["--request-seconds", "100000", *(["--dense"] if dense else [])]
@@ -239,6 +248,7 @@ def main() -> None:
     parser.add_argument("--url", help="measure a server that runs, instead of starting razor-jax")
     parser.add_argument("--name", default="benchmark", help="name of the model for the server")
     parser.add_argument("--model", default="razor-mini")
+    parser.add_argument("--dtype", default="auto", help="type of the weights and the cache")
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--cache-mib", type=float, help="KV cache of each server; default: all slots at full length")
     parser.add_argument("--requests", type=int, default=60)

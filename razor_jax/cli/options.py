@@ -141,12 +141,15 @@ class PolicyOptions(CompressedOptions):
 
     def policy(self, params: Params) -> RazorConfig | None:
         """Return the policy, None for dense attention. Raises BadParameter where options contradict each other."""
-        if not self.dense:
-            return self.compressed(params)
-        if self.changes:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in self.changes)
+        self.check()
+        return None if self.dense else self.compressed(params)
+
+    def check(self, **more: Any) -> None:
+        """Raise BadParameter if --dense meets an option of compression, one of these or of `more` (None: not given)."""
+        given = self.changes | {name: value for name, value in more.items() if value is not None}
+        if self.dense and given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise typer.BadParameter(f"--dense compresses nothing: leave out {names}")
-        return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,10 +56,7 @@ def plan(
     """
     if share is not None and heads is not None:
         raise typer.BadParameter("give --share or --heads, not both")
-    given = policy.changes | {"share": share, "heads": heads}
-    extra = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
-    if policy.dense and extra:
-        raise typer.BadParameter(f"--dense compresses nothing: leave out {', '.join(extra)}")
+    policy.check(share=share, heads=heads)
     hardware = planner.find_hardware(topology)
     config = planner.find_config(model)
     if compile_:

@@ -29,15 +29,15 @@ def choose_policy(params: Params, razor: Policy) -> RazorConfig | CacheMethod | 
     Raises ValueError or TypeError for any other value, and ValueError if the policy needs a head split that the
     params lack.
     """
-    if isinstance(razor, str):
-        if razor != "auto":
-            raise ValueError(f"razor={razor!r}: give a RazorConfig, None for dense attention, or 'auto'")
+    if isinstance(razor, str) and razor == "auto":
         razor = None if params.heads is None else params.razor or RazorConfig()
     if isinstance(razor, CacheMethod):
         return razor
     if not isinstance(razor, RazorConfig | None):
-        raise TypeError(
-            f"razor={razor!r}: give a RazorConfig, a method of razor_jax.methods, None for dense attention, or 'auto'"
+        error = ValueError if isinstance(razor, str) else TypeError
+        raise error(
+            f"razor={razor!r}: give 'auto', a RazorConfig, None for dense attention, or a method of razor_jax.methods, "
+            "as in SnapKV(budget=0.2)"
         )
     require_split(params, razor)
     return razor

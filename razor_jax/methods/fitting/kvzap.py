@@ -17,6 +17,7 @@ from jaxtyping import Float32
 from ...params import Params
 from ...resume import State
 from ..learned import Layer
+from .descent import split
 from .reading import RecordRepetition, read
 
 RIDGES = tuple(10.0**power for power in range(-5, 3))  # times the mean variance of a feature
@@ -34,12 +35,12 @@ def fit(
     output = jnp.stack([params.weights[f"blocks_{i}"]["o"]["kernel"] for i in range(c.num_layers)])
     size = c.hidden_size + 1 + c.num_kv_heads
     sums = state.arrays.get("sums", np.zeros((2, c.num_layers, size, size)))  # fitted and not, of [x, 1, score]
-    held_out = max(1, len(rows) // 4)
+    fitted, _ = split(rows)
     for done in range(int(state.arrays.get("done", 0)), len(rows)):
         found = read(params, RecordRepetition(), rows[done])
         x, y = (np.asarray(a, np.float64)[:, : len(rows[done])] for a in (found["features"], targets(found, output)))
         z = np.concatenate([x, np.ones_like(x[..., :1]), y], axis=-1)
-        sums[int(done >= len(rows) - held_out)] += z.swapaxes(1, 2) @ z
+        sums[int(done >= len(fitted))] += z.swapaxes(1, 2) @ z
         state.save(sums=sums, done=np.asarray(done + 1))
         progress(done + 1, len(rows))
     solved = [_solve(sums[0, layer], sums[1, layer], c.hidden_size) for layer in range(c.num_layers)]
