@@ -123,7 +123,7 @@ def run_razor(model: str, context: int, new_tokens: int, *, dense: bool) -> dict
 
     # By its name: the packaged heads are found by the weights of the original file.
     params = razor_jax.load(model, dtype="float32")
-    policy = None if dense else razor_jax.RazorConfig()
+    policy = None if dense else params.razor or razor_jax.RazorConfig()
     speed = measure(params, policy, context=context, new_tokens=new_tokens, repeats=1)
     return {
         "prefill_seconds": speed.prefill_seconds,

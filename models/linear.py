@@ -59,9 +59,11 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, outputs) if self.use_bias else None
         if not self.has_variable("params", "scale"):
             if self.has_variable("params", "group_scale"):
-                kernel = self.weight().astype(x.dtype)
+                kernel, merge = self.weight().astype(x.dtype), 1
+            else:
+                merge = sum(axis not in result for axis in axes)
             x, kernel, bias = promote_dtype(x, kernel, bias)
-            y = jnp.einsum(self.spec, x, kernel)
+            y = _product(self.spec, x, kernel, merge)
             return y if bias is None else y + bias
         # A sum of products with int8 overflows float16.
         wide = jnp.promote_types(x.dtype, jnp.bfloat16)
@@ -72,6 +74,19 @@ class Linear(nn.Module):
     def weight(self) -> Float32[jax.Array, "*shape"]:
         """Return the kernel, dequantised."""
         return dequantize(self.variables["params"])
+
+
+def _product(spec: str, x: jax.Array, kernel: jax.Array, merge: int) -> jax.Array:
+    """Return the einsum, with the last dimensions of x and the first of the kernel, `merge` in number, as one.
+
+    XLA for CPUs otherwise transposes a kernel that contracts several at every call. Quantised kernels stay as they are:
+    XLA for TPUs would write them out wide.
+    """
+    if merge > 1:
+        inputs, axes, result = re.split(",|->", spec)
+        x, kernel = x.reshape(*x.shape[:-merge], -1), kernel.reshape(-1, *kernel.shape[merge:])
+        spec = f"{inputs[: 1 - merge]},{axes[0]}{axes[merge:]}->{result}"
+    return jnp.einsum(spec, x, kernel)
 
 
 def is_kernel(path: str) -> bool:
