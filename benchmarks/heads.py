@@ -7,6 +7,7 @@ Every document is read before its questions. Names, prose and phrasings of the q
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,9 @@ def main(
     calibration: Annotated[int, typer.Option(help="Documents that heads are chosen by.")] = 8,
     kv_dtype: Annotated[str | None, typer.Option(help="Type of the compressed cache.")] = None,
     scores: Annotated[Path | None, typer.Option(help="Folder to keep scores in: a second run reads them.")] = None,
+    splits: Annotated[
+        Path | None, typer.Option(help="Table of an earlier run, whose splits are asked, on other documents.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON of the table.")] = None,
 ) -> None:
     """Choose heads by several methods, then print and write what each keeps."""
@@ -39,7 +43,13 @@ def main(
     total = params.config.num_layers * params.config.num_kv_heads
     rows: list[tuple[str, int, HeadSplit]] = []
     seconds: dict[str, float] = {}
-    for count in heads or (30, 26, 18, 13):
+    if splits is not None:
+        earlier = json.loads(splits.read_text())
+        seconds = earlier["seconds"]
+        # A table may ask the same split under two policies.
+        unlike = {(row["method"], row["heads"]): row["split"] for row in earlier["table"]}
+        rows = [(*key, HeadSplit(split, params.config.num_kv_heads)) for key, split in unlike.items()]
+    for count in () if splits is not None else heads or (30, 26, 18, 13):
         for name in method or ("gates", "gradient", "search", "probe", "random"):
             label = f"{name}-{count}" if name == "search" else name
             start = time.perf_counter()
