@@ -23,11 +23,11 @@ from ..cache import CacheSpec, KVCache, mark_seen
 from ..config import check_int
 from ..functional import Ids, decode, promoting
 from ..params import Params
-from ..verification import commit, verify
 from . import prompts
 from .logprobs import Logprobs, no_logprobs
 from .loop import BLOCK, LoopState, before_block, choose, scored
 from .sampling import Sampling
+from .verification import commit, verify
 
 MAX_DRAFT = 16  # Most drafted tokens per call.
 # Newest tokens that the source of a draft repeats. One token alone drafts twice as often and rarely holds.

@@ -19,15 +19,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Float32, Int
 
-from . import cache as kv
-from .cache import AttentionMetadata, Group, KVCache
-from .functional import Ids, extend_known
-from .kernels import attention as kernel
-from .kernels.cache_write import dequantize, newest_positions, quantize, ring_slot
-from .models import rope
-from .models.config import ModelConfig
-from .models.transformer import Block
-from .params import Params
+from .. import cache as kv
+from ..cache import AttentionMetadata, Group, KVCache
+from ..functional import Ids, extend_known
+from ..kernels import attention as kernel
+from ..kernels.cache_write import dequantize, newest_positions, quantize, ring_slot
+from ..models import rope
+from ..models.config import ModelConfig
+from ..models.transformer import Block
+from ..params import Params
 
 Tokens = tuple[tuple[jax.Array, jax.Array], ...]  # k, v [B, K, T, H] of a call, by layer
 

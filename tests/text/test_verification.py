@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from razor_jax import Params, RazorConfig, functional, with_heads
 from razor_jax.models.config import Rope
-from razor_jax.verification import commit, verify
+from razor_jax.text.verification import commit, verify
 
 from ..support import oracle
 from ..support.small import CONFIG, RULE, SPLIT, decode, extend, params, text, weights
