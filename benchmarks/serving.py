@@ -37,6 +37,8 @@ PREDICTION = (
     "razor-mini and 1.3 times with SmolLM2, and its median first token comes in a third of dense's time; the longest "
     "gap between two tokens is the same"
 )
+# One token each in most vocabularies.
+WORDS = ("time", "people", "water", "house", "light", "story", "river", "music", "world", "night", "paper", "garden")
 
 
 class Record:
@@ -61,13 +63,16 @@ def plan(arguments: argparse.Namespace) -> list[Record]:
     return records
 
 
-async def ask(client: httpx.AsyncClient, model: str, record: Record, seed: int) -> None:
-    """Stream one answer, or leave after some of its tokens."""
+async def ask(client: httpx.AsyncClient, model: str, record: Record, seed: int, words: bool = False) -> None:
+    """Stream one answer, or leave after some of its tokens. The prompt is token ids, or `words`."""
     dice = random.Random(seed)
-    prompt = [dice.randint(10, 2000) for _ in range(record.length)]
-    body = {"model": model, "prompt": prompt, "max_tokens": record.tokens, "stream": True, "temperature": 0}
-    # Every token ends a piece of the stream, also one without text.
-    body["logprobs"] = 0
+    body = {"model": model, "max_tokens": record.tokens, "stream": True, "temperature": 0}
+    if words:
+        body["prompt"] = " ".join(dice.choices(WORDS, k=record.length))
+    else:
+        body["prompt"] = [dice.randint(10, 2000) for _ in range(record.length)]
+        # Every token ends a piece of the stream, also one without text.
+        body["logprobs"] = 0
     record.begin = time.perf_counter()
     try:
         async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -103,14 +108,16 @@ async def _read(response: httpx.Response, record: Record) -> None:
             record.received += tokens
 
 
-async def load(url: str, model: str, records: Sequence[Record], rate: float, seed: int) -> dict[str, Any]:
+async def load(
+    url: str, model: str, records: Sequence[Record], rate: float, seed: int, words: bool = False
+) -> dict[str, Any]:
     """Send requests at Poisson arrivals and return the figures."""
     dice = random.Random(seed + 1)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False) as client:
         begin, tasks = time.perf_counter(), []
         for index, record in enumerate(records):
-            tasks.append(asyncio.create_task(ask(client, model, record, seed + index)))
+            tasks.append(asyncio.create_task(ask(client, model, record, seed + index, words)))
             await asyncio.sleep(dice.expovariate(rate))
         await asyncio.gather(*tasks)
         return figures(records, time.perf_counter() - begin)
@@ -230,14 +237,15 @@ async def served(arguments: argparse.Namespace, dense: bool) -> AsyncIterator[tu
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of each server."""
     results: dict[str, Any] = {}
+    words = arguments.words
 
     async def one(name: str, url: str, pid: int | None) -> None:
         if arguments.soak_seconds:
             results[name] = await soak(url, arguments.name, arguments, pid)
         else:
             # A first request pays for what a server does once.
-            await load(url, arguments.name, [Record(min(arguments.lengths), 4, None)], 1.0, arguments.seed)
-            results[name] = await load(url, arguments.name, plan(arguments), arguments.rate, arguments.seed)
+            await load(url, arguments.name, [Record(min(arguments.lengths), 4, None)], 1.0, arguments.seed, words)
+            results[name] = await load(url, arguments.name, plan(arguments), arguments.rate, arguments.seed, words)
         results[name]["counters"] = await counters(url)
 
     if arguments.url:
@@ -261,6 +269,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--rate", type=float, default=2.0, help="arrivals per second")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 1024], help="prompt tokens, drawn evenly")
+    parser.add_argument("--words", action="store_true", help="prompts are words, for servers that take no token ids")
     parser.add_argument("--tokens", type=int, nargs=2, default=[8, 64], help="fewest and most new tokens")
     parser.add_argument("--cancels", type=float, default=0.1, help="share of clients that leave")
     parser.add_argument("--seed", type=int, default=0)
