@@ -17,6 +17,8 @@ from .state import NEG, State, empty, finish
 _BLOCK_FEW_ROWS = 2048
 _BLOCK_MANY_ROWS = 256
 _FEW_ROWS = 32
+# So few slots are folded at once whatever is valid: a choice between programs would cost more to compile.
+_FEW_SLOTS = 512
 _PAGED_SLOTS = 512  # Pages are copied before they are read, so a short step keeps the copy in cache.
 
 
@@ -131,7 +133,7 @@ def _scan(part: Part, visible, bias, end, scale: float) -> State:
 
     # 8-bit caches go by blocks: at once, all of a cache would be widened at once.
     # Pages go by blocks too: at once, all of them would be gathered.
-    if not few or S <= _BLOCK_MANY_ROWS or part.k.dtype in EIGHT_BIT or table is not None:
+    if not few or S <= _FEW_SLOTS or part.k.dtype in EIGHT_BIT or table is not None:
         return by_blocks(initial)
     return lax.cond(2 * end > S, at_once, by_blocks, initial)
 
