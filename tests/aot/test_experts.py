@@ -1,6 +1,6 @@
 """Mixture of experts through the real TPU compiler, with the shapes of Qwen3-30B-A3B.
 
-pytest -n 0 tests/aot/test_experts.py
+pytest -m 'slow or not slow' tests/aot/test_experts.py
 
 prints the bytes and operations of docs/models.md: of `experts.mix`, which the model runs, of `jax.lax.ragged_dot` on
 sorted rows, and of gathering the weights of the chosen experts.
@@ -90,7 +90,7 @@ for way in (mix, ragged, *([gather] if rows == 1 else [])):
 """
 
 
-@pytest.mark.parametrize("type_", ["bfloat16", "int8"])
+@pytest.mark.parametrize("type_", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
 def test_a_decode_step_reads_the_chosen_experts(type_, record_property):
     """The compiler counts a loop's body once: one pass reads one expert, and there is one pass per chosen expert."""
     mix, ragged, gather = tpu_compiler.run(WAYS, [E, D, F, CHOSEN, 1, type_])
@@ -125,7 +125,8 @@ def job(topology: str, weights: str = "bfloat16") -> Job:
 
 
 @pytest.mark.parametrize(
-    ("topology", "weights"), [("v5e:2x4", "bfloat16"), ("v5e:2x4", "int8"), ("v6e:2x2", "bfloat16")]
+    ("topology", "weights"),
+    [pytest.param("v5e:2x4", "bfloat16", marks=pytest.mark.slow), ("v5e:2x4", "int8"), ("v6e:2x2", "bfloat16")],
 )
 def test_decode_on_a_mesh_moves_no_expert(topology, weights):
     plan = job(topology, weights)

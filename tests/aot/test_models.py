@@ -4,10 +4,13 @@
     pytest tests/aot
 
 Shapes of Llama-3-8B, Qwen2.5-7B and Llama-3.2-1B (H = 64) at 32k tokens, with four layers (all layers with `-m slow`)
-and very uneven splits: layers with one, two, no and only retrieval heads.
+and very uneven splits: layers with one, two, no and only retrieval heads. A quick run compiles each shape and each
+generation once; every pair of them is slow.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 
@@ -74,18 +77,22 @@ def in_place(seen):
     assert not seen["copies"] or "async-update" in str(seen["copies"]), seen
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize(
-    ("shape", "kv_dtype"), [(LLAMA, None), (QWEN, "int8"), (NARROW, None)], ids=["llama", "qwen-int8", "narrow"]
-)
-def test_a_decode_step_copies_no_cache(shape, kv_dtype, topology):
+SHAPES = {"llama": (LLAMA, None), "qwen-int8": (QWEN, "int8"), "narrow": (NARROW, None)}
+QUICK = {("llama", "v5e:2x2"), ("narrow", "v5p:2x2x1"), ("qwen-int8", "v6e:2x2"), ("llama", "tpu7x:2x2x1")}
+PAIRS = [
+    pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow)
+    for pair in itertools.product(SHAPES, TOPOLOGIES)
+]
+
+
+@pytest.mark.parametrize(("shape", "topology"), PAIRS)
+def test_a_decode_step_copies_no_cache(shape, topology):
+    shape, kv_dtype = SHAPES[shape]
     (seen,) = compiled(topology, shape, [4], "decode", kv_dtype=kv_dtype)
     in_place(seen)
 
 
-@pytest.mark.parametrize(
-    "topology", ["v5e:2x2", *(pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES[1:3]), "tpu7x:2x2x1"]
-)
+@pytest.mark.parametrize("topology", ["v5e:2x2", *(pytest.param(t, marks=pytest.mark.slow) for t in TOPOLOGIES[1:])])
 def test_extending_copies_no_cache(topology):
     """With 2,048 tokens temporaries are activations, and more layers need no more of them.
 
@@ -97,7 +104,7 @@ def test_extending_copies_no_cache(topology):
     assert (deep["temporary"] - shallow["temporary"]) / 4 < 0.05 * deep["cache"] / 8
 
 
-@pytest.mark.parametrize("shape", [LLAMA, QWEN], ids=["llama", "qwen"])
+@pytest.mark.parametrize("shape", [LLAMA, pytest.param(QWEN, marks=pytest.mark.slow)], ids=["llama", "qwen"])
 def test_exact_prefill_needs_one_layer_at_a_time(shape, record_property):
     """From 4 to 8 layers, temporaries grow by < 10 % of one layer's K/V per layer."""
     shallow, deep = compiled("v5e:2x2", shape, [4, 8], "prefill", T=16384)

@@ -1,12 +1,14 @@
 """What the notebooks run on a Colab TPU, through the real TPU compiler for one v5e chip.
 
 The programs of `ask_a_long_document` with its default model and with an 8B in int8, and every check of
-`doctor_on_my_chip`. The first layers stand for the whole model; -m slow compiles all of them.
+`doctor_on_my_chip`. A quick run compiles the first layers of the default model, one step of the others, and the checks
+of both head widths; -m slow the rest and whole models.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -39,19 +41,21 @@ def fits(plan: Job, step: planner.Step) -> None:
 
 
 INT8 = {"weights": "int8", "razor": RazorConfig.compact(window=256, kv_dtype="int8")}
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 MODELS = {"smollm2": (SMOLLM2, {}), "8b-int8": (LLAMA, INT8)}
 
 
-@pytest.mark.parametrize("step", planner.STEPS)
-@pytest.mark.parametrize("layers", [3, pytest.param(None, marks=pytest.mark.slow)], ids=["3 layers", "whole"])
-@pytest.mark.parametrize("name", MODELS)
-def test_the_notebooks_programs_compile_and_fit(name, layers, step):
+@pytest.mark.parametrize(
+    ("name", "step"), [*(("smollm2", s) for s in planner.STEPS), ("8b-int8", "decode"), slow("8b-int8", "prefill")]
+)
+@pytest.mark.parametrize("layers", [3, slow(None)], ids=["3 layers", "whole"])
+def test_the_notebooks_programs_compile_and_fit(name, step, layers):
     config, changes = MODELS[name]
     batch = 4 if step == "decode" else 1
     fits(job(config, layers, batch=batch, **changes), step)
 
 
-@pytest.mark.parametrize("step", planner.STEPS)
+@pytest.mark.parametrize("step", ["decode", slow("prefill")])
 def test_dense_attention_compiles_too(step):
     fits(job(SMOLLM2, 3, razor=None), step)
 
@@ -108,7 +112,7 @@ print(json.dumps([len(done), len(set(done)), programs]))
 
 
 @pytest.mark.parametrize(
-    ("shape", "checks"), [(0, 25), (1, 17), (2, 9)], ids=[f"{s.name}-{s.query}" for s in examination._SHAPES]
+    ("shape", "checks"), [(0, 25), slow(1, 17), (2, 9)], ids=[f"{s.name}-{s.query}" for s in examination._SHAPES]
 )
 def test_every_check_of_the_doctor_compiles_to_a_kernel(shape, checks):
     (numbers,) = tpu_compiler.run(CHECKS, shape, timeout=1800)

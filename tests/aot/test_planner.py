@@ -41,7 +41,8 @@ def close(plan: Job, step: planner.Step) -> compiler.Compiled:
     return seen
 
 
-@pytest.mark.parametrize("razor", [None, RAZOR], ids=["dense", "int8"])
+# Dense on one chip in a quick run: the program that does not fit.
+@pytest.mark.parametrize("razor", [pytest.param(None, marks=pytest.mark.slow), RAZOR], ids=["dense", "int8"])
 def test_one_chip(razor):
     assert close(job("v5e:1x1", 4, razor=razor), "decode").collectives == []
 

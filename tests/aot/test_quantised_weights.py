@@ -1,6 +1,6 @@
 """int8 and int4 kernels through the real TPU compiler: converted as they are read, never stored in bfloat16.
 
-pytest -n 0 tests/aot/test_quantised_weights.py
+pytest -m 'slow or not slow' tests/aot/test_quantised_weights.py
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ for weights in (None, "int8", "int4"):
 """
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("kind", ["decode", pytest.param("extend", marks=pytest.mark.slow)])
 def test_no_kernel_is_stored_in_bfloat16(kind, count, record_property):
     """Two layers of Llama-3-8B. The compiler reads int4 packed, two to a byte."""

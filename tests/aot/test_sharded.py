@@ -69,7 +69,9 @@ def compiled(topology, form, layers, kind, T=1, kv_dtype=None, layout="slot", sh
     return tpu_compiler.run(COPIES + COMPILE, [topology, form, shape, layers, kind, T, kv_dtype, layout])
 
 
-@pytest.mark.parametrize(("form", "kv_dtype"), [("data=1,model=8", None), ("data=2,model=4", "int8")])
+@pytest.mark.parametrize(
+    ("form", "kv_dtype"), [pytest.param("data=1,model=8", None, marks=pytest.mark.slow), ("data=2,model=4", "int8")]
+)
 def test_a_decode_step_by_slot_sends_no_cache(form, kv_dtype, record_property):
     (seen,) = compiled("v5e:2x4", form, [4], "decode", kv_dtype=kv_dtype)
     print(seen["table"])

@@ -8,6 +8,16 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
+# Generation, and which share of a file's cases it compiles: all on v5e, every third elsewhere, all with `-m slow`.
+_OTHERS = ("v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+GENERATIONS = [
+    ("v5e:2x2", 1),
+    *((topology, 3) for topology in _OTHERS),
+    *(pytest.param(topology, 1, marks=pytest.mark.slow) for topology in _OTHERS),
+]
+
 # Llama-3-8B, as arguments of ModelConfig.
 LLAMA = {"args": ["llama", 128256, 4096, 14336, 32, 32, 8, 128, 131072]}
 
