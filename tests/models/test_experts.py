@@ -22,7 +22,6 @@ from ..support import folders, hf
 
 MODELS = {
     "all sparse": {},
-    "plain shares": {"norm_topk_prob": False},
     "one expert a token": {"num_experts_per_tok": 1},
     "two dense layers": {"num_hidden_layers": 4, "mlp_only_layers": [0, 3], "norm_topk_prob": False},
     "every second layer": {"num_hidden_layers": 4, "decoder_sparse_step": 2},
@@ -32,7 +31,11 @@ LENGTHS = np.asarray([40, 17, 1], np.int32)
 STEPS = 24
 
 
-@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
+# Plain shares are those of "two dense layers" too.
+CASES = [*MODELS.values(), pytest.param({"norm_topk_prob": False}, marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[*MODELS, "plain shares"])
 def folder(request, tmp_path_factory):
     return hf.write(tmp_path_factory.mktemp("moe"), "qwen3_moe", **request.param)
 

@@ -41,9 +41,11 @@ def _logits(params: Params, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(out)
 
 
+# With biases, tied embeddings, and one tensor for q, k and v. llama has nothing of its own, qwen3 is tied in int4 too.
 CASES = [
-    *((name, "int8") for name in ("llama", "qwen2", "qwen3", "baichuan")),
+    *((name, "int8") for name in ("qwen2", "baichuan")),
     *((name, "int4") for name in ("qwen2", "qwen3")),
+    *(pytest.param((name, "int8"), marks=pytest.mark.slow) for name in ("llama", "qwen3")),
 ]
 
 

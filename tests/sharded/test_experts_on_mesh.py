@@ -38,7 +38,13 @@ def _session(params, steps=3):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "weights"), [("model=8", None), ("data=2,model=4", None), ("model=8", "int8"), ("data=2,model=4", "int4")]
+    ("mesh", "weights"),
+    [
+        ("model=8", None),
+        pytest.param("data=2,model=4", None, marks=pytest.mark.slow),
+        ("model=8", "int8"),
+        ("data=2,model=4", "int4"),
+    ],
 )
 def test_logits_are_those_of_one_device(mesh, weights, record_property):
     one = one_device(SPLIT, GROUPED if weights == "int4" else CONFIG)
