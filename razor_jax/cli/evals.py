@@ -25,7 +25,7 @@ from razor_jax.evals.protocol import CachedModel, Example, Form, System
 from razor_jax.evals.provenance import provenance, write_results
 from razor_jax.evals.settings import settings
 from razor_jax.evals.table import Table
-from razor_jax.methods import METHODS
+from razor_jax.methods import METHODS, by_name
 
 app = typer.Typer(
     cls=terminal.Commands,
@@ -47,7 +47,7 @@ class RowOptions:
     method: Annotated[list[str] | None, Rows(help=f"Also another cache method: {', '.join(METHODS)}; repeatable.")] = (
         None
     )
-    budget: Annotated[float, Rows(min=0.0, max=1.0, help="Of these methods: share of the dense cache.")] = 0.2
+    budget: Annotated[float, Rows(min=0.001, max=1.0, help="Of these methods: share of the dense cache.")] = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,11 @@ class RunOptions:
     seed: Annotated[int, Run(min=0, help="Seed of documents and questions.")] = 1
     haystack: Annotated[Path | None, Run(help="Folder of .txt files to hide in; packaged text.")] = None
     out: Annotated[
-        Path | None, Run(help="Folder for JSON, pictures and records; a second run goes on where the first stopped.")
+        Path | None,
+        Run(
+            file_okay=False,
+            help="Folder for JSON, pictures and records; a second run goes on where the first stopped.",
+        ),
     ] = None
     as_json: JsonOption = False
 
@@ -87,12 +91,6 @@ class Job:
     def records(self) -> Path | None:
         return None if self.out is None else self.out / "records.jsonl"
 
-    def require_positions(self, option: str, tokens: int) -> None:
-        """Raise ValueError for sequences longer than the model was trained for: its answers would say nothing."""
-        most = self.params.config.max_position_embeddings
-        if tokens > most:
-            raise ValueError(f"{option}: {tokens:,} tokens, but the model has {most:,} positions: give fewer")
-
     def table(self, name: str, systems: Sequence[System], examples: Sequence[Example], **options: Any) -> Table:
         """Run one table, with a progress bar."""
         with progress_bar(name) as progress:
@@ -108,6 +106,13 @@ class Job:
             note(f"saved {write_results(self.out / f'{command}.json', content)}")
         if self.as_json:
             terminal.print_json(content)
+
+
+def require_positions(params: Params, option: str, tokens: int) -> None:
+    """Raise ValueError for sequences longer than the model was trained for: its answers would say nothing."""
+    most = params.config.max_position_embeddings
+    if tokens > most:
+        raise ValueError(f"{option}: {tokens:,} tokens, but the model has {most:,} positions: give fewer")
 
 
 @app.command()
@@ -135,7 +140,7 @@ def needle(
         plots.require()
     variants = variant or ["single"]
     job = prepare(model, policy, rows, run)
-    job.require_positions("--lengths", max(grid.lengths))
+    require_positions(job.params, "--lengths", max(grid.lengths))
     text, tables = Haystack.load(run.haystack), []
     for name in variants:
         made = needles.examples(job.params, name, grid, haystack=text, form=form)  # type: ignore[arg-type]
@@ -176,7 +181,7 @@ def ruler_command(
             raise typer.BadParameter(f"{name!r}: use {', '.join(ruler.TASKS)}", param_hint="--tasks")
     sizes = _numbers("--lengths", lengths)
     job = prepare(model, policy, rows, run)
-    job.require_positions("--lengths", max(sizes))
+    require_positions(job.params, "--lengths", max(sizes))
     chosen: Form = form or ("user" if job.params.assets and job.params.assets.chat_template else "raw")
     text, tables = Haystack.load(run.haystack), []
     for name in names:
@@ -205,7 +210,7 @@ def conversation_command(
     """Ask a document's facts in one growing conversation, and each of a fresh copy of its cache."""
     grid = needles.Grid((tokens,), documents=documents, facts=facts, seed=run.seed)
     job = prepare(model, policy, rows, run)
-    job.require_positions("--tokens", tokens)
+    require_positions(job.params, "--tokens", tokens)
     made = needles.examples(job.params, "facts", grid, haystack=Haystack.load(run.haystack))
     turns = [conversation.Conversation(row) for row in job.rows]
     tables = [
@@ -231,7 +236,7 @@ def long_generation_command(
 ) -> None:
     """Decode thousands of tokens, ask for facts on the way; then free-running output, token by token."""
     job = prepare(model, policy, rows, run)
-    job.require_positions("--tokens and --new-tokens", tokens + new_tokens)
+    require_positions(job.params, "--tokens and --new-tokens", tokens + new_tokens)
     text = Haystack.load(run.haystack)
     made = long_generation.examples(
         job.params,
@@ -270,7 +275,7 @@ def agreement_command(
     something.
     """
     job = prepare(model, policy, rows, run)
-    job.require_positions("--tokens and --new-tokens", tokens + new_tokens)
+    require_positions(job.params, "--tokens and --new-tokens", tokens + new_tokens)
     text = Haystack.load(run.haystack)
     passages = agreement.text_passages(
         job.params, text, prompt=tokens, following=new_tokens, count=documents, seed=run.seed
@@ -299,15 +304,32 @@ def _by_written(table: Table) -> list[dict[str, Any]]:
 
 def prepare(model: ModelOptions, policy: CompressedOptions, rows: RowOptions, run: RunOptions) -> Job:
     """Load the model and make the rows of its tables."""
-    params = model.load()
     asked = dataclasses.asdict(rows)
     names, budget = asked.pop("method") or [], asked.pop("budget")
+    check_methods(names)
+    params = model.load()
     made = settings(params, policy.compressed(params), **asked, seed=run.seed)
-    try:
+    with bad_method():
         made += [CachedModel(row_name(name), params, make(params, name, budget)) for name in names]
+    return Job(params, model.model, made, run.out, run.as_json)
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Raise BadParameter for an unknown method or field, or a method that is named twice. Needs no model."""
+    with bad_method():
+        for name in names:
+            by_name(name, 1.0)
+            if names.count(name) > 1:
+                raise ValueError(f"{name} is named {names.count(name)} times: name it once")
+
+
+@contextlib.contextmanager
+def bad_method() -> Iterator[None]:
+    """Turn a ValueError into a BadParameter of --method."""
+    try:
+        yield
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--method") from error
-    return Job(params, model.model, made, run.out, run.as_json)
 
 
 def columns(ask: str) -> tuple[bool, ...]:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from razor_jax.cli import terminal
+from razor_jax.cli.evals import require_positions
 from razor_jax.cli.options import JsonOption, ModelOptions, grouped
 from razor_jax.methods import METHODS, stored_path
 from razor_jax.methods import fit as fit_method
@@ -19,7 +20,10 @@ from razor_jax.methods.fitting import RECIPES
 def fit(
     method: Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}.")],
     out: Annotated[
-        Path | None, typer.Option(help="File of the fitted parts; by default where `--method` of evaluations looks.")
+        Path | None,
+        typer.Option(
+            dir_okay=False, help="File of the fitted parts; by default where `--method` of evaluations looks."
+        ),
     ] = None,
     documents: Annotated[int, typer.Option(min=2, help="Documents to fit on; a quarter of them only measures.")] = 16,
     tokens: Annotated[
@@ -35,6 +39,7 @@ def fit(
     if method not in RECIPES:
         raise typer.BadParameter(f"{method!r}: use {', '.join(RECIPES)}", param_hint="--method")
     params = model.load(dense=True)
+    require_positions(params, "--tokens", tokens)
     out = out or stored_path(params, method)
     state = out.with_name(f"{out.name}.progress")
     with terminal.working(model.model) as progress:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from razor_jax.cli.evals import RunOptions, progress_bar
+from razor_jax.cli.evals import RunOptions, bad_method, check_methods, progress_bar, require_positions
 from razor_jax.cli.options import CompressedOptions, ModelOptions, grouped
 from razor_jax.cli.terminal import note, print_json
 from razor_jax.evals import methods as study
+from razor_jax.evals import plots
 from razor_jax.evals.haystack import Haystack
+from razor_jax.evals.journal import Journal
 from razor_jax.evals.needle import Grid
 from razor_jax.evals.provenance import provenance, write_results
 from razor_jax.methods import METHODS
@@ -22,8 +23,8 @@ from razor_jax.methods import METHODS
 @grouped
 def methods(
     budget: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Share of a dense cache's bytes; by default that of Razor."),
+        list[float] | None,
+        typer.Option(min=0.001, max=1.0, help="Share of a dense cache's bytes; by default that of Razor; repeatable."),
     ] = None,
     method: Annotated[
         list[str] | None,
@@ -46,36 +47,34 @@ def methods(
     for name in names:
         if name not in study.TASKS:
             raise typer.BadParameter(f"{name!r}: use {', '.join(study.TASKS)}", param_hint="--tasks")
+    check_methods(method or [])
+    if run.out is not None:
+        plots.require()
     params = model.load()
+    require_positions(params, "--tokens", tokens)
     razor = policy.compressed(params)
     grid, haystack = Grid((tokens,), documents=documents, facts=facts, seed=run.seed), Haystack.load(run.haystack)
-    share = budget if budget is not None else study.razor_share(params, razor, names, grid, haystack)  # type: ignore[arg-type]
-    try:
-        rows = study.settings(params, razor, method or [], share)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--method") from error
-    records = None if run.out is None else run.out / "records.jsonl"
-    with contextlib.ExitStack() as bars:
+    shares = list(dict.fromkeys(budget or [study.razor_share(params, razor, names, grid, haystack)]))  # type: ignore[arg-type]
+    with bad_method():
+        rows = {share: study.settings(params, razor, method or [], share) for share in shares}
+    records, parts = Journal(None if run.out is None else run.out / "records.jsonl"), []
+    for share in shares:
         found = study.compare(
-            rows,
+            rows[share],
             names,  # type: ignore[arg-type]
             grid,
             haystack,
             batch=run.batch,
-            resume=records,
-            progress=lambda name: bars.enter_context(progress_bar(name)),
+            records=records,
+            progress=progress_bar,
         )
-    content = {
-        "eval": "methods",
-        **provenance(params, model.model),
-        "budget": share,
-        "grid": dataclasses.asdict(grid),
-        "settings": {row.name: "dense" if row.razor is None else row.razor.describe() for row in rows},
-        **found.to_dict(),
-    }
+        settings = {row.name: "dense" if row.razor is None else row.razor.describe() for row in rows[share]}
+        parts.append({"budget": share, "settings": settings, **found.to_dict()})
+        if not run.as_json:
+            Console().print(found.render(f"{found.tokens:,} tokens a document, {share:.1%} of the dense cache's bytes"))
+    content = {"eval": "methods", **provenance(params, model.model), "grid": dataclasses.asdict(grid), "budgets": parts}
     if run.out is not None:
         note(f"saved {write_results(run.out / 'methods.json', content)}")
+        note(f"saved {plots.curves([content], run.out)}")
     if run.as_json:
         print_json(content)
-    else:
-        Console().print(found.render(f"{found.tokens:,} tokens a document, {share:.1%} of the dense cache's bytes"))

@@ -1,6 +1,6 @@
 """Cache methods at equal bytes: the same model, documents and questions under every method.
 
-    razor-jax eval methods --model razor-mini --budget 0.2
+    razor-jax eval methods --model razor-mini --budget 0.1 --budget 0.2
 
 Every method gets the bytes of the same share of a document's dense cache. A document is compressed before its questions
 are known; the task `inside` puts each question into the prefill, the order that most methods were made for.
@@ -8,6 +8,7 @@ are known; the task `inside` puts each question into the prefill, the order that
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from ..text.session import Session
 from . import needle
 from .conversation import Conversation
 from .haystack import Haystack
+from .journal import Journal, key_of
 from .protocol import (
     CachedModel,
     EncodedExample,
@@ -78,20 +80,18 @@ TASKS: dict[TaskName, Task] = {
 def settings(params: Params, razor: RazorConfig, names: Sequence[str], budget: float | int) -> list[CachedModel]:
     """Return dense attention, Razor under its own policy, and the named methods at a budget; all without names.
 
-    Raises ValueError for an unknown method or field, and for a named method that was not fitted to the model. Without
-    names, such a method is left out.
+    Raises ValueError for an unknown method or field, and for a named method that was not fitted to the model, or that
+    the budget is too small for. Without names, such a method is left out.
     """
-    if not names:
-        names = [name for name in METHODS if is_fitted(params, name)]
-        for name in (name for name in METHODS if name not in names):
-            logger.info("%s is left out: `razor-jax fit --method %s` fits it to the model", METHODS[name].name, name)
     rows = [dense(params), CachedModel("Razor", params, razor)]
-    return rows + [CachedModel(row_name(name), params, make(params, name, budget)) for name in names]
-
-
-def is_fitted(params: Params, name: str) -> bool:
-    """Return whether a method needs no fitting, or `razor-jax fit` stored its parts for this model."""
-    return not issubclass(METHODS[name], LearnedMethod) or stored_path(params, name).is_file()
+    for name in names or METHODS:
+        try:
+            rows.append(CachedModel(row_name(name), params, make(params, name, budget)))
+        except ValueError as error:
+            if names:
+                raise
+            logger.info("left out: %s", error)
+    return rows
 
 
 def make(params: Params, name: str, budget: float | int) -> CacheMethod:
@@ -106,8 +106,8 @@ def make(params: Params, name: str, budget: float | int) -> CacheMethod:
         known["special"], known["punctuation"] = token_classes(params.assets)
     if isinstance(method, RazorKVzip) and params.heads is not None:
         known["retrieval"] = params.heads.retrieval
-    if isinstance(method, LearnedMethod) and is_fitted(params, name.partition(":")[0]):
-        known["learned"] = stored_path(params, method.key)
+    if isinstance(method, LearnedMethod) and (path := stored_path(params, method.key)).is_file():
+        known["learned"] = path
     method = dataclasses.replace(method, **known)
     method.check_params(params)
     return method
@@ -154,11 +154,17 @@ def razor_share(
     return ours / whole
 
 
-def seconds(setting: CachedModel, texts: Sequence[EncodedExample], batch: int, new_tokens: int) -> tuple[float, float]:
+def seconds(
+    setting: CachedModel, texts: Sequence[EncodedExample], batch: int, new_tokens: int, records: Journal
+) -> tuple[float, float]:
     """Return seconds of prefill per document and of a decode step of `batch` rows, without compilation.
 
-    Shapes are those of the task that asked these questions, so its programs run again.
+    Shapes are those of the task that asked these questions, so its programs run again; unless `records` has the figures
+    of the same setting.
     """
+    key = key_of(system=setting.identity(), timed=texts, batch=batch, new_tokens=new_tokens)
+    if (record := records.get(key)) is not None:
+        return record["prefill_seconds"], record["decode_seconds"]
     totals = [len(document) + max(map(len, asked)) + new_tokens for document, asked in texts]
     documents = [document for document, _ in texts]
     capacity, part = next(batches([len(document) for document in documents], totals, range(len(texts)), batch))
@@ -172,7 +178,9 @@ def seconds(setting: CachedModel, texts: Sequence[EncodedExample], batch: int, n
         pass
     results = session.results()
     steps = max(len(result.tokens) for result in results) - 1
-    return watch.seconds / batch, results[0].timings.decode_seconds / max(1, steps)
+    found = watch.seconds / batch, results[0].timings.decode_seconds / max(1, steps)
+    records.add(key, {"setting": setting.name, "prefill_seconds": found[0], "decode_seconds": found[1]})
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,17 +244,18 @@ def compare(
     haystack: Haystack,
     *,
     batch: int = 8,
-    progress: Callable[[str], Progress] | None = None,
-    **options: Any,
+    records: Journal | None = None,
+    progress: Callable[[str], contextlib.AbstractContextManager[Progress]] | None = None,
 ) -> Comparison:
     """Ask every row the questions of every task.
 
     Args:
       rows: dense first.
       grid: documents of one length.
-      progress: called with a task's name, returns what `protocol.run` calls.
-      options: further arguments of `protocol.run`.
+      records: answers and times of earlier calls; what they have is not computed again.
+      progress: called with a task's name, enters what `protocol.run` calls.
     """
+    records = records or Journal(None)
     params, tables = rows[0].params, {}
     made: dict[str, list[Example]] = {}
     texts: dict[str, list[EncodedExample]] = {}
@@ -256,18 +265,19 @@ def compare(
             made[task.variant] = needle.examples(params, task.variant, grid, haystack=haystack)
             texts[task.variant] = [encode_example(params, example) for example in made[task.variant]]
         systems: list[System] = [Conversation(row) if task.conversation else row for row in rows]
-        tables[name] = run(
-            systems,
-            made[task.variant],
-            question_inside_prefill=task.inside,
-            max_new_tokens=needle.answer_tokens(task.variant),
-            batch=batch,
-            progress=progress and progress(name),
-            **options,
-        )
+        with progress(name) if progress else contextlib.nullcontext() as advance:
+            tables[name] = run(
+                systems,
+                made[task.variant],
+                question_inside_prefill=task.inside,
+                max_new_tokens=needle.answer_tokens(task.variant),
+                batch=batch,
+                resume=records,
+                progress=advance,
+            )
     longest = max(len(document) for each in texts.values() for document, _ in each)
     variant = TASKS[tasks[0]].variant
-    times = {row.name: seconds(row, texts[variant], batch, needle.answer_tokens(variant)) for row in rows}
+    times = {row.name: seconds(row, texts[variant], batch, needle.answer_tokens(variant), records) for row in rows}
     sizes = {row.name: document_bytes(row, longest) for row in rows}
     learned = {row.name: learned_bytes(row) for row in rows}
     reads = {row.name: size for row in rows if (size := read_bytes(row, longest)) is not None}

@@ -73,20 +73,20 @@ def run(
     batch: int = 8,
     max_new_tokens: int = 32,
     stop: Sequence[str] = (),
-    resume: Path | None = None,
+    resume: Path | Journal | None = None,
     progress: Progress | None = None,
 ) -> Table:
     """Put the same questions to every setting, one setting after the other.
 
     Args:
-      resume: file of records; answers recorded for the same setting, text and options are reused.
+      resume: records, or their file; answers recorded for the same setting, text and options are reused.
       progress: called with (setting, questions answered, all questions).
 
     Returns a `Table` of every question's score under every setting. Raises ValueError for bad input before computing.
     """
     options = QuestionFormat(question_inside_prefill, form, batch, max_new_tokens, tuple(stop))
     _check(settings, examples)
-    journal = Journal(resume)
+    journal = resume if isinstance(resume, Journal) else Journal(resume)
     rows = tuple(_score_setting(setting, examples, options, journal, progress) for setting in settings)
     return Table(tuple(examples), rows, options)
 

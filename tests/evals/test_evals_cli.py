@@ -52,12 +52,14 @@ def test_needle_writes_table_json_pictures_and_goes_on(run, model, tmp_path):
     assert (tmp_path / "out" / "records.jsonl").read_bytes() == records
 
 
-def test_methods_get_the_bytes_of_razor_on_the_same_questions(run, model, tmp_path):
-    # the shapes of the needle test above, so that dense and Razor run its programs
-    arguments = ("eval", "methods", "-m", model, "--tokens", 500, "--documents", 1, "--batch", 2, "--tasks", "needle")
-    done = run(*arguments, "--method", "knorm", "--out", tmp_path, "--json")
+# the shapes of the needle test above, so that dense and Razor run its programs
+METHODS = ("eval", "methods", "--tokens", 500, "--documents", 1, "--batch", 2, "--tasks", "needle")
+
+
+def test_methods_get_the_bytes_of_razor_on_the_same_questions(run, model):
+    done = run(*METHODS, "-m", model, "--method", "knorm", "--json")
     assert done.exit_code == 0, done.output
-    content = json.loads(done.stdout)
+    (content,) = json.loads(done.stdout)["budgets"]
     dense, razor, knorm = content["rows"]
     assert [row["method"] for row in content["rows"]] == ["dense", "Razor", "L2-norm"]
     # The dense row is bfloat16; a budget is a share of a cache in the type of the weights, here float32.
@@ -66,10 +68,48 @@ def test_methods_get_the_bytes_of_razor_on_the_same_questions(run, model, tmp_pa
     (table,) = content["tables"]
     assert [row["setting"] for row in table["settings"]] == ["dense", "Razor", "L2-norm"]
     assert {"right", "minus_razor", "prefill_seconds", "decode_seconds"} <= knorm.keys()
-    assert (tmp_path / "methods.json").exists()
-    again = run(*arguments, "--method", "snap")
-    assert again.exit_code == 2
-    assert "use one of knorm, streaming" in " ".join(again.stderr.replace("│", " ").split())
+
+
+def test_several_budgets_ask_dense_and_razor_once_and_make_a_picture(run, model, tmp_path):
+    arguments = (*METHODS, "-m", model, "--method", "knorm", "--out", tmp_path, "--json")
+    done = run(*arguments, "--budget", 0.2, "--budget", 0.4, "--budget", 0.2)
+    assert done.exit_code == 0, done.output
+    content, records = json.loads(done.stdout), (tmp_path / "records.jsonl").read_bytes()
+    small, large = content["budgets"]
+    assert [part["budget"] for part in (small, large)] == [0.2, 0.4]
+    assert small["rows"][:2] == large["rows"][:2], "times, too, are measured once"
+    assert 1.9 * small["rows"][2]["bytes"] < large["rows"][2]["bytes"] < 2.1 * small["rows"][2]["bytes"]
+    asked = [json.loads(line)["setting"] for line in records.splitlines()]
+    assert {name: asked.count(name) for name in asked} == {"dense": 6, "Razor": 6, "L2-norm": 12}  # 5 depths and times
+    assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
+    again = json.loads(run(*arguments, "--budget", 0.4).stdout)
+    assert again["budgets"] == [large]
+    assert (tmp_path / "records.jsonl").read_bytes() == records
+    assert json.loads((tmp_path / "methods.json").read_text()) == summary(again)
+
+
+def _results(budget, right, **row):
+    """The content of a methods.json of one budget."""
+    rows = [("dense", 1000, 1.0), ("Razor", 270, 0.9), ("SnapKV", 1000 * budget, right)]
+    rows = [
+        {"method": name, "bytes": size, "right": {"needles": {"share": share, "low": share, "high": share}}}
+        for name, size, share in rows
+    ]
+    rows[-1] |= row
+    return {"weights": "w", "budget": budget, "rows": rows}
+
+
+def test_curves_join_results_of_several_runs(tmp_path):
+    several = {"weights": "w", "budgets": [_results(0.1, 0.3), _results(0.4, 0.8)]}
+    results = [_results(0.2, 0.5), several]
+    found = plots.points(results)["needles"]
+    assert [(point.bytes, point.right) for point in found["SnapKV"]] == [(0.1, 0.3), (0.2, 0.5), (0.4, 0.8)]
+    assert [point[:2] for point in found["Razor"]] == [(0.27, 0.9)]
+    assert plots.curves(results, tmp_path).read_bytes().startswith(b"\x89PNG")
+    holds = plots.points([_results(x, x, bytes=1100, read_bytes=1000 * x) for x in (0.1, 0.4)])["needles"]["SnapKV"]
+    assert [(point.bytes, point.reads) for point in holds] == [(1.1, 0.1), (1.1, 0.4)]
+    with pytest.raises(ValueError, match="results differ in weights"):
+        plots.curves([*results, _results(0.3, 0.5) | {"weights": "others"}], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +119,13 @@ def test_methods_get_the_bytes_of_razor_on_the_same_questions(run, model, tmp_pa
         (("eval", "needle", "--depths", "deep"), "'deep' is not a list of numbers"),
         (("eval", "ruler", "--tasks", "niah"), "'niah': use niah_single_1"),
         (("eval", "methods", "--tasks", "niah"), "'niah': use needle, needles"),
+        (("eval", "methods", "--out", __file__), "is a file"),
+        (("fit", "--method", "snapkv"), "'snapkv': use kvzap, less"),
+        (("fit", "--method", "kvzap", "--out", "."), "is a directory"),
+        (("eval", "methods", "--budget", "0"), "greater than or equal to 0.001"),
+        (("eval", "methods", "--method", "snap"), "'snap': use one of knorm, streaming"),
+        (("eval", "needle", "--method", "snapkv:rows=3"), "snapkv has no field 'rows': use window, kernel"),
+        (("eval", "needle", "--method", "snapkv", "--method", "snapkv"), "snapkv is named 2 times"),
     ],
 )
 def test_wrong_usage_is_2(run, arguments, message):
@@ -95,6 +142,8 @@ def test_wrong_usage_is_2(run, arguments, message):
         (("eval", "needle", "--depths", "150"), "depths=(1.5,): give shares"),
         (("eval", "ruler", "--lengths", "512,999999"), "--lengths: 999,999 tokens, but the model has"),
         (("eval", "agreement", "--tokens", "999999"), "1,000,511 tokens, but the model has"),
+        (("fit", "--method", "kvzap", "--tokens", "999999"), "--tokens: 999,999 tokens, but the model has"),
+        (("eval", "methods", "--tokens", "999999"), "--tokens: 999,999 tokens, but the model has"),
     ],
 )
 def test_failure_is_one_line_and_1(run, model, arguments, message):
