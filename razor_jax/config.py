@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ _KV_TYPES = {
     "fp8": "float8_e4m3fn",
 }
 KV_DTYPES = tuple(_KV_TYPES)
+MOST = 2**30 - 1  # of a number of tokens: the sum of two is an int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class RazorConfig:
         least = {"sinks": 0, "window": 1, "min_window": 1, "window_divisor": 1, "prefill_chunk": 1}
         for name, value in ((name, getattr(self, name)) for name in least):
             if value is not None or name not in ("window", "prefill_chunk"):
-                object.__setattr__(self, name, check_int(name, value, least[name]))
+                object.__setattr__(self, name, check_int(name, value, least[name], MOST))
         for name in ("kv_dtype", "windowed_kv_dtype"):
             value = getattr(self, name)
             if value is not None and value not in KV_DTYPES:
@@ -233,6 +234,15 @@ def check_split(split: HeadSplit, num_layers: int, num_kv_heads: int) -> None:
         )
 
 
+def refuse_unknown(function: str, unknown: Mapping[str, Any], elsewhere: Mapping[str, str]) -> None:
+    """Raise TypeError for keywords that a function does not have, with ours where another library (`elsewhere`) has
+    them."""
+    for name in unknown:
+        ours = elsewhere.get(name)
+        hint = f": give {ours}" if ours else f"; see help(razor_jax.{function})"
+        raise TypeError(f"{function}() has no {name}={hint}")
+
+
 def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:
     """Return `value` as an int, NumPy integers included. Raise ValueError if it is not an integer or out of range."""
     try:
@@ -240,9 +250,19 @@ def check_int(name: str, value: Any, least: int, most: int | None = None) -> int
     except TypeError:
         number = None
     if number is None or isinstance(value, bool) or number < least or (most is not None and number > most):
-        upwards = f"at least {least}" if most is None else f"from {least} to {most}"
+        low = number is None or number < least
+        upwards = f"at least {least}" if most is None or (most == MOST and low) else f"from {least} to {most}"
         raise ValueError(f"{name}={value!r}: must be an integer, {upwards}")
     return number
 
 
-__all__: Sequence[str] = ("KV_DTYPES", "HeadSplit", "RazorConfig", "check_int", "check_split", "kv_type")
+__all__: Sequence[str] = (
+    "KV_DTYPES",
+    "MOST",
+    "HeadSplit",
+    "RazorConfig",
+    "check_int",
+    "check_split",
+    "kv_type",
+    "refuse_unknown",
+)

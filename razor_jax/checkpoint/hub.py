@@ -17,7 +17,7 @@ import huggingface_hub
 import jax
 from huggingface_hub import errors
 
-from ..config import HeadSplit, check_split
+from ..config import HeadSplit, check_split, refuse_unknown
 from ..heads import alibi, find_heads, store
 from ..kernels.backend import Implementation, choose
 from ..models.linear import Weights
@@ -49,6 +49,17 @@ _FILES = (
     "chat_template.json",
     store.NAME,
 )
+# Keywords of other libraries, and what they are here.
+_ELSEWHERE = {
+    "torch_dtype": 'dtype="bfloat16"',
+    **dict.fromkeys(
+        ("device_map", "device", "tensor_parallel_size", "sharding"), 'mesh="model=4", None for one device'
+    ),
+    **dict.fromkeys(("load_in_8bit", "quantization", "quantization_config", "quantize"), 'weights="int8"'),
+    "load_in_4bit": 'weights="int4"',
+    "attn_implementation": 'implementation="xla"',
+    **dict.fromkeys(("revision", "token", "cache_dir"), "the folder that `hf download` printed, as model"),
+}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -61,6 +72,7 @@ def load(
     mesh: MeshLike = None,
     weights: Weights | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    **unknown: Any,
 ) -> Params:
     """Return a model ready for `generate`.
 
@@ -88,6 +100,7 @@ def load(
     this library reads, the head split does not fit the model, no device here runs the implementation, the mesh does
     not fit the devices, or the weights do not fit into them.
     """
+    refuse_unknown("load", unknown, _ELSEWHERE)
     if implementation is not None:
         choose(implementation, lambda name: None)  # Check the name, and a device for it, before gigabytes are read.
     if isinstance(dtype, str) and dtype == "auto":

@@ -10,7 +10,7 @@ import typer
 
 from razor_jax.cli import terminal
 from razor_jax.cli.evals import require_positions
-from razor_jax.cli.options import JsonOption, ModelOptions, grouped
+from razor_jax.cli.options import JsonOption, ModelOptions, check_output, grouped
 from razor_jax.methods import METHODS, stored_path
 from razor_jax.methods import fit as fit_method
 from razor_jax.methods.fitting import RECIPES
@@ -38,6 +38,10 @@ def fit(
     """Fit a cache method that learns to a model. After Ctrl-C, the same command goes on where it was."""
     if method not in RECIPES:
         raise typer.BadParameter(f"{method!r}: use {', '.join(RECIPES)}", param_hint="--method")
+    if out is not None:
+        if out.is_dir():
+            raise typer.BadParameter(f"--out {out} is a folder: give a file")
+        check_output("--out", out)
     params = model.load(dense=True)
     require_positions(params, "--tokens", tokens)
     out = out or stored_path(params, method)

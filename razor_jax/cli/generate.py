@@ -25,6 +25,7 @@ from .options import (
     NewTokens,
     PolicyOptions,
     SamplingOptions,
+    check_output,
     grouped,
     read_text,
 )
@@ -69,7 +70,13 @@ def prefill(
     policy: PolicyOptions,
 ) -> None:
     """Read a document once and save its compressed cache, for `generate --cache`."""
+    policy.check()
+    if save.exists() and (not save.is_dir() or any(save.iterdir())):
+        raise typer.BadParameter(f"--save {save} already exists: choose another folder, or delete it")
+    check_output("--save", save)
     text = read_text(document)
+    if not text.strip():
+        raise typer.BadParameter(f"{document} is blank: give it some text")
     params = model.load(dense=policy.dense)
     with terminal.working("reading the document"):
         read = encode(params, text, part="document", raw=raw, what="document")
@@ -83,7 +90,7 @@ def prefill(
 @grouped
 def generate(
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Message to answer, or text to ask about.")
+        str | None, typer.Option("--prompt", "-p", help="Message to answer, or text to ask about; - for stdin.")
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="The same from a UTF-8 file; - for stdin.")] = None,
     cache: Annotated[Path | None, typer.Option(help="The same as a cache that `razor-jax prefill` saved.")] = None,
@@ -129,9 +136,12 @@ def generate(
         raise typer.BadParameter(
             "--cache has its policy already: leave out --dense and the options of the cache policy"
         )
-    if any(not text.strip() for text in (prompt, *(question or ())) if text is not None):
-        raise typer.BadParameter("a prompt or question is blank: give it some text")
+    policy.check()
+    if prompt == "-":
+        prompt_file = Path("-")
     text = read_text(prompt_file) if prompt_file is not None else prompt
+    if any(not each.strip() for each in (text, *(question or ())) if each is not None):
+        raise typer.BadParameter("a prompt or question is blank: give it some text")
     variables = template.variables()
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

@@ -16,7 +16,7 @@ from rich.table import Table
 from razor_jax import HeadSplit, Params, RazorConfig
 from razor_jax.checkpoint import hub
 from razor_jax.cli import terminal
-from razor_jax.cli.options import Dtype, JsonOption, ModelName, ModelOptions, grouped
+from razor_jax.cli.options import Dtype, JsonOption, ModelName, ModelOptions, check_output, grouped
 from razor_jax.cli.terminal import note, print_json
 from razor_jax.config import check_split
 from razor_jax.evals.bench import machine
@@ -117,9 +117,12 @@ class SaveOptions:
     as_json: JsonOption = False
 
     def check(self, policy: RazorConfig) -> None:
-        """Raise BadParameter for a policy that DuoAttention's files cannot hold."""
+        """Raise BadParameter for a policy that DuoAttention's files cannot hold, or a place that cannot be written."""
         if self.save_duo is not None and policy.window is None:
             raise typer.BadParameter("--save-duo writes a fixed window, this policy has none: give --window")
+        for option, path in (("--save", self.save), ("--save-duo", self.save_duo)):
+            if path is not None:
+                check_output(option, path)
 
     def write(self, chosen: HeadSplit, policy: RazorConfig, kept: promise.Promise | None = None) -> None:
         """Write the files that were requested."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import re
+import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -59,9 +61,17 @@ def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(**given: Any) -> Any:
+        names = tuple(given)
         for name, (group, fields) in groups.items():
             given[name] = group(**{field: given.pop(field) for field in fields})
-        return command(**given)
+        try:
+            return command(**given)
+        except typer.BadParameter as error:
+            error.message = as_options(error.message, names)
+            raise
+        except (ValueError, MemoryError) as error:
+            error.args = (as_options(str(error), names),) if len(error.args) == 1 else error.args
+            raise
 
     # Required parameters first, as a signature demands.
     parameters.sort(key=lambda p: p.default is not inspect.Parameter.empty)
@@ -69,6 +79,19 @@ def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     del run.__wrapped__  # type: ignore[attr-defined]
     return run
+
+
+_KEYWORD = re.compile(r"""(?<![\w.,"'-])([a-z]\w*)=('[^']*'|"[^"]*"|-?[\w.]+)""")
+
+
+def as_options(message: str, names: Collection[str]) -> str:
+    """Return an error of the library with its keywords as options of a command: kv_dtype='int8' as --kv-dtype int8."""
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        return f"--{name.replace('_', '-')} {value.strip(chr(39) + chr(34))}" if name in names else found[0]
+
+    return _KEYWORD.sub(option, message).replace(", or None", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,11 +168,15 @@ class PolicyOptions(CompressedOptions):
         return None if self.dense else self.compressed(params)
 
     def check(self, **more: Any) -> None:
-        """Raise BadParameter if --dense meets an option of compression, one of these or of `more` (None: not given)."""
+        """Raise BadParameter if --dense meets an option of compression, one of these or of `more` (None: not given).
+
+        Raises ValueError for a number out of range.
+        """
         given = self.changes | {name: value for name, value in more.items() if value is not None}
         if self.dense and given:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise typer.BadParameter(f"--dense compresses nothing: leave out {names}")
+        RazorConfig(**self.changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +224,18 @@ class SamplingOptions:
 
 
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+
+
+def check_output(option: str, path: Path) -> None:
+    """Raise BadParameter, before minutes of work, where no file or folder can be made at `path`."""
+    path = path.expanduser().absolute()
+    folder = next(each for each in (path, *path.parents) if each.exists() and (each.is_dir() or each != path))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise typer.BadParameter(f"{option} {path}: cannot write in {folder}, {reason}") from error
 
 
 def read_text(file: Path) -> str:

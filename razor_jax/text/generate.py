@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import compilation
 from ..cache import KVCache
+from ..config import refuse_unknown
 from ..functional import placement_of
 from ..params import Params, fingerprint_words
 from . import loop, prompts
@@ -21,18 +22,27 @@ from .session import FIRST_STEPS, OnToken, Piece, Session, pieces
 
 # Keywords of other libraries, and what they are here.
 _ELSEWHERE = {
-    **dict.fromkeys(("max_tokens", "max_length", "max_completion_tokens", "num_predict"), "max_new_tokens=256"),
+    **dict.fromkeys(
+        ("max_tokens", "max_length", "max_completion_tokens", "num_predict", "n_predict"), "max_new_tokens=256"
+    ),
     **dict.fromkeys(("temperature", "temp", "do_sample"), "sampling=Temperature(0.7)"),
     "top_p": "sampling=TopP(0.9)",
     "top_k": "sampling=TopK(40)",
     "min_p": "sampling=MinP(0.05)",
-    "repetition_penalty": "sampling=Sampling.of(repetition_penalty=1.1, …)",
-    **dict.fromkeys(("stop_strings", "stop_sequences"), "stop=[…]"),
+    **dict.fromkeys(
+        ("repetition_penalty", "repeat_penalty", "presence_penalty", "frequency_penalty"),
+        "sampling=Sampling.of(repetition_penalty=1.1, …)",
+    ),
+    **dict.fromkeys(("sampling_params", "generation_config", "sampler"), "sampling=Sampling.of(temperature=0.7, …)"),
+    **dict.fromkeys(("stop_strings", "stop_sequences", "stop_token_ids", "eos_token_id"), 'stop=["<|im_end|>", …]'),
     **dict.fromkeys(("past_key_values", "prompt_cache"), "cache=prefill(params, document)"),
-    "num_return_sequences": "n=4",
-    **dict.fromkeys(("top_logprobs", "output_scores"), "logprobs=5"),
+    **dict.fromkeys(("kv_bits", "cache_implementation", "max_kv_size"), "razor=RazorConfig(kv_dtype='int8', …)"),
+    **dict.fromkeys(("num_return_sequences", "best_of"), "n=4"),
+    **dict.fromkeys(("top_logprobs", "output_scores", "output_logits"), "logprobs=5"),
     **dict.fromkeys(("streamer", "callback"), "on_token=…"),
     **dict.fromkeys(("prompt_lookup_num_tokens", "num_speculative_tokens", "num_draft_tokens"), "draft=8"),
+    **dict.fromkeys(("enable_thinking", "chat_template_kwargs"), 'template_kwargs={"enable_thinking": False, …}'),
+    "system": 'messages as prompt: [{"role": "system", "content": …}, …]',
     "stream": "razor_jax.stream(…)",
 }
 
@@ -127,7 +137,7 @@ def generate(
       ValueError, TypeError: on bad input, before anything is computed.
       MemoryError: the cache does not fit the device.
     """
-    _refuse(unknown)
+    refuse_unknown("generate", unknown, _ELSEWHERE)
     session = Session(
         params,
         prompt,
@@ -154,13 +164,6 @@ def generate(
     return results[0] if session.prompts.single else results
 
 
-def _refuse(unknown: Mapping[str, Any]) -> None:
-    """Raise TypeError for keywords that `generate` does not have, with ours where another library has them."""
-    for name in unknown:
-        ours = _ELSEWHERE.get(name)
-        raise TypeError(f"generate() has no {name}=" + (f": give {ours}" if ours else "; see help(razor_jax.generate)"))
-
-
 def stream(
     params: Params,
     prompt: Any,
@@ -184,7 +187,8 @@ def stream(
     The concatenated text of all pieces is the text of the result. Text that may be the start of a stop string is
     delayed. Bad input raises here, before iteration.
     """
-    _refuse(unknown)
+    several = "razor_jax.generate(…), which has it"
+    refuse_unknown("stream", unknown, _ELSEWHERE | {"n": several, "on_token": several})
     session = Session(
         params,
         prompt,

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from ..cache import CacheSpec
-from ..config import RazorConfig, check_int
+from ..config import MOST, RazorConfig, check_int
 from ..functional import cache_spec, placement_of, require_split
 from ..memory import check_memory
 from ..methods.base import CacheMethod
@@ -72,7 +72,7 @@ def room_for(tokens: int, capacity: int | None) -> int:
     """Return the capacity of a cache for `tokens` per row. Raises ValueError if they exceed `capacity`."""
     if capacity is None:
         return prompts.capacity_bucket(tokens)
-    capacity = check_int("capacity", capacity, 1)
+    capacity = check_int("capacity", capacity, 1, MOST)
     if tokens > capacity:
         raise ValueError(
             f"{tokens:,} tokens (prompt and new tokens) do not fit capacity={capacity:,}: "

@@ -14,7 +14,7 @@ import numpy as np
 from .. import cache as kv
 from .. import compilation
 from ..cache import CacheSpec, KVCache
-from ..config import check_int
+from ..config import MOST, check_int
 from ..functional import check_cache, check_weights, placement_of
 from ..memory import check_memory
 from ..params import Params, nonfinite
@@ -81,8 +81,8 @@ class Session:
         owns_cache: bool = False,
     ):
         compilation.track_compilation()
-        max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
-        self.n = check_int("n", n, 1)
+        max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1, MOST)
+        self.n = check_int("n", n, 1, MOST)
         self._top = None if logprobs is None else check_int("logprobs", logprobs, 0, MAX_LOGPROBS)
         if on_token is not None and not callable(on_token):
             raise TypeError(f"on_token={on_token!r}: give a function that takes a Piece, or None")

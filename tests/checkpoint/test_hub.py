@@ -204,6 +204,15 @@ def test_missing_folders_and_files(tmp_path):
         load(tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    ("keyword", "ours"),
+    [("torch_dtype", "dtype="), ("device_map", "mesh="), ("load_in_4bit", 'weights="int4"'), ("colour", r"see help\(")],
+)
+def test_keywords_of_other_libraries_are_answered_with_ours(keyword, ours):
+    with pytest.raises(TypeError, match=rf"load\(\) has no {keyword}=.*{ours}"):
+        load("razor-mini", **{keyword: "auto"})
+
+
 def test_packaged_model_missing_from_an_installation(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "_ASSETS", tmp_path)
     with pytest.raises(FileNotFoundError, match="reinstall razor-jax"):

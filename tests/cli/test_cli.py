@@ -181,6 +181,15 @@ def test_generate_uses_the_chat_template_unless_raw(run, model, options, prompt,
     assert json.loads(done.stdout)["results"][0]["tokens"] == list(expected.tokens)
 
 
+def test_a_prompt_of_a_dash_is_stdin(run, model):
+    arguments = ("-m", model, "--max-new-tokens", 4)
+    given = run("generate", "-p", "a dog\n", *arguments)
+    assert given.exit_code == 0, given.output
+    assert run("generate", "-p", "-", *arguments, stdin="a dog\n").stdout == given.stdout
+    blank = run("generate", "-p", "-", *arguments, stdin="\n")
+    assert (blank.exit_code, "is blank" in blank.stderr) == (2, True)
+
+
 def test_template_variables_reach_the_template(run, model, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if not enable_thinking %} dog{% endif %}"
@@ -211,6 +220,24 @@ def test_a_cache_from_the_shell_answers_as_the_document_does(run, model, tmp_pat
     assert f"--cache {tmp_path / 'raw'} --raw -Q" in " ".join(raw.split())
     assert "leave out --dense" in run("generate", "-m", model, "--cache", book, "--dense", "-Q", "where?").stderr
     assert "ask about it with -Q" in run("generate", "-m", model, "--cache", book).stderr
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        ("full", "already exists: choose another folder"),
+        ("file", "already exists: choose another folder"),
+        ("file/cache", "cannot write in"),
+        ("/proc/cache", "cannot write in /proc"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_said_before_the_work(run, tmp_path, save, message):
+    (tmp_path / "full").mkdir()
+    for name in ("file", "full/file", "text"):
+        (tmp_path / name).write_text("the fox", encoding="utf-8")
+    done = run("prefill", tmp_path / "text", "--save", tmp_path / save, "-m", "no/such/model")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert message in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_chat_commands(run, model, tmp_path):
@@ -366,8 +393,8 @@ def test_demo_compares_three_caches(run, model):
     [
         (("generate",), "give one of --prompt, --prompt-file and --cache"),
         (("generate", "-p", "x", "--prompt-file", "y"), "give one of --prompt, --prompt-file and --cache"),
-        (("generate", "-p", "x", "--top-p", 1.5), "top_p=1.5"),
-        (("generate", "-p", "x", "--temperature", -1), "temperature=-1.0"),
+        (("generate", "-p", "x", "--top-p", 1.5), "--top-p 1.5: must be a number in (0, 1]"),
+        (("generate", "-p", "x", "--temperature", -1), "--temperature -1.0: must be 0 (greedy)"),
         (("generate", "-p", "x", "--window", 0), "--window"),
         (("generate", "-p", "x", "--sinks", -4), "--sinks"),
         (("generate", "-p", "x", "--max-new-tokens", 0), "--max-new-tokens"),
@@ -414,6 +441,9 @@ def test_a_command_that_is_not_there_is_2(run, arguments, message):
         (("generate", "-m", "no/such/folder", "-p", "x"), "no model at 'no/such/folder'"),
         (("generate", "--prompt-file", "missing.txt"), "missing.txt"),
         (("generate", "-p", "x", "--heads", "missing.json"), "no head split at missing.json"),
+        (("generate", "-p", "x", "--max-new-tokens", 10**9), "--kv-dtype int8 takes about half"),
+        (("generate", "-p", "x", "--window", 10**20), "--window 100000000000000000000: must be an integer"),
+        (("generate", "-p", "x", "--mesh", "foo"), "--mesh foo: write it as data=2,model=4"),
     ],
 )
 def test_failure_is_one_line_and_1(run, model, arguments, message):

@@ -117,8 +117,13 @@ def test_an_overflow_of_float16_is_named(params, caplog):
 )
 def test_keywords_of_other_libraries_are_answered_with_ours(params, keyword, ours):
     for call in (razor_jax.generate, razor_jax.stream):
-        with pytest.raises(TypeError, match=rf"generate\(\) has no {keyword}=.*{ours}"):
+        with pytest.raises(TypeError, match=rf"{call.__name__}\(\) has no {keyword}=.*{ours}"):
             call(params, "fox", **{keyword: 1})
+
+
+def test_stream_names_the_function_that_has_a_keyword_of_several_answers(params):
+    with pytest.raises(TypeError, match=r"stream\(\) has no n=: give razor_jax.generate"):
+        razor_jax.stream(params, "fox", n=2)
 
 
 def test_objects_print_short(params):
