@@ -33,6 +33,13 @@ def rotate(x: jax.Array, rope: Tables) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def inverse(rope: Tables) -> Tables:
+    """Return the tables that undo a rotation, and the factor that YaRN's tables carry."""
+    cos, sin = rope
+    square = cos**2 + sin**2
+    return cos / square, -sin / square
+
+
 def _frequencies(rope: Rope, head_dim: int, lengths: jax.Array) -> tuple[jax.Array, float]:
     """Return the angular frequencies, float32 [B or 1, H/2], and the factor on cos and sin."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)

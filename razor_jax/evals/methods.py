@@ -28,6 +28,7 @@ from ..methods import (
     LearnedMethod,
     RazorKVzip,
     by_name,
+    load,
     stored_path,
     token_classes,
 )
@@ -107,7 +108,7 @@ def make(params: Params, name: str, budget: float | int) -> CacheMethod:
     if isinstance(method, RazorKVzip) and params.heads is not None:
         known["retrieval"] = params.heads.retrieval
     if isinstance(method, LearnedMethod) and (path := stored_path(params, method.key)).is_file():
-        known["learned"] = path
+        known["learned"] = load(path)
     method = dataclasses.replace(method, **known)
     method.check_params(params)
     return method
@@ -131,7 +132,8 @@ def document_bytes(setting: CachedModel, tokens: int) -> int:
 
 def learned_bytes(setting: CachedModel) -> int:
     """Return the bytes of a method's learned parts, which all rows and prompts share."""
-    return setting.razor.learned.nbytes if isinstance(setting.razor, LearnedMethod) else 0
+    method = setting.razor
+    return method.learned.nbytes if isinstance(method, LearnedMethod) and method.learned else 0
 
 
 def read_bytes(setting: CachedModel, tokens: int) -> int | None:

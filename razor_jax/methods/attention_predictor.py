@@ -88,7 +88,7 @@ class AttentionPredictor(LearnedMethod):
         """Return the softmax state of a later token over chosen blocks and `others`, and the new history."""
         B, K, _, H = q.shape
         blocks, size = state.history.shape[-1], self._blocks(state)
-        chosen = self._choose(predict(self.learned, state.history), state)  # [B, K, n]
+        chosen = self._choose(predict(self.arrays, state.history), state)  # [B, K, n]
         at = lax.top_k(jnp.where(chosen, 1.0, 0.0), size)[1]
         read = jnp.take_along_axis(chosen, at, axis=2)
         tokens = at[..., None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)

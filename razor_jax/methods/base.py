@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Float, Float32, Int32
 
 from ..kernels.attention import State
 from ..models.config import ModelConfig
-from .slots import Slots, keep_best, read_slots, step_slots
+from .slots import Slots, einsum, keep_best, read_slots, step_slots
 
 if TYPE_CHECKING:
     from ..params import Params
@@ -85,10 +84,27 @@ class QueryRows(NamedTuple):
 
     def weights(self, k: Float[jax.Array, "B K T H"]) -> Float32[jax.Array, "B K C G T"]:
         """Return the attention weights of the rows on all keys of the prompt, zero in rows that do not count."""
-        logits = jnp.einsum("bkcgh,bkth->bkcgt", self.q, k.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        logits = einsum("bkcgh,bkth->bkcgt", self.q, k.astype(jnp.float32))
         seen = jnp.arange(k.shape[2], dtype=jnp.int32) <= self.at[:, None]
         mask = seen[None, None, :, None, :] & self.counted[:, None, :, None, None]
         return jnp.where(mask, jnp.exp(logits - self.log_total[..., None]), 0.0)
+
+
+class Later(NamedTuple):
+    """A token after the prompt, in one layer.
+
+    Attributes:
+      k, v: [B, K, H].
+      weights: float32 [B, K, G, S], its attention weights on the slots.
+      own: float32 [B, K, G], those on itself.
+      position: int32 [B].
+    """
+
+    k: jax.Array
+    v: jax.Array
+    weights: jax.Array
+    own: jax.Array
+    position: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,16 +241,8 @@ class CacheMethod:
     ) -> tuple[Float32[jax.Array, "B K G H"], Any]:
         """Read and write one later token: return its attention output and the new state. If `evicts_later`."""
         out, weights, own = step_slots(state, q, k, v)
-        return out, self.put(state, k, v, weights, own, position)
+        return out, self.put(state, Later(k, v, weights, own, position))
 
-    def put(
-        self,
-        state: Slots,
-        k: Float[jax.Array, "B K H"],
-        v: Float[jax.Array, "B K H"],
-        weights: Float32[jax.Array, "B K G S"],
-        own: Float32[jax.Array, "B K G"],
-        position: Int32[jax.Array, " B"],
-    ) -> Slots:
-        """Return the state with a later token written, of attention weight `weights` on slots and `own` on itself."""
+    def put(self, state: Slots, token: Later) -> Slots:
+        """Return the state with a later token written. If `evicts_later`."""
         raise NotImplementedError

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Int32
 
-from .base import CacheMethod, Prompt, QueryRows
+from .base import CacheMethod, Later, Prompt, QueryRows
 from .slots import ALWAYS, Slots, best, keep, next_slot, put_slot, take_tokens, write_slot
 
 
@@ -57,21 +57,13 @@ class CORM(CacheMethod):
         state = keep(prompt, at, room, score=take_tokens(seen[..., None], at)[..., 0], position=at)
         return state.replace(valid=jnp.minimum(state.valid, (found >= 0).sum(-1).astype(jnp.int32)))
 
-    def put(
-        self,
-        state: Slots,
-        k: Float[jax.Array, "B K H"],
-        v: Float[jax.Array, "B K H"],
-        weights: Float32[jax.Array, "B K G S"],
-        own: Float32[jax.Array, "B K G"],
-        position: Int32[jax.Array, " B"],
-    ) -> Slots:
+    def put(self, state: Slots, token: Later) -> Slots:
         """Mark the important tokens, drop the minor ones, and write the token."""
         assert state.score is not None
         assert state.position is not None
         keys = (state.valid + 1).astype(jnp.float32)[..., None]
-        now = position[:, None, None]
-        marks = jnp.where(weights.max(axis=2) >= 1.0 / keys, now.astype(jnp.float32), state.score)
+        now = token.position[:, None, None]
+        marks = jnp.where(token.weights.max(axis=2) >= 1.0 / keys, now.astype(jnp.float32), state.score)
         newest = state.position > now - self.window
         stays = state.used & (newest | (marks > now - self.window))
         order = jnp.argsort(~stays, axis=-1, stable=True)  # the used slots stay a prefix
@@ -86,8 +78,8 @@ class CORM(CacheMethod):
         marked = jnp.where(state.used, jnp.where(newest, jnp.inf, marks), jnp.inf)
         longest_ago = marked == marked.min(-1, keepdims=True)  # of several, the oldest token goes
         at = next_slot(state, jnp.where(longest_ago, positions.astype(jnp.float32), jnp.inf))
-        mark = jnp.where(own.max(axis=2) >= 1.0 / keys[..., 0], position[:, None].astype(jnp.float32), -1.0)
-        here = jnp.broadcast_to(position[:, None], at.shape)
-        return put_slot(state, at, k, v).replace(
+        mark = jnp.where(token.own.max(axis=2) >= 1.0 / keys[..., 0], now[..., 0].astype(jnp.float32), -1.0)
+        here = jnp.broadcast_to(now[..., 0], at.shape)
+        return put_slot(state, at, token.k, token.v).replace(
             score=write_slot(marks, at, mark), position=write_slot(positions, at, here)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.struct
 import jax
@@ -18,7 +18,10 @@ from ..models import rope
 from ..models.config import ModelConfig
 from .base import Prompt
 from .learned import LearnedMethod
-from .slots import Slots, keep, merge, read_slots, take_tokens
+from .slots import Slots, einsum, keep, merge, read_slots, take_tokens
+
+if TYPE_CHECKING:
+    from ..params import Params
 
 MOST_ATOMS = 16  # per key; the paper's largest
 
@@ -80,6 +83,11 @@ class CSR(LearnedMethod):
             )
         return self.atoms or min(most, MOST_ATOMS, slot_bytes // 16)
 
+    def check_params(self, params: Params) -> None:
+        """Raise ValueError as the other methods that learn, and for a budget that is too small."""
+        super().check_params(params)
+        self.atoms_for(2 * params.config.head_dim * params.dtype.itemsize)
+
     def share(self, slot_bytes: int) -> float:
         """Return the share of a prompt's tokens that stay as they are."""
         code = 8 * self.atoms_for(slot_bytes)
@@ -109,9 +117,9 @@ class CSR(LearnedMethod):
         first = take(jnp.zeros_like(coded), max(0, prompt.longest - slots))
         k = unrotate(take_tokens(prompt.k, first), prompt.config, prompt.lengths)
         v = halves(take_tokens(prompt.v, first).astype(jnp.float32))
-        k_atoms, k_weights = pursue(k, self.learned["keys"], s)
+        k_atoms, k_weights = pursue(k, self.arrays["keys"], s)
         # [B, K, C, 2, s / 2] to one axis
-        v_atoms, v_weights = (x.reshape(k_atoms.shape) for x in pursue(v, self.learned["values"], s // 2))
+        v_atoms, v_weights = (x.reshape(k_atoms.shape) for x in pursue(v, self.arrays["values"], s // 2))
         newest = keep(prompt, take(coded, slots), room)
         return Codes(k_atoms, k_weights, v_atoms, v_weights, coded, newest, prompt.config)
 
@@ -125,9 +133,9 @@ class CSR(LearnedMethod):
         k_atoms, v_atoms = (jnp.where(used, x, 0) for x in (state.k_atoms, state.v_atoms))
         k_weights, v_weights = (jnp.where(used, x, 0) for x in (state.k_weights, state.v_weights))
         lengths = state.coded + state.newest.valid[:, 0]
-        k = rotate(decode(k_atoms, k_weights, self.learned["keys"]), state.config, lengths)
+        k = rotate(decode(k_atoms, k_weights, self.arrays["keys"]), state.config, lengths)
         pieces = B, K, C, 2, s // 2
-        v = decode(v_atoms.reshape(pieces), v_weights.reshape(pieces), self.learned["values"]).reshape(k.shape)
+        v = decode(v_atoms.reshape(pieces), v_weights.reshape(pieces), self.arrays["values"]).reshape(k.shape)
         valid = jnp.broadcast_to(state.coded[:, None], (B, K))
         decoded = Slots(k.astype(q.dtype), v.astype(q.dtype), valid, valid)
         return merge(read_slots(decoded, q, scale, implementation), newest)
@@ -143,7 +151,7 @@ def pursue(
     dictionary = jnp.asarray(dictionary, jnp.float32)
 
     def step(left: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        products = jnp.einsum("...h,nh->...n", left, dictionary, precision=lax.Precision.HIGHEST)
+        products = einsum("...h,nh->...n", left, dictionary)
         atom = jnp.argmax(jnp.abs(products), axis=-1)
         weight = jnp.take_along_axis(products, atom[..., None], axis=-1)[..., 0].astype(jnp.bfloat16)
         # Later atoms make up for the rounding of this weight.
@@ -175,17 +183,14 @@ def rotate(
     k: Float[jax.Array, "B K C H"], config: ModelConfig, lengths: Int[jax.Array, " B"]
 ) -> Float[jax.Array, "B K C H"]:
     """Rotate keys of the positions 0 … C - 1, as the model caches them."""
-    return _turn(k, *_tables(k, config, lengths))
+    return _turn(k, _tables(k, config, lengths))
 
 
 def unrotate(
     k: Float[jax.Array, "B K C H"], config: ModelConfig, lengths: Int[jax.Array, " B"]
 ) -> Float32[jax.Array, "B K C H"]:
     """Undo the rotation of keys of the positions 0 … C - 1."""
-    cos, sin = _tables(k, config, lengths)
-    # YaRN's tables carry a factor, which is undone with the rotation.
-    square = cos**2 + sin**2
-    return _turn(k.astype(jnp.float32), cos / square, -sin / square)
+    return _turn(k.astype(jnp.float32), rope.inverse(_tables(k, config, lengths)))
 
 
 def _tables(k: jax.Array, config: ModelConfig, lengths: jax.Array) -> rope.Tables:
@@ -193,5 +198,5 @@ def _tables(k: jax.Array, config: ModelConfig, lengths: jax.Array) -> rope.Table
     return rope.tables(config.rope, config.head_dim, positions, lengths)
 
 
-def _turn(k: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    return jnp.moveaxis(rope.rotate(jnp.moveaxis(k, 1, 2), (cos, sin)), 2, 1)
+def _turn(k: jax.Array, tables: rope.Tables) -> jax.Array:
+    return jnp.moveaxis(rope.rotate(jnp.moveaxis(k, 1, 2), tables), 2, 1)

@@ -7,16 +7,15 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Bool, Float, Float32, Int32
+from jaxtyping import Bool, Int32
 
-from .base import CacheMethod, Prompt, QueryRows
-from .observed import add_weights, no_sums
-from .slots import ALWAYS, Slots, best, keep, put_slot
+from .base import Later, Prompt
+from .observed import SumsMethod
+from .slots import ALWAYS, Slots, best, einsum, keep, put_slot
 
 
 @dataclasses.dataclass(frozen=True)
-class ElasticCache(CacheMethod):
+class ElasticCache(SumsMethod):
     """Merge every token into the nearest important one (Liu et al., arXiv 2407.18121, section 3).
 
     A layer has one importance for all its heads: attention summed over rows, averaged over heads. The most important
@@ -39,14 +38,6 @@ class ElasticCache(CacheMethod):
     source: ClassVar = "arXiv 2407.18121"
     observes: ClassVar = None
     evicts_later: ClassVar = True
-
-    def start(self, prompt: Prompt) -> Any:
-        """Return zero sums."""
-        return no_sums(prompt)
-
-    def see(self, seen: Any, rows: QueryRows, prompt: Prompt) -> Any:
-        """Add the weights of a chunk of rows."""
-        return add_weights(seen, rows, prompt)
 
     def compress(self, prompt: Prompt, seen: Any, room: Int32[jax.Array, " B"], slots: int) -> Slots:
         """Return the merged anchors, the newest laid out as the queue expects them."""
@@ -89,28 +80,18 @@ class ElasticCache(CacheMethod):
         size = member.sum(-1)
 
         def mean(x: jax.Array) -> jax.Array:
-            total = jnp.einsum(
-                "bat,bkth->bkah", member.astype(jnp.float32), x.astype(jnp.float32), precision=lax.Precision.HIGHEST
-            )
-            return jnp.where((size > 0)[:, None, :, None], total / jnp.maximum(size, 1)[:, None, :, None], x).astype(
-                x.dtype
-            )
+            total = einsum("bat,bkth->bkah", member.astype(jnp.float32), x.astype(jnp.float32))
+            means = total / jnp.maximum(size, 1)[:, None, :, None]
+            return jnp.where((size > 0)[:, None, :, None], means, x).astype(x.dtype)
 
         return prompt._replace(k=mean(prompt.k), v=mean(prompt.v))
 
-    def put(
-        self,
-        state: Slots,
-        k: Float[jax.Array, "B K H"],
-        v: Float[jax.Array, "B K H"],
-        weights: Float32[jax.Array, "B K G S"],
-        own: Float32[jax.Array, "B K G"],
-        position: Int32[jax.Array, " B"],
-    ) -> Slots:
+    def put(self, state: Slots, token: Later) -> Slots:
         """Write the token to its place in the queue."""
         frozen, queue = self._queue(state.room)
-        position = position[:, None]
-        return put_slot(state, jnp.where(position < frozen, position, frozen + (position - frozen) % queue), k, v)
+        position = token.position[:, None]
+        at = jnp.where(position < frozen, position, frozen + (position - frozen) % queue)
+        return put_slot(state, at, token.k, token.v)
 
     def _queue(self, room: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return how many entries never change, and how many the queue has, each shaped to go with slots."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32, Int32
 
-from .base import CacheMethod, Prompt, QueryRows
+from .base import CacheMethod, Later, Prompt, QueryRows
 from .slots import ALWAYS, Slots, best, einsum, keep, next_slot, put_slot, take_tokens, write_slot
 
 _LEAST = 1e-20  # norms and scores are at least this in divisions
@@ -76,30 +76,22 @@ class EMS(CacheMethod):
         k, v, score = (take_tokens(x, others) for x in (prompt.k, prompt.v, scores[..., None]))
         return self._merge(state, state.used, k, v, score, jnp.broadcast_to(joins[:, None], others.shape))
 
-    def put(
-        self,
-        state: Slots,
-        k: Float[jax.Array, "B K H"],
-        v: Float[jax.Array, "B K H"],
-        weights: Float32[jax.Array, "B K G S"],
-        own: Float32[jax.Array, "B K G"],
-        position: Int32[jax.Array, " B"],
-    ) -> Slots:
+    def put(self, state: Slots, token: Later) -> Slots:
         """Add the weights to the scores, merge the lowest of those that may go, and write the token to its slot."""
         assert state.score is not None
         assert state.position is not None
-        positions, scores = state.position, state.score + weights.mean(axis=2)
+        positions, scores = state.position, state.score + token.weights.mean(axis=2)
         # With the new token, which is among the newest, the row is one token longer.
-        stays = self._protected(positions, position[:, None, None] + 1, state.room[..., None])
+        stays = self._protected(positions, token.position[:, None, None] + 1, state.room[..., None])
         at = next_slot(state, jnp.where(stays, jnp.inf, scores))
         old_k, old_v, old_score = (take_tokens(x, at[..., None]) for x in (state.k, state.v, scores[..., None]))
         left = state.used & (jnp.arange(state.k.shape[2], dtype=jnp.int32) != at[..., None])
         going = (at < state.valid)[..., None]
         merged = self._merge(state.replace(score=scores), left, old_k, old_v, old_score, going)
         assert merged.score is not None
-        return put_slot(merged, at, k, v).replace(
-            score=write_slot(merged.score, at, own.mean(axis=2)),
-            position=write_slot(positions, at, jnp.broadcast_to(position[:, None], at.shape)),
+        return put_slot(merged, at, token.k, token.v).replace(
+            score=write_slot(merged.score, at, token.own.mean(axis=2)),
+            position=write_slot(positions, at, jnp.broadcast_to(token.position[:, None], at.shape)),
         )
 
     def _protected(self, position: jax.Array, length: jax.Array, room: jax.Array) -> jax.Array:

@@ -46,11 +46,8 @@ class ExpectedAttention(CacheMethod):
         """Add the queries of a chunk, their rotation undone."""
         c = prompt.config
         at = jnp.broadcast_to(rows.at, rows.counted.shape)
-        cos, sin = rope.tables(c.rope, c.head_dim, at, prompt.lengths)
-        # YaRN's tables carry a factor, which is undone with the rotation.
-        square = cos**2 + sin**2
         q = jnp.moveaxis(rows.q, 1, 2)  # [B, C, K, G, H], as `rotate` takes it
-        q = rope.rotate(q, (cos / square, -sin / square))
+        q = rope.rotate(q, rope.inverse(rope.tables(c.rope, c.head_dim, at, prompt.lengths)))
         q = jnp.where((rows.counted & (rows.at >= self.sinks))[:, :, None, None, None], q, 0.0)
         total, outer = seen
         return total + q.sum(axis=1), outer + einsum("bckgh,bckgi->bkghi", q, q)

@@ -7,15 +7,15 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Int32
 
-from .base import CacheMethod, Prompt, QueryRows
-from .observed import add_weights, no_sums
+from .base import Later, Prompt
+from .observed import SumsMethod
 from .slots import ALWAYS, Slots, best, keep, next_slot, put_slot, write_slot
 
 
 @dataclasses.dataclass(frozen=True)
-class H2O(CacheMethod):
+class H2O(SumsMethod):
     """Keep the tokens of largest accumulated attention and the newest (Zhang et al., arXiv 2306.14048, section 4).
 
     A token's score is the sum of its weights over all rows that saw it, averaged over the query heads of a KV head, and
@@ -29,14 +29,6 @@ class H2O(CacheMethod):
     evicts_later: ClassVar = True
     slot_extras: ClassVar = 8
 
-    def start(self, prompt: Prompt) -> Any:
-        """Return zero sums."""
-        return no_sums(prompt)
-
-    def see(self, seen: Any, rows: QueryRows, prompt: Prompt) -> Any:
-        """Add the weights of a chunk of rows."""
-        return add_weights(seen, rows, prompt)
-
     def compress(self, prompt: Prompt, seen: Any, room: Int32[jax.Array, " B"], slots: int) -> Slots:
         """Return the newest tokens and the heavy ones before them, with their scores and positions."""
         sums = seen.mean(axis=2)
@@ -45,24 +37,17 @@ class H2O(CacheMethod):
         _, at = best(jnp.where(newest[:, None], ALWAYS, sums), prompt.lengths, slots)
         return keep(prompt, at, room, score=jnp.take_along_axis(sums, at, axis=2), position=at)
 
-    def put(
-        self,
-        state: Slots,
-        k: Float[jax.Array, "B K H"],
-        v: Float[jax.Array, "B K H"],
-        weights: Float32[jax.Array, "B K G S"],
-        own: Float32[jax.Array, "B K G"],
-        position: Int32[jax.Array, " B"],
-    ) -> Slots:
+    def put(self, state: Slots, token: Later) -> Slots:
         """Add the weights to the scores, and write the token over the lowest of those that are not among the newest."""
         assert state.score is not None
         assert state.position is not None
-        scores = state.score + weights.mean(axis=2)
+        scores = state.score + token.weights.mean(axis=2)
         # The new token is among the newest, too.
-        newest = state.position > (position[:, None] - _recent(state.room))[..., None]
+        newest = state.position > (token.position[:, None] - _recent(state.room))[..., None]
         at = next_slot(state, jnp.where(newest, jnp.inf, scores))
-        positions = write_slot(state.position, at, jnp.broadcast_to(position[:, None], at.shape))
-        return put_slot(state, at, k, v).replace(score=write_slot(scores, at, own.mean(axis=2)), position=positions)
+        positions = write_slot(state.position, at, jnp.broadcast_to(token.position[:, None], at.shape))
+        score = write_slot(scores, at, token.own.mean(axis=2))
+        return put_slot(state, at, token.k, token.v).replace(score=score, position=positions)
 
 
 def _recent(room: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Int32
 from .base import Prompt
 from .learned import LearnedMethod
 from .pool import Pool, PoolMethod, fill_pool
-from .slots import ALWAYS
+from .slots import ALWAYS, einsum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,7 @@ class KVzap(PoolMethod, LearnedMethod):
         """Return the predicted scores."""
         assert prompt.x is not None
         x = features(prompt.x)
-        scores = jnp.einsum("btd,kd->bkt", x, self.learned["weight"], precision=lax.Precision.HIGHEST)
-        return scores + self.learned["bias"][:, None]
+        return einsum("btd,kd->bkt", x, self.arrays["weight"]) + self.arrays["bias"][:, None]
 
     def compress(self, prompt: Prompt, seen: Any, room: Int32[jax.Array, " B"], slots: int) -> Pool:
         """Return the pool of a layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -117,31 +118,27 @@ class LearnedMethod(CacheMethod):
     """A method with parts that were fitted to the model.
 
     Attributes:
-      learned: the fitted parts, or the file that holds them. Inside a program, the arrays of one layer.
+      learned: the fitted parts, as `fit` or `load` returns them. None is refused once a model is known.
     """
 
-    learned: Any = None
+    learned: Learned | None = None
 
     key: ClassVar[str]
     """Name in the registry."""
     by_head: ClassVar[bool] = True
     """Whether the arrays have a leading axis of KV heads."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.learned, str | os.PathLike):
-            object.__setattr__(self, "learned", load(self.learned))
-
-    @property
-    def one_layer(self) -> Mapping[str, Any]:
-        """The arrays of a layer: inside a program its own, otherwise those of the first. Shapes are the same."""
-        return self.learned.of_layer(0) if isinstance(self.learned, Learned) else self.learned
+    @functools.cached_property
+    def arrays(self) -> Mapping[str, Any]:
+        """The arrays of a layer: of `with_parts` its own, otherwise those of the first. Shapes are the same."""
+        assert self.learned is not None
+        return self.learned.of_layer(0)
 
     def check_params(self, params: Params) -> None:
         """Raise ValueError without parts, or with those of another method or model."""
         command = (
             f"`razor-jax fit --method {self.key} --model …`, then repeat this "
-            f"(Python: {type(self).__name__}(…, learned=FILE))"
+            f"(Python: {type(self).__name__}(…, learned=load(FILE)))"
         )
         if not isinstance(self.learned, Learned):
             raise ValueError(f"{self.name} has to be fitted to the model first: {command}")
@@ -156,9 +153,12 @@ class LearnedMethod(CacheMethod):
 
     def parts(self, layer: int, heads: tuple[int, ...]) -> Layer:
         """Return the arrays of a layer for its KV heads in this order."""
+        assert self.learned is not None
         found = self.learned.of_layer(layer)
         return {name: x[list(heads)] for name, x in found.items()} if self.by_head else found
 
     def with_parts(self, parts: Any) -> LearnedMethod:
-        """Return the method with the arrays of one layer as `learned`."""
-        return dataclasses.replace(self, learned=parts)
+        """Return the method with the arrays of one layer."""
+        method = dataclasses.replace(self)
+        method.__dict__["arrays"] = parts
+        return method

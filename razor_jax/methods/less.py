@@ -50,7 +50,7 @@ class LESS(LearnedMethod, StreamingLLM):
 
     def _memory(self, slot_bytes: int) -> int:
         """Return the slots that the memory of a KV head takes the bytes of; 0 where the budget counts tokens."""
-        R, H = self.one_layer["k_out"].shape[-1], self.one_layer["k_in"].shape[-2]
+        R, H = self.arrays["k_out"].shape[-1], self.arrays["k_in"].shape[-2]
         return 0 if isinstance(self.budget, int) else 4 * R * (H + 1) // slot_bytes
 
     def slots(self, longest: int, slot_bytes: int) -> int:
@@ -67,7 +67,7 @@ class LESS(LearnedMethod, StreamingLLM):
         sinks, ring = self.ring(room[:, None])
         at = jnp.arange(prompt.k.shape[2], dtype=jnp.int32)
         evicted = (at >= sinks) & (at < prompt.lengths[:, None] - ring)
-        features = jnp.where(evicted[:, None, :, None], key_features(self.learned, prompt.k), 0.0)
+        features = jnp.where(evicted[:, None, :, None], key_features(self.arrays, prompt.k), 0.0)
         values = einsum("bktr,bkth->bkrh", features, prompt.v.astype(jnp.float32))
         return Folded(kept, values, features.sum(axis=2))
 
@@ -81,7 +81,7 @@ class LESS(LearnedMethod, StreamingLLM):
     ) -> tuple[Float32[jax.Array, "B K G H"], Folded]:
         """Attend to the slots, the memory and the token itself; the token whose slot it takes joins the memory."""
         scale = 1.0 / math.sqrt(q.shape[-1])
-        q_features = query_features(self.learned, q[:, :, :, None])[:, :, :, 0]
+        q_features = query_features(self.arrays, q[:, :, :, None])[:, :, :, 0]
         total = einsum("bkgr,bkr->bkg", q_features, state.total)
         memory = einsum("bkgr,bkrh->bkgh", q_features, state.values), jnp.where(total > 0, 0.0, kernel.NEG), total
         own = jnp.sum(q.astype(jnp.float32) * k[:, :, None].astype(jnp.float32), axis=-1) * scale
@@ -91,7 +91,7 @@ class LESS(LearnedMethod, StreamingLLM):
         old_k, old_v = (take_tokens(x, at[..., None])[:, :, 0] for x in (state.slots.k, state.slots.v))
         taken = (at < state.slots.valid)[..., None]
         # An unused slot may hold anything, and 0 × NaN is NaN.
-        features = jnp.where(taken, key_features(self.learned, old_k[:, :, None])[:, :, 0], 0.0)
+        features = jnp.where(taken, key_features(self.arrays, old_k[:, :, None])[:, :, 0], 0.0)
         old_v = jnp.where(taken, old_v.astype(jnp.float32), 0.0)
         values = state.values + features[..., None] * old_v[:, :, None]
         return kernel.finish(seen, jnp.dtype("float32")), Folded(

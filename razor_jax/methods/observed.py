@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float32
 
-from .base import Prompt, QueryRows
+from .base import CacheMethod, Prompt, QueryRows
 
 
 def no_sums(prompt: Prompt) -> Float32[jax.Array, "B K G T"]:
@@ -16,9 +19,17 @@ def no_sums(prompt: Prompt) -> Float32[jax.Array, "B K G T"]:
     return jnp.zeros((B, K, prompt.config.group_size, T), jnp.float32)
 
 
-def add_weights(sums: Float32[jax.Array, "B K G T"], rows: QueryRows, prompt: Prompt) -> Float32[jax.Array, "B K G T"]:
-    """Return the sums with the attention weights of a chunk of rows added."""
-    return sums + rows.weights(prompt.k).sum(axis=2)
+@dataclasses.dataclass(frozen=True)
+class SumsMethod(CacheMethod):
+    """A method whose statistics are sums of attention weights over the rows that it observes, [B, K, G, T]."""
+
+    def start(self, prompt: Prompt) -> Any:
+        """Return zero sums."""
+        return no_sums(prompt)
+
+    def see(self, seen: Any, rows: QueryRows, prompt: Prompt) -> Any:
+        """Add the weights of a chunk of rows."""
+        return seen + rows.weights(prompt.k).sum(axis=2)
 
 
 def smooth(x: Float32[jax.Array, "*n T"], width: int, method: str = "mean") -> Float32[jax.Array, "*n T"]:

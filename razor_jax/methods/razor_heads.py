@@ -9,7 +9,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Float, Int32
 
 from ..kernels import attention as kernel
@@ -17,7 +16,7 @@ from ..kernels.attention import State
 from ..models.config import ModelConfig
 from .base import CacheMethod, Prompt, QueryRows
 from .kvzip import RepetitionScores
-from .slots import ALWAYS, Slots, keep_best, read_slots
+from .slots import ALWAYS, Slots, einsum, keep_best, read_slots
 from .snapkv import SnapKV
 
 
@@ -160,7 +159,5 @@ def _heads(prompt: Prompt, heads: np.ndarray) -> Prompt:
 
 def _mean(x: jax.Array, tokens: jax.Array, count: jax.Array) -> Float[jax.Array, "B K 1 H"]:
     """Return the mean of x [B, K, T, H] over `count` tokens, bool [B, T]."""
-    total = jnp.einsum(
-        "bt,bkth->bkh", tokens.astype(jnp.float32), x.astype(jnp.float32), precision=lax.Precision.HIGHEST
-    )
+    total = einsum("bt,bkth->bkh", tokens.astype(jnp.float32), x.astype(jnp.float32))
     return (total / jnp.maximum(count, 1)[:, None, None])[:, :, None]

@@ -110,7 +110,7 @@ def step_slots(
     """Attend from one token to the used slots and itself: output, weights on the slots, weight on itself."""
     q, k, v = (x.astype(jnp.float32) for x in (q / math.sqrt(q.shape[-1]), k, v))
     used = slots.used[:, :, None]
-    logits = jnp.einsum("bkgh,bksh->bkgs", q, slots.k.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    logits = einsum("bkgh,bksh->bkgs", q, slots.k.astype(jnp.float32))
     logits = jnp.where(used, logits, kernel.NEG)
     own = jnp.sum(q * k[:, :, None], axis=-1)
     top = jnp.maximum(own, jnp.max(logits, axis=-1, initial=kernel.NEG))
@@ -120,7 +120,7 @@ def step_slots(
     weights, own = weights / total[..., None], own / total
     # An unused slot may hold anything, and 0 × NaN is NaN.
     values = jnp.where(slots.used[..., None], slots.v.astype(jnp.float32), 0.0)
-    out = jnp.einsum("bkgs,bksh->bkgh", weights, values, precision=lax.Precision.HIGHEST)
+    out = einsum("bkgs,bksh->bkgh", weights, values)
     return out + own[..., None] * v[:, :, None], weights, own
 
 

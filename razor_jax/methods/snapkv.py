@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float32
 
-from .base import CacheMethod, Prompt, QueryRows
-from .observed import add_weights, no_sums, smooth
+from .base import Prompt
+from .observed import SumsMethod, smooth
 from .slots import ALWAYS
 
 
 @dataclasses.dataclass(frozen=True)
-class SnapKV(CacheMethod):
+class SnapKV(SumsMethod):
     """Keep what the prompt's newest tokens attend to, and these (Li et al., arXiv 2404.14469, section 4).
 
     A token's score is the mean attention weight over the window's rows, averaged over `kernel` neighbours and over the
@@ -41,14 +41,6 @@ class SnapKV(CacheMethod):
     def observes(self) -> int:  # type: ignore[override]
         """The window."""
         return self.window
-
-    def start(self, prompt: Prompt) -> Any:
-        """Return zero sums."""
-        return no_sums(prompt)
-
-    def see(self, seen: Any, rows: QueryRows, prompt: Prompt) -> Any:
-        """Add the weights of the window's rows."""
-        return add_weights(seen, rows, prompt)
 
     def scores(self, prompt: Prompt, seen: Any) -> Float32[jax.Array, "B K T"]:
         """Return smoothed mean weights of the tokens before the window; the window always stays."""

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Int32
 
-from .base import CacheMethod, Prompt
+from .base import CacheMethod, Later, Prompt
 from .slots import Slots, keep, put_slot
 
 
@@ -38,17 +38,9 @@ class StreamingLLM(CacheMethod):
         at = jnp.clip(jnp.where(s < sinks, s, s + turns * ring), 0, prompt.k.shape[2] - 1)
         return keep(prompt, jnp.broadcast_to(at[:, None], (*prompt.k.shape[:2], slots)), room)
 
-    def put(
-        self,
-        state: Slots,
-        k: Float[jax.Array, "B K H"],
-        v: Float[jax.Array, "B K H"],
-        weights: Float32[jax.Array, "B K G S"],
-        own: Float32[jax.Array, "B K G"],
-        position: Int32[jax.Array, " B"],
-    ) -> Slots:
+    def put(self, state: Slots, token: Later) -> Slots:
         """Write the token to the slot of its position."""
-        return put_slot(state, self.slot_of(state, position), k, v)
+        return put_slot(state, self.slot_of(state, token.position), token.k, token.v)
 
     def slot_of(self, state: Slots, position: Int32[jax.Array, " B"]) -> Int32[jax.Array, "B K"]:
         """Return the slot of a position in each head."""

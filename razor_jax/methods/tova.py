@@ -7,15 +7,15 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float32
 
-from .base import CacheMethod, Prompt, QueryRows
-from .observed import add_weights, no_sums
+from .base import Later, Prompt
+from .observed import SumsMethod
 from .slots import ALWAYS, Slots, next_slot, put_slot
 
 
 @dataclasses.dataclass(frozen=True)
-class TOVA(CacheMethod):
+class TOVA(SumsMethod):
     """Drop what the newest token attends to least, at each step (Oren et al., arXiv 2401.06104, section 3).
 
     Weights are averaged over all heads of a layer, so all heads keep the same tokens. After the prompt, its last token
@@ -27,29 +27,13 @@ class TOVA(CacheMethod):
     observes: ClassVar = 1
     evicts_later: ClassVar = True
 
-    def start(self, prompt: Prompt) -> Any:
-        """Return zero weights."""
-        return no_sums(prompt)
-
-    def see(self, seen: Any, rows: QueryRows, prompt: Prompt) -> Any:
-        """Add the weights of the last row."""
-        return add_weights(seen, rows, prompt)
-
     def scores(self, prompt: Prompt, seen: Any) -> Float32[jax.Array, "B K T"]:
         """Return the last row's mean weights; the last token always stays."""
         mean = seen.mean(axis=(1, 2))
         scores = jnp.where(prompt.newest(1), ALWAYS, mean)[:, None]
         return jnp.broadcast_to(scores, prompt.k.shape[:3])
 
-    def put(
-        self,
-        state: Slots,
-        k: Float[jax.Array, "B K H"],
-        v: Float[jax.Array, "B K H"],
-        weights: Float32[jax.Array, "B K G S"],
-        own: Float32[jax.Array, "B K G"],
-        position: Int32[jax.Array, " B"],
-    ) -> Slots:
+    def put(self, state: Slots, token: Later) -> Slots:
         """Write the token over the one that it attends to least."""
-        mean = jnp.broadcast_to(weights.mean(axis=(1, 2))[:, None], state.k.shape[:3])
-        return put_slot(state, next_slot(state, mean), k, v)
+        mean = jnp.broadcast_to(token.weights.mean(axis=(1, 2))[:, None], state.k.shape[:3])
+        return put_slot(state, next_slot(state, mean), token.k, token.v)

@@ -14,7 +14,7 @@ from razor_jax import Assets, RazorConfig, Sampling
 from razor_jax.cli import chat as chat_command
 from razor_jax.cli import terminal
 from razor_jax.heads import store
-from razor_jax.methods import KVzap
+from razor_jax.methods import KVzap, load
 from razor_jax.tokenizer.questions import split
 from tests.support.program import SPLIT
 
@@ -368,7 +368,7 @@ def test_fit_stores_parts_that_serve_a_method_of_this_model(run, model, tmp_path
     content = json.loads(done.stdout)
     assert content["file"] == str(file)
     assert [path.name for path in tmp_path.iterdir()] == [file.name], "the progress is left"
-    method = KVzap(16, learned=file)
+    method = KVzap(16, learned=load(file))
     assert content["bytes"] == method.learned.nbytes == 2 * 2 * (32 + 1) * 4
     result = razor_jax.generate(razor_jax.load(model), "the fox " * 20, razor=method, max_new_tokens=2)
     assert result.kv.engaged

@@ -74,7 +74,7 @@ def test_a_file_gives_the_same_parts_and_the_same_tokens(tmp_path):
     path = parts.save(tmp_path / "parts.safetensors")
     assert load(path) == parts
     assert path.stat().st_size > load(path).nbytes == parts.nbytes > 0
-    one, other = KVzap(0.3, learned=path), KVzap(0.3, learned=parts)
+    one, other = KVzap(0.3, learned=load(path)), KVzap(0.3, learned=parts)
     assert one == other
     assert hash(one) == hash(other)
     prompt = text(60)
@@ -135,6 +135,9 @@ def test_the_table_takes_what_fit_stored_and_leaves_out_what_was_not_fitted(tmp_
         study.settings(params, razor_jax.RazorConfig(), ["kvzap"], 0.3)
     parts = random_parts("kvzap")
     parts.save(stored_path(params, "kvzap"))
+    random_parts("csr").save(stored_path(params, "csr"))
+    with pytest.raises(ValueError, match=r"2 atoms take 12.5% of a token's bytes; raise the budget"):
+        study.settings(params, razor_jax.RazorConfig(), ["csr"], 0.1)
     *_, snapkv, row = study.settings(params, razor_jax.RazorConfig(), ["snapkv", "kvzap"], 0.3)
     assert row.razor == KVzap(0.3, learned=parts)
     assert (study.learned_bytes(snapkv), study.learned_bytes(row)) == (0, parts.nbytes)

@@ -95,7 +95,7 @@ def test_an_empty_memory_changes_nothing(scale, same):
 
 def test_a_share_of_the_bytes_pays_for_the_memory():
     method = method_with(parts())
-    by_share = LESS(0.5).with_parts(method.learned)
+    by_share = LESS(0.5).with_parts(method.arrays)
     memory = 4 * R * (H + 1) // (8 * H)
     assert by_share.slots(40, 8 * H) == StreamingLLM(0.5).slots(40, 8 * H) - memory
     assert method.slots(40, 8 * H) == ROOM
