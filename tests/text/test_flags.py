@@ -11,8 +11,8 @@ import pytest
 PROGRAM = """
 import json, sys
 import jax
-if len(sys.argv) > 1:
-    jax.config.update(sys.argv[1], json.loads(sys.argv[2]))
+for name, value in zip(sys.argv[1::2], sys.argv[2::2]):
+    jax.config.update(name, json.loads(value))
 import razor_jax
 from razor_jax import RazorConfig, Sampling
 from tests.support import tiny
@@ -28,9 +28,9 @@ print(json.dumps(found))
 """
 
 
-def said(*flag: str) -> list:
+def said(*flags: str) -> list:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *flag], capture_output=True, text=True, timeout=400, check=False
+        [sys.executable, "-c", PROGRAM, *flags], capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -42,13 +42,12 @@ def expected():
 
 
 @pytest.mark.parametrize(
-    "flag",
+    "flags",
     [
         ("jax_enable_x64", "true"),
-        ("jax_numpy_dtype_promotion", '"strict"'),
-        ("jax_numpy_rank_promotion", '"raise"'),
+        ("jax_numpy_dtype_promotion", '"strict"', "jax_numpy_rank_promotion", '"raise"'),
     ],
-    ids=lambda flag: flag[0],
+    ids=["wide types", "strict promotion"],
 )
-def test_the_same_tokens_under_the_users_flags(flag, expected):
-    assert said(*flag) == expected
+def test_the_same_tokens_under_the_users_flags(flags, expected):
+    assert said(*flags) == expected
