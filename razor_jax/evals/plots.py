@@ -115,7 +115,7 @@ def points(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Poi
         for row in part["rows"]:
             held, reads = row["bytes"] / dense, row.get("read_bytes")
             for task, right in row["right"].items():
-                point = Point(held, *(right[x] for x in ("share", "low", "high")), reads and reads / dense)
+                point = Point(held, right["share"], right["low"], right["high"], reads and reads / dense)
                 tasks.setdefault(task, {}).setdefault(row["method"], {})[held, point.reads] = point
 
     def place(point: Point) -> tuple[float, float]:
