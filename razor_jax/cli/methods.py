@@ -52,7 +52,8 @@ def methods(
         plots.require()
     params = model.load()
     require_positions(params, "--tokens", tokens)
-    razor = policy.compressed(params)
+    # At equal bytes, a recommended cache of another type would give Razor more or fewer tokens than the methods.
+    razor = dataclasses.replace(policy.compressed(params), kv_dtype=policy.kv_dtype, windowed_kv_dtype=None)
     grid, haystack = Grid((tokens,), documents=documents, facts=facts, seed=run.seed), Haystack.load(run.haystack)
     shares = list(dict.fromkeys(budget or [study.razor_share(params, razor, names, grid, haystack)]))  # type: ignore[arg-type]
     with bad_method():

@@ -48,7 +48,6 @@ from .protocol import (
     Stopwatch,
     System,
     batches,
-    dense,
     encode_example,
     run,
 )
@@ -81,10 +80,12 @@ TASKS: dict[TaskName, Task] = {
 def settings(params: Params, razor: RazorConfig, names: Sequence[str], budget: float | int) -> list[CachedModel]:
     """Return dense attention, Razor under its own policy, and the named methods at a budget; all without names.
 
+    A method keeps its cache in the type of the weights, and so do dense attention and a policy that names no type.
+
     Raises ValueError for an unknown method or field, and for a named method that was not fitted to the model, or that
     the budget is too small for. Without names, such a method is left out.
     """
-    rows = [dense(params), CachedModel("Razor", params, razor)]
+    rows = [CachedModel("dense", params, None), CachedModel("Razor", params, razor)]
     for name in names or METHODS:
         try:
             rows.append(CachedModel(row_name(name), params, make(params, name, budget)))

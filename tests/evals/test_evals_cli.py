@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -56,14 +57,20 @@ def test_needle_writes_table_json_pictures_and_goes_on(run, model, tmp_path):
 METHODS = ("eval", "methods", "--tokens", 500, "--documents", 1, "--batch", 2, "--tasks", "needle")
 
 
-def test_methods_get_the_bytes_of_razor_on_the_same_questions(run, model):
-    done = run(*METHODS, "-m", model, "--method", "knorm", "--json")
+def test_methods_get_the_bytes_and_the_type_of_razor_on_the_same_questions(run, model, tmp_path):
+    # A recommended type counts for Razor alone, so here it does not.
+    folder = shutil.copytree(model, tmp_path / "model")
+    (file,) = folder.glob("razor.json")
+    content = json.loads(file.read_text())
+    content["recommended"]["kv_dtype"] = "int8"
+    file.write_text(json.dumps(content))
+    done = run(*METHODS, "-m", folder, "--method", "knorm", "--json")
     assert done.exit_code == 0, done.output
     (content,) = json.loads(done.stdout)["budgets"]
     dense, razor, knorm = content["rows"]
     assert [row["method"] for row in content["rows"]] == ["dense", "Razor", "L2-norm"]
-    # The dense row is bfloat16; a budget is a share of a cache in the type of the weights, here float32.
-    assert content["budget"] == razor["bytes"] / (2 * dense["bytes"])
+    assert content["budget"] == razor["bytes"] / dense["bytes"]
+    assert "int8" not in content["settings"]["Razor"]
     assert razor["bytes"] <= knorm["bytes"] <= 1.02 * razor["bytes"]
     (table,) = content["tables"]
     assert [row["setting"] for row in table["settings"]] == ["dense", "Razor", "L2-norm"]
