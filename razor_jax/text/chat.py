@@ -11,6 +11,7 @@ from .. import cache as kv
 from ..cache import KVCache
 from ..params import Params
 from .policy import Policy
+from .prompts import check_params
 from .result import Result
 from .sampling import Rule, Sampling
 from .session import Piece, Session, pieces
@@ -40,6 +41,7 @@ class Chat:
         razor: Policy = "auto",
         capacity: int | None = None,
     ):
+        check_params(params)
         self._params, self._capacity = params, capacity
         self._razor: Policy = razor
         self._system = system

@@ -47,8 +47,12 @@ def encode(
       template_kwargs: further names that the chat template reads, such as `enable_thinking`.
       what: name of the argument in errors.
 
-    Raises ValueError or TypeError for a prompt that is empty, of a wrong type, or has token ids outside the vocabulary.
+    Raises ValueError or TypeError for a prompt that is empty, of a wrong type, or has token ids outside the vocabulary,
+    and TypeError for what are no params.
     """
+    check_params(params)
+    if not isinstance(template_kwargs, Mapping | None):
+        raise TypeError(f'template_kwargs={template_kwargs!r}: give a dict, such as {{"enable_thinking": False}}')
     single, items = _items(prompt, what)
     if not items:
         raise ValueError(f"{what} has no rows: a batch has at least 1 prompt")
@@ -62,6 +66,12 @@ def encode(
             bad = low if low < 0 else high
             raise ValueError(f"{name} has token id {bad}, outside the vocabulary 0..{params.config.vocab_size - 1}")
     return Prompts(rows, single)
+
+
+def check_params(params: Any) -> None:
+    """Raise TypeError for anything but `Params`, such as the name of a model."""
+    if not isinstance(params, Params):
+        raise TypeError(f"params is a {type(params).__name__}: give what razor_jax.load('razor-mini') returns")
 
 
 def pad(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:

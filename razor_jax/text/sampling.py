@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -62,17 +64,16 @@ class Sampling(flax.struct.PyTreeNode):
 
         Raises ValueError for a number out of range.
         """
-        _check("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or a positive number")
+        _check("temperature", temperature, lambda x: 0 <= x < math.inf, "0 (greedy) or a positive number")
         if top_k is not None:
-            _check("top_k", top_k, top_k >= 1 and int(top_k) == top_k, "an integer of at least 1, or None")
+            _check("top_k", top_k, lambda x: x >= 1 and int(x) == x, "an integer of at least 1, or None")
         if top_p is not None:
-            _check("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1], or None")
+            _check("top_p", top_p, lambda x: 0 < x <= 1, "a number in (0, 1], or None")
         if min_p is not None:
-            _check("min_p", min_p, 0 <= min_p <= 1, "a number in [0, 1], or None")
-        positive = 0 < repetition_penalty < math.inf
-        _check("repetition_penalty", repetition_penalty, positive, "a positive number, 1 for none")
+            _check("min_p", min_p, lambda x: 0 <= x <= 1, "a number in [0, 1], or None")
+        _check("repetition_penalty", repetition_penalty, lambda x: 0 < x < math.inf, "a positive number, 1 for none")
         for name, value in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
-            _check(name, value, math.isfinite(value), "a finite number, 0 for none")
+            _check(name, value, math.isfinite, "a finite number, 0 for none")
         return cls(
             temperature=np.asarray(temperature or 1.0, np.float32),
             top_k=np.asarray(ALL_TOKENS if top_k is None else min(top_k, ALL_TOKENS), np.int32),
@@ -285,6 +286,6 @@ def _column(value: np.ndarray | jax.Array) -> jax.Array:
     return jnp.reshape(value, (-1, 1))
 
 
-def _check(name: str, value: float, allowed: bool, what: str) -> None:
-    if not allowed:
+def _check(name: str, value: float, allowed: Callable[[Any], bool], what: str) -> None:
+    if not (hasattr(value, "__float__") and allowed(value)):
         raise ValueError(f"{name}={value!r}: must be {what}")

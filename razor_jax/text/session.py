@@ -87,6 +87,8 @@ class Session:
         if on_token is not None and not callable(on_token):
             raise TypeError(f"on_token={on_token!r}: give a function that takes a Piece, or None")
         self._on_token = on_token
+        if not isinstance(cache, KVCache | None):
+            raise TypeError(f"cache is a {type(cache).__name__}: give what razor_jax.prefill(params, document) returns")
         self.params = params
         part: prompts.Part = "whole" if cache is None else "question"
         self.prompts: Prompts = prompts.encode(params, prompt, part=part, raw=raw, template_kwargs=template_kwargs)
@@ -96,7 +98,10 @@ class Session:
                 f"n={n}: greedy answers are all equal; give a rule that draws, such as sampling=Temperature(0.7)"
             )
         self.seed = np.uint32(check_int("seed", seed, 0, 2**32 - 1))
-        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        texts = (stop,) if isinstance(stop, str) else stop
+        if not (isinstance(texts, Sequence) and all(isinstance(each, str) for each in texts)):
+            raise TypeError(f"stop={stop!r}: give a string or a list of strings; a special token stops by its text")
+        self.stop = tuple(texts)
         if not all(self.stop):
             raise ValueError(f"stop={stop!r}: each stop string must have at least one character")
         if self.stop and (params.assets is None or params.assets.tokenizer_json is None):

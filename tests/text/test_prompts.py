@@ -121,6 +121,31 @@ def test_keywords_of_other_libraries_are_answered_with_ours(params, keyword, our
             call(params, "fox", **{keyword: 1})
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop": 5}, "stop=5: give a string or a list of strings"),
+        ({"stop": [5]}, r"stop=\[5\]: give a string"),
+        ({"stop": None}, "stop=None: give a string"),
+        ({"template_kwargs": "x"}, "template_kwargs='x': give a dict"),
+        ({"cache": "x"}, "cache is a str: give what razor_jax.prefill"),
+    ],
+)
+def test_options_of_a_wrong_type_are_named(params, options, message):
+    with pytest.raises(TypeError, match=message):
+        razor_jax.generate(params, "fox", **options)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_are_no_params_is_named(params):
+    calls = (razor_jax.generate, razor_jax.stream, razor_jax.prefill, lambda p, text: razor_jax.score(p, text, text))
+    for call in (*calls, lambda p, text: razor_jax.Chat(p)):
+        for other in ("razor-mini", params.weights):
+            with pytest.raises(TypeError, match=r"params is a (str|dict): give what razor_jax.load"):
+                call(other, "fox")
+
+
 def test_stream_names_the_function_that_has_a_keyword_of_several_answers(params):
     with pytest.raises(TypeError, match=r"stream\(\) has no n=: give razor_jax.generate"):
         razor_jax.stream(params, "fox", n=2)

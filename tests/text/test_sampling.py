@@ -185,6 +185,7 @@ def test_temperature_zero_is_greedy():
         ({"temperature": float("inf")}, "temperature=inf"),
         ({"top_k": 0}, "top_k=0: must be an integer of at least 1"),
         ({"top_k": 1.5}, "top_k=1.5"),
+        ({"top_k": "4"}, "top_k='4': must be an integer of at least 1"),
         ({"top_p": 0.0}, r"top_p=0.0: must be a number in \(0, 1\]"),
         ({"top_p": 1.01}, "top_p=1.01"),
         ({"min_p": -0.5}, r"min_p=-0.5: must be a number in \[0, 1\]"),
