@@ -239,9 +239,9 @@ def check_output(option: str, path: Path) -> None:
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a UTF-8 file, "-" for stdin."""
+    """Return the text of a UTF-8 file, "-" for stdin. A byte order mark is no text."""
     data = typer.get_binary_stream("stdin").read() if str(file) == "-" else file.read_bytes()
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text (byte {error.start}): convert it first") from error

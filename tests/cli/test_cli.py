@@ -186,6 +186,7 @@ def test_a_prompt_of_a_dash_is_stdin(run, model):
     given = run("generate", "-p", "a dog\n", *arguments)
     assert given.exit_code == 0, given.output
     assert run("generate", "-p", "-", *arguments, stdin="a dog\n").stdout == given.stdout
+    assert run("generate", "-p", "-", *arguments, stdin="\ufeffa dog\n").stdout == given.stdout, "byte order mark"
     blank = run("generate", "-p", "-", *arguments, stdin="\n")
     assert (blank.exit_code, "is blank" in blank.stderr) == (2, True)
 
