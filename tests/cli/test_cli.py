@@ -363,7 +363,7 @@ def test_heads_as_table_json_and_file(run, model, tmp_path):
 def test_fit_stores_parts_that_serve_a_method_of_this_model(run, model, tmp_path):
     file = tmp_path / "parts.safetensors"
     done = run(
-        "fit", "-m", model, "--method", "kvzap", "--documents", 2, "--tokens", 2048, "--out", file, "--json"
+        "fit", "-m", model, "--method", "kvzap", "--documents", 2, "--tokens", 1024, "--out", file, "--json"
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     content = json.loads(done.stdout)
