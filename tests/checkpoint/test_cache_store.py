@@ -88,7 +88,11 @@ def test_a_dense_cache_serves_another_split(tmp_path):
     other = with_heads(one, HeadSplit(((0,), (1,)), 2))
     razor_jax.save_cache(razor_jax.prefill(one, tiny.prompt(40), razor=None), one, tmp_path / "saved")
     read = razor_jax.load_cache(other, tmp_path / "saved")
-    equal(razor_jax.prefill(other, tiny.prompt(40), razor=None), read)
+    want = razor_jax.prefill(other, tiny.prompt(40), razor=None)
+    assert jax.tree.structure(want) == jax.tree.structure(read)
+    # A sum over heads in another order rounds otherwise.
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(read), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize(

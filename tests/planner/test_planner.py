@@ -334,7 +334,11 @@ def test_chart(run, tmp_path):
         (("--mesh", "model=3"), ValueError, "takes 3 devices, v5e:2x2 has 4"),
         (("--mesh", "rows=4"), ValueError, "write it as data=2,model=4"),
         (("--topology", "h100", "--compile"), ValueError, "TPUs only, not h100"),
-        (("--layout", "head", "--mesh", "data=1,model=4", "--model", "Qwen2.5-0.5B"), ValueError, "--layout head over 4"),
+        (
+            ("--layout", "head", "--mesh", "data=1,model=4", "--model", "Qwen2.5-0.5B"),
+            ValueError,
+            "--layout head over 4",
+        ),
     ],
 )
 def test_what_does_not_go_together(run, options, error, words):
