@@ -275,10 +275,11 @@ def _hub_errors(name: str) -> Iterator[None]:
             "private, `hf auth login` first"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
+        reason, *_ = str(error).split("\n")  # The Hub client goes on for paragraphs.
         raise ConnectionError(
             f"no folder {name!r} here, the Hugging Face Hub cannot be reached, and its cache holds no "
             f"complete copy. Where there is a network, `hf download {name}`; copy that folder here and pass "
-            f"its path ({error})"
+            f"its path ({reason})"
         ) from error
 
 
