@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from razor_jax.cli import terminal
 from razor_jax.cli.options import JsonOption, ModelOptions, grouped
@@ -47,7 +46,9 @@ def ablations(
     if as_json:
         terminal.print_json(content)
     else:
-        Console().print(study.render(lines, f"{tokens:,} tokens a document, {documents} documents a task; {policy}"))
+        terminal.print_table(
+            study.render(lines, f"{tokens:,} tokens a document, {documents} documents a task; {policy}")
+        )
 
 
 def harness(context: typer.Context) -> None:

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..evals.bench import Speed, machine, measure
@@ -36,7 +35,7 @@ def bench(
         found = [{"cache": name, **row.to_dict()} for name, row in rows]
         print_json({"model": model.model, "machine": machine(), "rows": found})
         return
-    Console().print(_speed_table(rows))
+    terminal.print_table(_speed_table(rows))
     note(f"{compressed.describe()}; {', '.join(f'{k} {v}' for k, v in machine().items())}")
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
@@ -102,7 +101,7 @@ def demo(
     if as_json:
         print_json({"model": model, **report.to_dict()})
     else:
-        Console().print(report.table())
+        terminal.print_table(report.table())
 
 
 def run(params: Params, policy: RazorConfig, *, tokens: int, facts: int, seed: int, show: bool) -> Report:

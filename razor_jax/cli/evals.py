@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from razor_jax import Params
@@ -96,7 +95,7 @@ class Job:
         with progress_bar(name) as progress:
             table = protocol.run(systems, examples, resume=self.records, progress=progress, **options)
         if not self.as_json:
-            Console().print(table.render(name))
+            terminal.print_table(table.render(name))
         return table
 
     def finish(self, command: str, content: dict[str, Any]) -> None:
@@ -288,7 +287,7 @@ def _agreement(job: Job, name: str, passages: Sequence[agreement.Passage], batch
     with progress_bar(name) as progress:
         rows = agreement.run(job.rows, passages, batch=batch, resume=job.records, progress=progress)
     if not job.as_json:
-        Console().print(agreement.render(rows, f"agreement with {job.rows[0].name}, {name}"))
+        terminal.print_table(agreement.render(rows, f"agreement with {job.rows[0].name}, {name}"))
     return [row.to_dict() for row in rows]
 
 

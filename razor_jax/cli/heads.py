@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from razor_jax import HeadSplit, Params, RazorConfig
@@ -351,7 +350,7 @@ def _finish(
         return
     if scores is not None:
         for name, values in (("induction", scores.induction), ("echo", scores.echo)):
-            Console().print(_table(f"{name} score of each KV head, %", 100 * values, chosen))
+            terminal.print_table(_table(f"{name} score of each KV head, %", 100 * values, chosen))
     _print_split(chosen)
     if scores is not None and scores.meta.floor:
         signal, floor = scores.above_floor(chosen), scores.meta.floor
@@ -404,7 +403,7 @@ def _scopes(params: Params, model: str, save: Path | None, as_json: bool) -> Non
     if as_json:
         print_json({"model": model, "scopes": exact.tolist(), "split": dataclasses.asdict(chosen)})
         return
-    Console().print(_table("scope of each query head, tokens", exact, chosen, params.config.group_size))
+    terminal.print_table(_table("scope of each query head, tokens", exact, chosen, params.config.group_size))
     _print_split(chosen)
 
 

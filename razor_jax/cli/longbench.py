@@ -8,11 +8,11 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from razor_jax.cli import evals
 from razor_jax.cli.options import CompressedOptions, ModelOptions, grouped
+from razor_jax.cli.terminal import print_table
 from razor_jax.evals import longbench as bench
 from razor_jax.evals.table import Table
 
@@ -52,7 +52,7 @@ def longbench(
             found = {row.name: bench.scores(tables[name], row.name) for row in settings}
             results.append({"dataset": name, "scores": found, **tables[name].to_dict()})
         if not run.as_json:
-            Console().print(_summary(tables, where))
+            print_table(_summary(tables, where))
     job.finish("longbench", {"max_length": max_length, "limit": limit, "tables": results})
 
 

@@ -6,11 +6,10 @@ import dataclasses
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from razor_jax.cli.evals import RunOptions, bad_method, check_methods, progress_bar, require_positions
 from razor_jax.cli.options import CompressedOptions, ModelOptions, grouped
-from razor_jax.cli.terminal import note, print_json
+from razor_jax.cli.terminal import note, print_json, print_table
 from razor_jax.evals import methods as study
 from razor_jax.evals import plots
 from razor_jax.evals.haystack import Haystack
@@ -72,7 +71,7 @@ def methods(
         settings = {row.name: "dense" if row.razor is None else row.razor.describe() for row in rows[share]}
         parts.append({"budget": share, "settings": settings, **found.to_dict()})
         if not run.as_json:
-            Console().print(found.render(f"{found.tokens:,} tokens a document, {share:.1%} of the dense cache's bytes"))
+            print_table(found.render(f"{found.tokens:,} tokens a document, {share:.1%} of the dense cache's bytes"))
     content = {"eval": "methods", **provenance(params, model.model), "grid": dataclasses.asdict(grid), "budgets": parts}
     if run.out is not None:
         note(f"saved {write_results(run.out / 'methods.json', content)}")

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 import razor_jax
@@ -78,4 +77,4 @@ def _show(claims: Sequence[Mapping[str, Any]]) -> None:
             claim["verdict"],
             claim["why"],
         )
-    Console().print(table)
+    terminal.print_table(table)

@@ -165,6 +165,12 @@ def _print(message: str) -> None:
     console.print(f"[dim]{escape(message)}[/]", soft_wrap=True)
 
 
+def print_table(table: Any) -> None:
+    """Print a table of rich on stdout: as wide as it needs where that is no terminal, so that no number is cut."""
+    out = Console()
+    Console(width=out.width if out.is_terminal else 1000).print(table)
+
+
 def print_json(content: dict[str, Any]) -> None:
     """Print one JSON document on stdout."""
     typer.echo(json.dumps(content, indent=1))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.table import Table
 
 import razor_jax
 from razor_jax import Assets, RazorConfig, Sampling
@@ -36,6 +37,16 @@ def test_generate_prints_the_answer_and_accounts_for_it(run, model):
     assert answer["kv"]["engaged"]
     assert answer["kv"]["ratio"] == answer["kv"]["same_type_bytes"] / answer["kv"]["allocated_bytes"]
     assert answer["timings"]["prompt_tokens"] > 40
+
+
+def test_a_table_in_a_pipe_is_not_cut(capsys):
+    table = Table(*map(str, range(20)), title="numbers")
+    numbers = [f"{10**9 + i:,}" for i in range(20)]
+    table.add_row(*numbers)
+    terminal.print_table(table)
+    out = capsys.readouterr().out
+    assert all(number in out for number in numbers)
+    assert "…" not in out
 
 
 @pytest.mark.parametrize(
