@@ -49,7 +49,8 @@ def main(
         # A table may ask the same split under two policies.
         unlike = {(row["method"], row["heads"]): row["split"] for row in earlier["table"]}
         rows = [(*key, HeadSplit(split, params.config.num_kv_heads)) for key, split in unlike.items()]
-    for count in () if splits is not None else heads or (30, 26, 18, 13):
+    counts = heads or (30, 26, 18, 13)
+    for count in counts if splits is None else ():
         for name in method or ("gates", "gradient", "search", "probe", "random"):
             label = f"{name}-{count}" if name == "search" else name
             start = time.perf_counter()

@@ -167,8 +167,7 @@ def _print(message: str) -> None:
 
 def print_table(table: Any) -> None:
     """Print a table of rich on stdout: as wide as it needs where that is no terminal, so that no number is cut."""
-    out = Console()
-    Console(width=out.width if out.is_terminal else 1000).print(table)
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)
 
 
 def print_json(content: dict[str, Any]) -> None:
