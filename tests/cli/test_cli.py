@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-from rich.table import Table
 
 import razor_jax
 from razor_jax import Assets, RazorConfig, Sampling
@@ -37,35 +35,6 @@ def test_generate_prints_the_answer_and_accounts_for_it(run, model):
     assert answer["kv"]["engaged"]
     assert answer["kv"]["ratio"] == answer["kv"]["same_type_bytes"] / answer["kv"]["allocated_bytes"]
     assert answer["timings"]["prompt_tokens"] > 40
-
-
-def test_a_table_in_a_pipe_is_not_cut(capsys):
-    table = Table(*map(str, range(20)), title="numbers")
-    numbers = [f"{10**9 + i:,}" for i in range(20)]
-    table.add_row(*numbers)
-    terminal.print_table(table)
-    out = capsys.readouterr().out
-    assert all(number in out for number in numbers)
-    assert "…" not in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("generate", "--max-new-tokens", 0), "0"),
-        (("generate", "--draft", 17), "17"),
-        (("generate", "--temperature", "warm"), "warm"),
-        (("generate", "--kv-dtype", "int3"), "int3"),
-        (("eval", "needle", "--documents", -4), "-4"),
-    ],
-)
-def test_errors_of_ranges_and_types_name_option_and_value(run, model, arguments, said):
-    *command, option, _ = arguments
-    done = run(*command, "-m", model, *arguments[-2:])
-    assert done.exit_code == 2
-    assert f"'{option}'" in done.stderr
-    assert re.search(rf"(: |'){re.escape(said)}\b", done.stderr.partition(option)[2]), done.stderr
-    assert "error," not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -234,24 +203,6 @@ def test_a_cache_from_the_shell_answers_as_the_document_does(run, model, tmp_pat
     assert "ask about it with -Q" in run("generate", "-m", model, "--cache", book).stderr
 
 
-@pytest.mark.parametrize(
-    ("save", "message"),
-    [
-        ("full", "already exists: choose another folder"),
-        ("file", "already exists: choose another folder"),
-        ("file/cache", "cannot write in"),
-        ("/proc/cache", "cannot write in /proc"),
-    ],
-)
-def test_a_place_that_cannot_be_written_is_said_before_the_work(run, tmp_path, save, message):
-    (tmp_path / "full").mkdir()
-    for name in ("file", "full/file", "text"):
-        (tmp_path / name).write_text("the fox", encoding="utf-8")
-    done = run("prefill", tmp_path / "text", "--save", tmp_path / save, "-m", "no/such/model")
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert message in " ".join(done.stderr.replace("│", " ").split())
-
-
 def test_chat_commands(run, model, tmp_path):
     file = tmp_path / "talk.json"
     lines = f"/help\na fox\n/save {file}\n/system the dog\na fox\n/sing\n/exit\n"
@@ -286,24 +237,6 @@ def test_quiet_counts_after_the_command(run, model):
     assert quiet.stdout == loud.stdout
     assert run("generate", "-m", model, "-p", "-q", "--max-new-tokens", 4).exit_code == 0  # a prompt, not an option
     assert "--top-k 5,000 filters nothing: the vocabulary has" in run(*command, "--top-k", 5000).stderr
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (("eval", "abc"), "No such command 'abc'. There are: needle"),
-        (("generate", "--prompt-file", "/nowhere"), "/nowhere: no such file or directory"),
-        (("generate", "-p", " "), "is blank"),
-        (("generate", "-p", " ", "-Q", "x"), "is blank"),
-        (("generate", "-p", "x", "-Q", ""), "is blank"),
-        (("generate", "-p", "x", "--raw", "--system", "y"), "leave out --system"),
-    ],
-    ids=["command", "file", "blank", "blank document", "blank question", "raw"],
-)
-def test_wrong_input_is_one_sentence(run, command, message):
-    done = run(*command)
-    assert done.exit_code in (1, 2)
-    assert message in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_chat_remembers_forgets_and_leaves(run, model):
@@ -398,77 +331,6 @@ def test_demo_compares_three_caches(run, model):
     assert dense["kv"]["allocated_bytes"] > razor["kv"]["allocated_bytes"] > windowed["kv"]["allocated_bytes"]
     assert [each["kv"]["engaged"] for each in content["settings"]] == [False, True, True]
     assert content["document_tokens"] <= 400
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("generate",), "give one of --prompt, --prompt-file and --cache"),
-        (("generate", "-p", "x", "--prompt-file", "y"), "give one of --prompt, --prompt-file and --cache"),
-        (("generate", "-p", "x", "--top-p", 1.5), "--top-p 1.5: must be a number in (0, 1]"),
-        (("generate", "-p", "x", "--temperature", -1), "--temperature -1.0: must be 0 (greedy)"),
-        (("generate", "-p", "x", "--window", 0), "--window"),
-        (("generate", "-p", "x", "--sinks", -4), "--sinks"),
-        (("generate", "-p", "x", "--max-new-tokens", 0), "--max-new-tokens"),
-        (("generate", "-p", "x", "--dense", "--window", 9), "leave out --window"),
-        (("generate", "-p", "x", "--temperature", 0, "--top-k", 5), "takes the most likely token: leave out --top-k"),
-        (("generate", "-p", "x", "--n", 3), "--n 3 without draws gives equal answers: add --temperature"),
-        (("generate", "-p", "x", "--logprobs", 3), "--logprobs go into the JSON: add --json"),
-        (("generate", "-p", "x", "--json", "--logprobs", 21), "--logprobs"),
-        (("reproduce", "--output", "x"), "--out"),
-        (("chat", "--dense", "--kv-dtype", "int8"), "leave out --kv-dtype"),
-        (("chat", "--system", "x", "--system-file", "y"), "not both"),
-        (("fit", "--method", "snapkv"), "use kvzap, less, csr, predictor"),
-        (("generate", "--nothing"), "No such option"),
-    ],
-)
-def test_wrong_usage_is_2(run, model, arguments, message):
-    done = run(arguments[0], "-m", model, *arguments[1:])
-    assert done.exit_code == 2, done.output
-    assert message in " ".join(done.stderr.replace("│", " ").split())
-    assert done.stdout == ""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("nothing",), "No such command 'nothing'"),
-        (("generat", "-p", "x"), "Did you mean 'generate'?"),
-        (("needle", "--lengths", "512"), "'needle' is now 'razor-jax eval needle'"),
-        (("longbench", "x.jsonl"), "'longbench' is now 'razor-jax eval longbench'"),
-        (("eval", "needles"), "Did you mean 'needle'?"),
-        (("heads", "search"), "No such command 'search'"),
-    ],
-)
-def test_a_command_that_is_not_there_is_2(run, arguments, message):
-    done = run(*arguments)
-    assert done.exit_code == 2, done.output
-    assert message in " ".join(done.stderr.replace("│", " ").split())
-    assert done.stdout == ""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("generate", "-m", "no/such/folder", "-p", "x"), "no model at 'no/such/folder'"),
-        (("generate", "--prompt-file", "missing.txt"), "missing.txt"),
-        (("generate", "-p", "x", "--heads", "missing.json"), "no head split at missing.json"),
-        (("generate", "-p", "x", "--max-new-tokens", 10**9), "--kv-dtype int8 takes about half"),
-        (("generate", "-p", "x", "--window", 10**20), "--window 100000000000000000000: must be an integer"),
-        (("generate", "-p", "x", "--mesh", "foo"), "--mesh foo: write it as data=2,model=4"),
-    ],
-)
-def test_failure_is_one_line_and_1(run, model, arguments, message):
-    done = run(arguments[0], "-m", model, *arguments[1:])
-    assert done.exit_code == 1, done.output
-    assert f"error: {message}" in done.stderr or ("error: " in done.stderr and message in done.stderr)
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-
-
-def test_debug_shows_the_traceback(run):
-    done = run("--debug", "generate", "-m", "no/such/folder", "-p", "x")
-    assert isinstance(done.exception, FileNotFoundError)
 
 
 def test_program_in_a_process_of_its_own(model, tmp_path):
