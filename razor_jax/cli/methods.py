@@ -33,7 +33,10 @@ def methods(
         ),
     ] = None,
     tasks: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(study.TASKS)}.")] = ",".join(study.TASKS),
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of document, question and answer.")] = 2048,
+    tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens of document, question and answer; long and agreement decode a quarter more."),
+    ] = 2048,
     documents: Annotated[int, typer.Option(min=1, help="Documents per task (needle: and depth).")] = 8,
     facts: Annotated[int, typer.Option(min=1, help="Facts of a document, in the tasks with many.")] = 16,
     *,
@@ -41,7 +44,7 @@ def methods(
     policy: CompressedOptions,
     run: RunOptions,
 ) -> None:
-    """Compare cache methods at equal bytes: needles, conversation, and questions inside the prefill."""
+    """Compare cache methods at equal bytes, by right answers and by agreement with dense attention."""
     names = [name.strip() for name in tasks.split(",")]
     for name in names:
         if name not in study.TASKS:
@@ -50,10 +53,11 @@ def methods(
     if run.out is not None:
         plots.require()
     params = model.load()
-    require_positions(params, "--tokens", tokens)
+    grid, haystack = Grid((tokens,), documents=documents, facts=facts, seed=run.seed), Haystack.load(run.haystack)
+    later = study.later_tokens(grid) if {"long", "agreement"} & set(names) else 0
+    require_positions(params, "--tokens, and what is decoded after them", tokens + later)
     # At equal bytes, a recommended cache of another type would give Razor more or fewer tokens than the methods.
     razor = dataclasses.replace(policy.compressed(params), kv_dtype=policy.kv_dtype, windowed_kv_dtype=None)
-    grid, haystack = Grid((tokens,), documents=documents, facts=facts, seed=run.seed), Haystack.load(run.haystack)
     shares = list(dict.fromkeys(budget or [study.razor_share(params, razor, names, grid, haystack)]))  # type: ignore[arg-type]
     with bad_method():
         rows = {share: study.settings(params, razor, method or [], share) for share in shares}

@@ -175,10 +175,10 @@ def run(
     passages: Sequence[Passage],
     *,
     batch: int = 8,
-    resume: Path | None = None,
+    resume: Path | Journal | None = None,
     progress: Progress | None = None,
 ) -> list[Agreement]:
-    """Compare every other setting with the first, on the same passages.
+    """Compare every other setting with the first, on the same passages; `resume` as in `protocol.run`.
 
     Raises ValueError for fewer than two settings, no passages, an empty prompt, or fewer than 2 tokens after one.
     """
@@ -186,7 +186,7 @@ def run(
         raise ValueError(f"{len(settings)} settings and {len(passages)} passages: give at least 2 and 1")
     if min(len(p.following) for p in passages) < 2 or not all(p.prompt for p in passages):
         raise ValueError("every passage needs a prompt and at least 2 tokens after it")
-    journal = Journal(resume)
+    journal = resume if isinstance(resume, Journal) else Journal(resume)
     judged = [_all(setting, passages, batch, journal, progress) for setting in settings]
     return [_compare(s.name, judged[0], found) for s, found in zip(settings[1:], judged[1:], strict=True)]
 

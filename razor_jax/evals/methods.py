@@ -3,7 +3,8 @@
     razor-jax eval methods --model razor-mini --budget 0.1 --budget 0.2
 
 Every method gets the bytes of the same share of a document's dense cache. A document is compressed before its questions
-are known; the task `inside` puts each question into the prefill, the order that most methods were made for.
+are known; the task `inside` puts each question into the prefill, the order that most methods were made for. The tasks
+`long` and `agreement` decode after the document: what a method keeps of later tokens is part of its answer.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from ..methods.engine import bind
 from ..params import Params
 from ..text.generate import prefill
 from ..text.session import Session
-from . import needle
+from . import agreement, families, long_generation, needle
 from .conversation import Conversation
 from .haystack import Haystack
 from .journal import Journal, key_of
@@ -44,6 +45,7 @@ from .protocol import (
     CachedModel,
     EncodedExample,
     Example,
+    Form,
     Progress,
     Stopwatch,
     System,
@@ -51,29 +53,72 @@ from .protocol import (
     encode_example,
     run,
 )
+from .stats import Share
 from .table import Table
 
 logger = logging.getLogger(__name__)
 _BLOCK = 256  # tokens of a copy in the head probe of HeadKV; it reads four
 
-TaskName = Literal["needle", "needles", "several", "conversation", "inside"]
+_INSIDE = 4  # questions of a document; each takes a prefill of its own
+
+TaskName = Literal["needle", "needles", "several", "families", "conversation", "inside", "long", "agreement"]
+Maker = Callable[[Params, needle.Grid, Haystack], list[Example]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A column of the table: a needle variant, and how its questions are put."""
+    """A column of the table whose questions have right answers.
 
-    variant: needle.Variant
-    conversation: bool = False
+    Attributes:
+      make: documents with their questions.
+      answer_tokens: room for an answer.
+      system: how a row answers.
+      inside: whether a question goes into the prefill.
+      form: how questions are put; None as in `protocol.run`.
+    """
+
+    make: Maker
+    answer_tokens: int = needle.ANSWER_TOKENS
+    system: Callable[[CachedModel], System] = lambda row: row
     inside: bool = False
+    form: Callable[[Params], Form | None] = lambda params: None
 
 
-TASKS: dict[TaskName, Task] = {
-    "needle": Task("single"),
-    "needles": Task("facts"),
-    "several": Task("multi-query"),
-    "conversation": Task("facts", conversation=True),
-    "inside": Task("facts", inside=True),
+def _needles(variant: needle.Variant) -> Maker:
+    return lambda params, grid, haystack: needle.examples(params, variant, grid, haystack=haystack)
+
+
+def _inside(params: Params, grid: needle.Grid, haystack: Haystack) -> list[Example]:
+    """Return documents with facts, a few of which are asked for, evenly over the depth."""
+    made, step = _needles("facts")(params, grid, haystack), -(-grid.facts // _INSIDE)
+    return [dataclasses.replace(example, questions=example.questions[::step]) for example in made]
+
+
+def _long(params: Params, grid: needle.Grid, haystack: Haystack) -> list[Example]:
+    reply, half = later_tokens(grid), max(1, grid.facts // 2)
+    kind = {"facts": half, "count": grid.documents, "seed": grid.seed, "haystack": haystack}
+    return long_generation.examples(params, document=_document(grid), reply=reply, every=reply, **kind)
+
+
+def _document(grid: needle.Grid) -> int:
+    """Return the tokens of a document of `long` and `agreement`: about those of the other tasks."""
+    return grid.lengths[0] - 2 * needle.ANSWER_TOKENS
+
+
+def later_tokens(grid: needle.Grid) -> int:
+    """Return the tokens that `long` and `agreement` decode after a document."""
+    return max(2, grid.lengths[0] // 4)
+
+
+TASKS: dict[TaskName, Task | None] = {
+    "needle": Task(_needles("single")),
+    "needles": Task(_needles("facts")),
+    "several": Task(_needles("multi-query"), needle.answer_tokens("multi-query")),
+    "families": Task(families.examples, families.ANSWER_TOKENS, form=families.question_form),
+    "conversation": Task(_needles("facts"), system=Conversation),
+    "inside": Task(_inside, inside=True),
+    "long": Task(_long, system=long_generation.LongReply),
+    "agreement": None,  # no questions: the next tokens of a text, beside those of dense attention
 }
 
 
@@ -150,9 +195,9 @@ def razor_share(
     params: Params, razor: RazorConfig, tasks: Sequence[TaskName], grid: needle.Grid, haystack: Haystack
 ) -> float:
     """Return the bytes of Razor's cache of the longest document, as a share of the dense cache's."""
-    variants: set[needle.Variant] = {TASKS[name].variant for name in tasks}
-    made = [example for variant in variants for example in needle.examples(params, variant, grid, haystack=haystack)]
-    tokens = max(len(encode_example(params, example)[0]) for example in made)
+    asked = [task for name in tasks if (task := TASKS[name]) is not None]
+    made = [(task.form(params), example) for task in asked for example in task.make(params, grid, haystack)]
+    tokens = max((len(encode_example(params, example, form)[0]) for form, example in made), default=_document(grid))
     whole, ours = (document_bytes(CachedModel("", params, policy), tokens) for policy in (None, razor))
     return ours / whole
 
@@ -188,10 +233,12 @@ def seconds(
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Tables of several tasks with the same rows.
+    """Results of several tasks with the same rows.
 
     Attributes:
-      tables: one per task.
+      tables: one per task with questions; of `families`, of those that dense attention can do.
+      shares: per task, the score of each row; of `agreement`, tokens that dense attention would also have chosen.
+      unfit: families that dense attention cannot do.
       tokens: tokens of the longest document.
       bytes: per row, those of its cache of such a document.
       learned: per row, bytes of its learned parts, beside the cache.
@@ -200,6 +247,8 @@ class Comparison:
     """
 
     tables: dict[TaskName, Table]
+    shares: dict[TaskName, dict[str, Share]]
+    unfit: tuple[str, ...]
     tokens: int
     bytes: dict[str, int]
     learned: dict[str, int]
@@ -208,12 +257,13 @@ class Comparison:
 
     def render(self, title: str) -> RichTable:
         """Return shares of right answers by task, bytes and times, for the terminal."""
-        table = RichTable(title=title, box=box.SIMPLE, title_justify="left")
-        for name in ("method", *self.tables, "bytes", "of dense", "learned", "prefill s", "ms a step"):
+        caption = f"not counted, because dense attention fails too: {', '.join(self.unfit)}" if self.unfit else None
+        table = RichTable(title=title, box=box.SIMPLE, title_justify="left", caption=caption)
+        for name in ("method", *self.shares, "bytes", "of dense", "learned", "prefill s", "ms a step"):
             table.add_column(name, justify="left" if name == "method" else "right")
         whole = next(iter(self.bytes.values()))
         for name, size in self.bytes.items():
-            right = (f"{each[name].score.share:.1%}" for each in self.tables.values())
+            right = (f"{each[name].share:.1%}" for each in self.shares.values())
             prefill, decode = self.times[name]
             learned = f"{self.learned[name]:,}" if self.learned[name] else "–"
             held = f"holds {size:,}, reads {self.reads[name]:,}" if name in self.reads else f"{size:,}"
@@ -231,13 +281,13 @@ class Comparison:
                 "read_bytes": self.reads.get(name),
                 "prefill_seconds": self.times[name][0],
                 "decode_seconds": self.times[name][1],
-                "right": {task: table[name].score._asdict() for task, table in self.tables.items()},
+                "right": {task: each[name]._asdict() for task, each in self.shares.items()},
                 "minus_razor": {task: table.difference(name, "Razor")._asdict() for task, table in self.tables.items()},
             }
             for name, size in self.bytes.items()
         ]
         tables = [{"task": task, **table.to_dict()} for task, table in self.tables.items()]
-        return {"document_tokens": self.tokens, "rows": rows, "tables": tables}
+        return {"document_tokens": self.tokens, "unfit_families": self.unfit, "rows": rows, "tables": tables}
 
 
 def compare(
@@ -259,29 +309,60 @@ def compare(
       progress: called with a task's name, enters what `protocol.run` calls.
     """
     records = records or Journal(None)
-    params, tables = rows[0].params, {}
-    made: dict[str, list[Example]] = {}
-    texts: dict[str, list[EncodedExample]] = {}
+    params, unfit = rows[0].params, ()
+    tables: dict[TaskName, Table] = {}
+    shares: dict[TaskName, dict[str, Share]] = {}
+    timed: list[tuple[list[EncodedExample], int]] = []
     for name in tasks:
-        task = TASKS[name]
-        if task.variant not in made:
-            made[task.variant] = needle.examples(params, task.variant, grid, haystack=haystack)
-            texts[task.variant] = [encode_example(params, example) for example in made[task.variant]]
-        systems: list[System] = [Conversation(row) if task.conversation else row for row in rows]
         with progress(name) if progress else contextlib.nullcontext() as advance:
+            task = TASKS[name]
+            if task is None:
+                shares[name] = _agreement(rows, grid, haystack, batch, records, advance)
+                continue
+            made, form = task.make(params, grid, haystack), task.form(params)
             tables[name] = run(
-                systems,
-                made[task.variant],
+                [task.system(row) for row in rows],
+                made,
+                form=form,
                 question_inside_prefill=task.inside,
-                max_new_tokens=needle.answer_tokens(task.variant),
+                max_new_tokens=task.answer_tokens,
                 batch=batch,
                 resume=records,
                 progress=advance,
             )
-    longest = max(len(document) for each in texts.values() for document, _ in each)
-    variant = TASKS[tasks[0]].variant
-    times = {row.name: seconds(row, texts[variant], batch, needle.answer_tokens(variant), records) for row in rows}
+        if name == "families":
+            tables[name], unfit = families.fit(tables[name])
+        shares[name] = {row.name: row.score for row in tables[name].rows}
+        timed.append(([encode_example(params, example, form) for example in made], task.answer_tokens))
+    if not timed:
+        made = _needles("facts")(params, grid, haystack)
+        timed.append(([encode_example(params, example) for example in made], needle.ANSWER_TOKENS))
+    longest = max(len(document) for texts, _ in timed for document, _ in texts)
+    times = {row.name: seconds(row, *timed[0], batch, records) for row in rows}
     sizes = {row.name: document_bytes(row, longest) for row in rows}
     learned = {row.name: learned_bytes(row) for row in rows}
     reads = {row.name: size for row in rows if (size := read_bytes(row, longest)) is not None}
-    return Comparison(tables, longest, sizes, learned, reads, times)
+    return Comparison(tables, shares, unfit, longest, sizes, learned, reads, times)
+
+
+def _agreement(
+    rows: Sequence[CachedModel],
+    grid: needle.Grid,
+    haystack: Haystack,
+    batch: int,
+    records: Journal,
+    progress: Progress | None,
+) -> dict[str, Share]:
+    """Return the share of the tokens after a document that each row would choose as dense attention does."""
+    passages = agreement.text_passages(
+        rows[0].params,
+        haystack,
+        prompt=_document(grid),
+        following=later_tokens(grid),
+        count=grid.documents,
+        seed=grid.seed,
+    )
+    found = agreement.run(rows, passages, batch=batch, resume=records, progress=progress)
+    # A row that drops nothing has no token that counts, and agrees by construction.
+    same = Share(1.0, 1.0, 1.0)
+    return {rows[0].name: same, **{row.name: row.agreement or same for row in found}}

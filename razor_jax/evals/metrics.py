@@ -50,3 +50,9 @@ def string_match_all(answer: str, references: Sequence[str]) -> float:
 def string_match_part(answer: str, references: Sequence[str]) -> float:
     """Return RULER's metric for several right answers: 1 if the answer contains one of them."""
     return float(any(reference.lower() in answer.lower() for reference in references))
+
+
+@metric("starts_with")
+def starts_with(answer: str, references: Sequence[str]) -> float:
+    """Return 1 if the answer starts with a reference, as written; spaces before it do not count."""
+    return float(answer.lstrip().startswith(tuple(references)))
