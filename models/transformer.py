@@ -23,7 +23,7 @@ from jaxtyping import Float, Float32, Int
 from . import experts
 from .config import Experts, ModelConfig
 from .experts import ExpertLinear
-from .linear import Linear
+from .linear import Linear, attend
 from .rope import Tables, rotate
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -141,7 +141,7 @@ class Transformer(nn.Module):
     def logits(self, x: Float[jax.Array, "*n D"]) -> Float32[jax.Array, "*n V"]:
         """Map hidden states [..., D] to float32 logits [..., V]."""
         y = self.norm(x)
-        y = self.embedding.attend(y) if self.config.tie_embeddings else self.head(y)
+        y = attend(self.embedding.embedding, y) if self.config.tie_embeddings else self.head(y)
         y = y.astype(jnp.float32)
         if self.config.norm_head:
             y = y / jnp.maximum(jnp.linalg.norm(self.head.weight(), axis=0), 1e-12)

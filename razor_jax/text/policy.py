@@ -68,6 +68,12 @@ def spec_for(
     return spec
 
 
+def keeps_everything(spec: CacheSpec) -> bool:
+    """Return whether a cache is too small for its policy to drop anything, and has all heads in one type."""
+    one_kind = spec.razor is not None and not spec.heads.scopes and not spec.windowed_dtype
+    return one_kind and spec.capacity <= spec.sinks + spec.shortest_ring(0)
+
+
 def room_for(tokens: int, capacity: int | None) -> int:
     """Return the capacity of a cache for `tokens` per row. Raises ValueError if they exceed `capacity`."""
     if capacity is None:

@@ -20,7 +20,7 @@ from ..memory import check_memory
 from ..params import Params, nonfinite
 from . import lookup, loop, prompts
 from .logprobs import MAX_LOGPROBS, Logprobs, TokenLogprob, token_logprobs
-from .policy import Policy, choose_policy, padded_batch, prefill_chunk, room_for, spec_for
+from .policy import Policy, choose_policy, keeps_everything, padded_batch, prefill_chunk, room_for, spec_for
 from .prompts import Prompts
 from .result import KVReport, Result, Timings
 from .row_output import RowOutput, end_ids
@@ -56,7 +56,8 @@ class Session:
     """One batch from prompt to last token: the loop state on the device, the text of each row on the host.
 
     Takes the arguments of `generate`; `n` is a number here. With `owns_cache` the session writes into `cache` itself,
-    not into a copy.
+    not into a copy, and its own `cache` has room for later turns. Without, a cache too small to drop anything is dense:
+    all heads in one group, which halves the programs.
     """
 
     def __init__(
@@ -107,7 +108,10 @@ class Session:
         if self.stop and (params.assets is None or params.assets.tokenizer_json is None):
             raise ValueError(f"stop={stop!r}: these params have no tokenizer to match text with; leave stop out")
         self.source, self._owns_source = cache, owns_cache
-        self.spec = self._spec_or_error(razor, max_new_tokens, capacity)
+        self._asked = self._spec_or_error(razor, max_new_tokens, capacity)
+        self.spec = self._asked
+        if cache is None and not owns_cache and self._asked.placement is None and keeps_everything(self._asked):
+            self.spec = dataclasses.replace(self._asked, razor=None)
         self.draft = None if draft is None else lookup.check_draft(params, self.spec, draft)
         self._texts = self.prompts.rows
         if draft is not None and cache is not None:
@@ -322,7 +326,10 @@ class Session:
                 f"a row needed more than the cache capacity of {self.spec.capacity} tokens, "
                 "so its output is incomplete: raise capacity"
             )
-        report = KVReport.of(self.cache, self.params.heads_or_all)
+        split = self.params.heads_or_all
+        report = KVReport.of(self.cache, split)
+        if self._asked.razor is not None:
+            report = dataclasses.replace(report, setting=self._asked.describe(), share=split.share)
         timings = Timings(
             prompt_tokens=sum(len(row) for row in self.prompts.rows),
             generated_tokens=sum(len(row.tokens) - 1 for row in self.rows),
