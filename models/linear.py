@@ -26,7 +26,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 
 from ..kernels.backend import platform
 
@@ -81,6 +81,14 @@ class Linear(nn.Module):
     def weight(self) -> Float32[jax.Array, "*shape"]:
         """Return the kernel, dequantised."""
         return dequantize(self.variables["params"])
+
+
+def look_up(embedding: Float[jax.Array, "V D"], tokens: Int[jax.Array, "*n"]) -> Float[jax.Array, "*n D"]:
+    """Return the embeddings of tokens."""
+    if _is_slow(tokens.size, embedding):
+        # XLA for CPUs gathers from a float32 copy of the table, which a loop over steps would make before its first.
+        embedding, tokens = jax.lax.optimization_barrier((embedding, tokens))
+    return jnp.take(embedding, tokens, axis=0)
 
 
 def attend(embedding: Float[jax.Array, "V D"], x: Float[jax.Array, "*n D"]) -> Float[jax.Array, "*n V"]:

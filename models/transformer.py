@@ -23,7 +23,7 @@ from jaxtyping import Float, Float32, Int
 from . import experts
 from .config import Experts, ModelConfig
 from .experts import ExpertLinear
-from .linear import Linear, attend
+from .linear import Linear, attend, look_up
 from .rope import Tables, rotate
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -136,7 +136,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Int[jax.Array, "B T"]) -> Float[jax.Array, "B T D"]:
         """Map tokens int32 [B, T] to their embeddings [B, T, D]."""
-        return self.embedding(tokens)
+        return look_up(self.embedding.embedding, tokens)
 
     def logits(self, x: Float[jax.Array, "*n D"]) -> Float32[jax.Array, "*n V"]:
         """Map hidden states [..., D] to float32 logits [..., V]."""

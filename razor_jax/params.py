@@ -156,9 +156,14 @@ def with_heads(params: Params, split: HeadSplit | None, *, donate: bool = False)
     Weights stay on their devices and move one by one. `donate` frees each one that has moved, so that two copies of
     one tensor is the most there is; the given params are of no use after.
 
-    Raises ValueError if the split was made for another architecture; warns if for other weights.
+    Raises TypeError for anything else, ValueError if the split was made for another architecture; warns if for other
+    weights.
     """
     config = params.config
+    if not isinstance(split, HeadSplit | None):
+        raise TypeError(
+            f"split={split!r}: give a HeadSplit or None; razor_jax.load(model, heads=…) takes a file or 'auto'"
+        )
     if split is not None:
         check_split(split, config.num_layers, config.num_kv_heads)
         if bool(split.scopes) != config.alibi and split.share < 1:

@@ -92,8 +92,11 @@ class Chat:
     ) -> Iterator[Piece]:
         """Send the text of the user and yield the answer piece by piece.
 
-        If iteration ends early, the conversation keeps the part of the answer that was generated.
+        If iteration ends early, the conversation keeps the part of the answer that was generated. Raises ValueError for
+        blank text.
         """
+        if isinstance(text, str) and not text.strip():
+            raise ValueError(f"text={text!r} is blank: give the user's message")
         messages = [*self.messages, {"role": "user", "content": text}]
         new = self._new_tokens(messages)
         # Without a cache (a new conversation, or a lost cache), read all tokens again.

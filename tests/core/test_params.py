@@ -28,6 +28,8 @@ def test_a_split_changes_where_heads_are_held_and_nothing_else():
 def test_a_split_of_another_model_is_refused():
     with pytest.raises(ValueError, match=r"3 layers × 2 KV heads.*2 × 2"):
         with_heads(params(), HeadSplit.none(3, 2))
+    with pytest.raises(TypeError, match="split='auto': give a HeadSplit or None"):
+        getattr(with_heads, "__wrapped__", with_heads)(params(), "auto")  # without the type checker of tests
     with pytest.raises(ValueError, match="another architecture"):
         with_heads(params(), HeadSplit(((0,), ()), 2, architecture="0" * 64))
     right = HeadSplit(((0,), ()), 2, architecture=architecture_fingerprint(CONFIG), weights="0" * 64)

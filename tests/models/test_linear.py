@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from razor_jax.models.linear import Linear, attend, dequantize, quantize_tree
+from razor_jax.models.linear import Linear, attend, dequantize, look_up, quantize_tree
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,22 @@ def test_tied_logits_are_products_with_every_embedding(rows):
     embedding, x = (jnp.asarray(rng.standard_normal(size), "bfloat16") for size in ((50, 32), (rows, 1, 32)))
     want = np.einsum("btd,vd->btv", np.asarray(x, np.float64), np.asarray(embedding, np.float64))
     np.testing.assert_allclose(np.asarray(attend(embedding, x), np.float64), want, atol=0.12)
+
+
+def test_decoding_on_a_cpu_looks_embeddings_up_without_a_wide_copy_of_the_table():
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((300, 32)), "bfloat16")
+
+    def steps(table, tokens):
+        def step(index, sums):
+            return sums + look_up(table, (tokens + index) % 300).astype("float32").sum((0, 1))
+
+        return jax.lax.fori_loop(0, 8, step, jnp.zeros((32,)))
+
+    tokens = jnp.asarray([[5], [299]])
+    compiled = jax.jit(steps).lower(table, tokens).compile()
+    want = sum(np.asarray(table, np.float64)[(np.asarray(tokens) + i) % 300].sum((0, 1)) for i in range(8))
+    np.testing.assert_allclose(compiled(table, tokens), want, rtol=1e-5)
+    assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])  # int4 is unpacked once per call

@@ -169,6 +169,13 @@ def test_a_turn_that_another_overtook_is_refused():
     assert chat.messages == kept
 
 
+def test_a_blank_message_is_refused_and_leaves_the_conversation_unchanged():
+    chat = Chat(tiny.params(), razor=WINDOW, capacity=256)
+    with pytest.raises(ValueError, match="text=' ' is blank: give the user's message"):
+        chat.send(" ")
+    assert chat.messages == []
+
+
 def test_a_growing_conversation_equals_one_with_room_from_the_start():
     grows, roomy = Chat(tiny.params(), razor=WINDOW), Chat(tiny.params(), razor=WINDOW, capacity=512)
     for text in ("Hello", "x" * 60, "y" * 90):

@@ -51,6 +51,27 @@ def test_generate_is_extend_then_decodes(razor):
     assert result.text == ""
 
 
+def test_a_cache_too_small_to_drop_anything_is_one_group_of_heads_unless_it_may_grow():
+    razor = dataclasses.replace(WINDOW, window=128)
+    params, prompt = tiny.params(text=False), tiny.prompt(40)
+    short = Session(params, prompt, max_new_tokens=NEW, razor=razor)
+    grows = Session(params, prompt, max_new_tokens=NEW, razor=razor, owns_cache=True)
+    assert short.spec.capacity <= razor.sinks + 128 < short.spec.capacity + NEW
+    for session in (short, grows):
+        for _ in session.run():
+            pass
+    assert {len(layer) for layer in short.cache.layers} == {1}
+    assert {len(layer) for layer in grows.cache.layers} == {1, 2}
+    (one,), (other,) = short.results(), grows.results()
+    assert one.tokens == other.tokens == by_hand(40, razor=razor, capacity=128)
+    assert (one.kv.setting, one.kv.share, one.kv.ratio) == (other.kv.setting, other.kv.share, 1.0)
+    assert not one.kv.engaged
+    longer = Session(params, prompt, max_new_tokens=NEW, razor=razor, capacity=192)
+    assert longer.spec.razor == razor
+    quantised = dataclasses.replace(razor, windowed_kv_dtype="int8")
+    assert Session(params, prompt, max_new_tokens=NEW, razor=quantised).spec.razor == quantised
+
+
 def test_compression_changes_the_output_of_this_model():
     # Otherwise the equalities here would also hold for a cache that never drops anything.
     assert by_hand(100, razor=WINDOW) != by_hand(100, razor=None)
