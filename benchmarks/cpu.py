@@ -1,5 +1,7 @@
 """Prefill and decode on the CPU beside transformers (torch, sdpa) and llama.cpp: same float32 weights, one run.
 
+Two more rows are Razor with narrower weights: bfloat16 (and such a cache), and int8 (and a float32 cache).
+
     python -m benchmarks.cpu [--model smollm2] [--context 2048 --context 8000] [--new-tokens 32] [--out FILE]
 
 `--model` is a GGUF file, or the name of a packaged one. Its tensors are dequantised to float32 once, into a GGUF file
@@ -30,6 +32,7 @@ from razor_jax.evals.provenance import write_json
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 THREADS = os.cpu_count() or 1
 PEERS = ("transformers", "llama.cpp")
+NARROW = {"razor bfloat16": {"dtype": "bfloat16"}, "razor int8": {"dtype": "float32", "weights": "int8"}}
 
 
 def write_float32(source: Path, target: Path) -> None:
@@ -116,13 +119,13 @@ def run_llama_cpp(file: Path, context: int, new_tokens: int) -> dict:
     return {"prefill_seconds": prefill, "decode_seconds": sum(steps) / len(steps), "kv_bytes": kv_bytes}
 
 
-def run_razor(model: str, context: int, new_tokens: int, *, dense: bool) -> dict:
+def run_razor(model: str, context: int, new_tokens: int, *, dense: bool, **kind: str) -> dict:
     """Return the same through `razor_jax.generate`; the second of two runs is timed."""
     import razor_jax
     from razor_jax.evals.bench import measure
 
     # By its name: the packaged heads are found by the weights of the original file.
-    params = razor_jax.load(model, dtype="float32")
+    params = razor_jax.load(model, **(kind or {"dtype": "float32"}))
     policy = None if dense else params.razor or razor_jax.RazorConfig()
     speed = measure(params, policy, context=context, new_tokens=new_tokens, repeats=1)
     return {
@@ -140,7 +143,7 @@ def worker(side: str, model: str, file: Path, context: int, new_tokens: int) -> 
         run = run_transformers if side == "transformers" else run_llama_cpp
         row = run(file, context, new_tokens)
     else:
-        row = run_razor(model, context, new_tokens, dense=side == "dense")
+        row = run_razor(model, context, new_tokens, dense=side == "dense", **NARROW.get(side, {}))
     row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(row))
 
@@ -153,12 +156,12 @@ def main(
     side: Annotated[str, typer.Option(hidden=True)] = "",
     file: Annotated[Path, typer.Option(hidden=True)] = Path(),
 ) -> None:
-    """Compare transformers, llama.cpp, our dense attention and Razor."""
+    """Compare transformers, llama.cpp, our dense attention and Razor, also with narrow weights."""
     context = context or [2048, 8000]
     if side:
         worker(side, model, file, context[0], new_tokens)
         return
-    sides = ["transformers", "llama.cpp", "dense", "razor"]
+    sides = ["transformers", "llama.cpp", "dense", "razor", *NARROW]
     if importlib.util.find_spec("llama_cpp") is None:
         sides.remove("llama.cpp")
         print("llama.cpp is left out: llama-cpp-python is not installed")
@@ -206,8 +209,9 @@ def show(name: str, context: int, rows: dict) -> None:
 
     others = [peer for peer in PEERS if peer in rows and peer != name and name not in PEERS]
     prefill = ", ".join(over(peer, "prefill_seconds") for peer in others)
-    decode = ", ".join(over(peer, "decode_seconds") for peer in [*others, *(["dense"] if name == "razor" else [])])
-    line = f"{context:6d} {name:12s} prefill {context / row['prefill_seconds']:6.0f} tok/s"
+    ours = ["dense"] if name.startswith("razor") else []
+    decode = ", ".join(over(peer, "decode_seconds") for peer in [*others, *ours])
+    line = f"{context:6d} {name:14s} prefill {context / row['prefill_seconds']:6.0f} tok/s"
     line += f" ({prefill})" * bool(prefill) + f"  decode {1 / row['decode_seconds']:6.2f} tok/s"
     line += f" ({decode})" * bool(decode) + f"  KV {row['kv_bytes'] / 2**20:6.1f} MiB  peak {row['peak_mib']:6.0f} MiB"
     if "compile_seconds" in row:
