@@ -95,6 +95,23 @@ def test_several_budgets_ask_dense_and_razor_once_and_make_a_picture(run, model,
     assert json.loads((tmp_path / "methods.json").read_text()) == summary(again)
 
 
+def test_tasks_that_decode_after_the_document_have_their_columns(run, model):
+    done = run(*METHODS[:-1], "families,long,agreement", "-m", model, "--facts", 2, "--method", "knorm", "--json")
+    assert done.exit_code == 0, done.output
+    (content,) = json.loads(done.stdout)["budgets"]
+    assert [table["task"] for table in content["tables"]] == ["families", "long"]
+    assert content["unfit_families"] == ["facts", "pairs"], "a random model answers nothing"
+    dense, razor, knorm = content["rows"]
+    assert dense["right"]["agreement"]["share"] == 1
+    same = ("--tokens", 436, "--new-tokens", 125, "--documents", 1, "--batch", 2, "--method", "knorm", "--json")
+    done = run("eval", "agreement", "-m", model, *same, "--budget", content["budget"])
+    assert [row["right"]["agreement"] for row in (razor, knorm)] == [
+        r["agreement"] for r in json.loads(done.stdout)["text"]
+    ]
+    assert {*knorm["right"]} == {"families", "long", "agreement"}
+    assert {*knorm["minus_razor"]} == {"families", "long"}
+
+
 def _results(budget, right, **row):
     """The content of a methods.json of one budget."""
     rows = [("dense", 1000, 1.0), ("Razor", 270, 0.9), ("SnapKV", 1000 * budget, right)]

@@ -15,6 +15,8 @@ from razor_jax.evals.stats import paired_bootstrap, share_interval
         ("contains_all", "The codes are 12 and 34.", ("12", "34"), 1.0),
         ("contains_all", "The codes are 12 and 35.", ("12", "34"), 0.0),
         ("contains_all", "apple", ("Apple",), 0.0),
+        ("starts_with", "\n 12345.", ("12345",), 1.0),
+        ("starts_with", "It is 12345.", ("12345",), 0.0),
         ("contains_any", "it is 34", ("12", "34"), 1.0),
         ("contains_any", "it is 3 4", ("12", "34"), 0.0),
         ("string_match_all", "APPLE, pear", ("apple", "Pear", "plum", "fig"), 0.5),

@@ -11,11 +11,14 @@ import pytest
 
 from razor_jax import Assets
 from razor_jax.checkpoint.hub import find
-from razor_jax.evals import needle, ruler
-from razor_jax.evals.examples import Example
+from razor_jax.evals import families, methods, needle, ruler
+from razor_jax.evals.examples import Example, QuestionFormat
 from razor_jax.evals.haystack import Haystack, counter, fit
 from razor_jax.evals.protocol import encode_example
 from razor_jax.evals.ruler_qa import Pool
+from razor_jax.evals.table import Answered, SettingScores, Table
+from razor_jax.needles.families import MAKERS
+from razor_jax.text.result import KVReport
 from tests.support import tiny
 
 
@@ -83,6 +86,56 @@ def test_multi_key_facts_are_told_apart_by_one_word():
 def test_a_wrong_grid_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         needle.Grid(**arguments)
+
+
+def test_families_take_turns_and_everything_fits():
+    grid = needle.Grid((900, 1200), documents=2, facts=9)
+    made = families.examples(mini(), grid)
+    assert made == families.examples(mini(), grid)
+    assert len({example.document for example in made}) == len(made) == 4
+    for example in made:
+        used = total(example, families.question_form(mini())) + families.ANSWER_TOKENS
+        assert example.meta["length"] - 30 < used <= example.meta["length"]
+        asked = [question.meta["family"] for question in example.questions]
+        assert {*asked} == {*MAKERS}
+        assert max(map(asked.count, asked)) == 2
+        for question in example.questions:
+            (value,) = question.answers
+            assert value in example.document
+            assert counter(mini())(f" {value}") < families.ANSWER_TOKENS
+        opening = [question for question in example.questions if question.meta["family"] == "instructions"]
+        assert all(example.document.index(q.answers[0]) < 300 for q in opening)
+    with pytest.raises(ValueError, match="9 questions do not fit in 200 tokens"):
+        families.examples(mini(), needle.Grid((200,), facts=9))
+
+
+def test_families_that_the_first_row_fails_do_not_count():
+    (example,) = families.examples(mini(), needle.Grid((900,), documents=1, facts=14))
+    names = np.asarray([question.meta["family"] for question in example.questions])
+
+    def table(failed):
+        right = [~np.isin(names, failed), names == "pairs"]
+        rows = zip(("dense", "Razor"), right, strict=True)
+        none = Answered(("",) * len(names), KVReport("", 0.5, 1, 900, "bfloat16", 1, 2, (9,)), 900, 1.0)
+        scores = tuple(SettingScores(n, x.astype(float), np.zeros(len(names), int), (none,)) for n, x in rows)
+        return Table((example,), scores, QuestionFormat())
+
+    counted, unfit = families.fit(table(["hops", "labels"]))
+    assert unfit == ("hops", "labels")
+    assert [row.score.share for row in counted.rows] == [1.0, 2 / 10]
+    assert [families.fit(table(failed))[0].rows[1].score.share for failed in ([], list(MAKERS))] == [2 / 14, 2 / 14]
+
+
+def test_tasks_of_methods_have_documents_of_one_length():
+    grid, params = needle.Grid((900,), documents=1, facts=8), mini()
+    sizes = {}
+    for name, task in methods.TASKS.items():
+        if task is not None:
+            examples = task.make(params, grid, Haystack.load())
+            sizes[name] = max(len(encode_example(params, example, task.form(params))[0]) for example in examples)
+    assert max(sizes.values()) - min(sizes.values()) < 90, sizes
+    inside = methods.TASKS["inside"].make(params, grid, Haystack.load())
+    assert [len(example.questions) for example in inside] == [4]
 
 
 def test_what_does_not_fit_is_refused():
