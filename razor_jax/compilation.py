@@ -56,6 +56,20 @@ def track_compilation() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
+def make_room() -> None:
+    """Forget compiled programs if the process holds more than half of the memory mappings that Linux allows it.
+
+    Each program takes several. At the limit XLA fails with "Cannot allocate memory", however much is free.
+    """
+    try:
+        most, held = Path("/proc/sys/vm/max_map_count").read_text(), Path("/proc/self/maps").read_text()
+    except OSError:
+        return
+    if held.count("\n") > int(most) // 2:
+        log.debug("forgetting compiled programs: %d memory mappings of %s", held.count("\n"), most.strip())
+        jax.clear_caches()
+
+
 @contextlib.contextmanager
 def log_compilation(what: str) -> Iterator[None]:
     """Log the compilation time of the body if it exceeds half a second."""

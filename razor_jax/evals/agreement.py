@@ -24,6 +24,7 @@ from rich import box
 from rich.table import Table as RichTable
 
 from .. import cache as kv
+from .. import compilation
 from ..params import Params
 from ..text import prompts
 from ..text.generate import generate, prefill
@@ -203,6 +204,7 @@ def _all(
         journal.add(keys[index], {"setting": setting.name, **one.to_dict()})
         if progress is not None:
             progress(setting.name, len(found), len(passages))
+    compilation.make_room()
     return [found[i] for i in range(len(passages))]
 
 

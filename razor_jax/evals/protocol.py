@@ -109,6 +109,7 @@ def _score_setting(
         found[index] = answered
         journal.add(keys[index], {"setting": setting.name, **answered.to_dict()})
         report()
+    compilation.make_room()
     return SettingScores.of(setting.name, examples, [found[i] for i in range(len(examples))])
 
 
