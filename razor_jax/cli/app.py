@@ -77,7 +77,7 @@ def main() -> None:
         app()
     except SystemExit as end:
         if end.code == terminal.INTERRUPTED:
-            terminal.end_soon()
+            terminal.end_now(terminal.INTERRUPTED)
         raise
 
 

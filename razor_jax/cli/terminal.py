@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 import typer.core
@@ -97,11 +97,12 @@ class Commands(typer.core.TyperGroup):
             raise typer.Exit(1) from error
 
 
-def end_soon() -> None:
-    """End the program in `PATIENCE` seconds, whatever threads of libraries still do."""
-    timer = threading.Timer(PATIENCE, os._exit, (INTERRUPTED,))
-    timer.daemon = True
-    timer.start()
+def end_now(code: int) -> NoReturn:
+    """End the program without Python's own end, which waits for threads that compile, or crashes under them."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def watch_interrupts() -> None:

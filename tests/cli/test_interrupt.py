@@ -15,9 +15,10 @@ BUSY = {
     "a long call outside Python": "hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**9)",
     "Python": "[time.sleep(0.05) for _ in range(10**6)]",
     "a thread that never ends": "threading.Thread(target=lambda: time.sleep(600)).start() or time.sleep(600)",
+    "an end of Python that never comes": "atexit.register(time.sleep, 600) and time.sleep(600)",
 }
 PROGRAM = """
-import hashlib, threading, time
+import atexit, hashlib, threading, time
 from razor_jax.cli import app, terminal
 
 @app.app.command()
