@@ -196,8 +196,8 @@ def razor_share(
 ) -> float:
     """Return the bytes of Razor's cache of the longest document, as a share of the dense cache's."""
     asked = [task for name in tasks if (task := TASKS[name]) is not None]
-    made = [(task.form(params), example) for task in asked for example in task.make(params, grid, haystack)]
-    tokens = max((len(encode_example(params, example, form)[0]) for form, example in made), default=_document(grid))
+    made = [encode_example(params, e, task.form(params)) for task in asked for e in task.make(params, grid, haystack)]
+    tokens = max((len(document) for document, _ in made), default=_document(grid))
     whole, ours = (document_bytes(CachedModel("", params, policy), tokens) for policy in (None, razor))
     return ours / whole
 
