@@ -64,12 +64,15 @@ def _question(planted: Planted, family: str) -> Question:
     return Question(planted.question, (planted.value,), "starts_with", planted.prefix, {"family": family})
 
 
-def fit(table: Table) -> tuple[Table, tuple[str, ...]]:
-    """Return the table of the families that its first row can do, and the others' names; all count if none is fit."""
-    asked: dict[str, list[float]] = {q.meta["family"]: [] for _, q in table.questions}
+def fit(table: Table, kind: str) -> tuple[Table, tuple[str, ...]]:
+    """Return the table of the questions that its first row can do, by the value of `kind` in their meta.
+
+    The second value names the kinds that are left out. If the first row can do none, all count.
+    """
+    asked: dict[str, list[float]] = {question.meta[kind]: [] for _, question in table.questions}
     for (_, question), score in zip(table.questions, table.rows[0].scores, strict=True):
-        asked[question.meta["family"]].append(score)
+        asked[question.meta[kind]].append(score)
     unfit = tuple(name for name, scores in asked.items() if np.mean(scores) < FIT)
     if not unfit or len(unfit) == len(asked):
         return table, unfit
-    return table.where(lambda _, question: question.meta["family"] not in unfit), unfit
+    return table.where(lambda _, question: question.meta[kind] not in unfit), unfit

@@ -74,6 +74,7 @@ class Task:
       answer_tokens: room for an answer.
       system: how a row answers.
       inside: whether a question goes into the prefill.
+      kind: name in a question's meta; questions count by its values, each if dense attention can do it. "" for none.
       form: how questions are put; None as in `protocol.run`.
     """
 
@@ -81,6 +82,7 @@ class Task:
     answer_tokens: int = needle.ANSWER_TOKENS
     system: Callable[[CachedModel], System] = lambda row: row
     inside: bool = False
+    kind: str = ""
     form: Callable[[Params], Form | None] = lambda params: None
 
 
@@ -114,10 +116,10 @@ TASKS: dict[TaskName, Task | None] = {
     "needle": Task(_needles("single")),
     "needles": Task(_needles("facts")),
     "several": Task(_needles("multi-query"), needle.answer_tokens("multi-query")),
-    "families": Task(families.examples, families.ANSWER_TOKENS, form=families.question_form),
+    "families": Task(families.examples, families.ANSWER_TOKENS, kind="family", form=families.question_form),
     "conversation": Task(_needles("facts"), system=Conversation),
     "inside": Task(_inside, inside=True),
-    "long": Task(_long, system=long_generation.LongReply),
+    "long": Task(_long, system=long_generation.LongReply, kind="where"),
     "agreement": None,  # no questions: the next tokens of a text, beside those of dense attention
 }
 
@@ -205,25 +207,24 @@ def razor_share(
 def seconds(
     setting: CachedModel, texts: Sequence[EncodedExample], batch: int, new_tokens: int, records: Journal
 ) -> tuple[float, float]:
-    """Return seconds of prefill per document and of a decode step of `batch` rows, without compilation.
+    """Return seconds of prefill per document and of a decode step of `batch` rows, those of the second of two runs.
 
-    Shapes are those of the task that asked these questions, so its programs run again; unless `records` has the figures
-    of the same setting.
+    Shapes are those of the task that asked these questions. `records` may have the figures of the same setting.
     """
-    key = key_of(system=setting.identity(), timed=texts, batch=batch, new_tokens=new_tokens)
+    key = key_of(system=setting.identity(), second_run=texts, batch=batch, new_tokens=new_tokens)
     if (record := records.get(key)) is not None:
         return record["prefill_seconds"], record["decode_seconds"]
     totals = [len(document) + max(map(len, asked)) + new_tokens for document, asked in texts]
-    documents = [document for document, _ in texts]
-    capacity, part = next(batches([len(document) for document in documents], totals, range(len(texts)), batch))
-    rows = [texts[part[i % len(part)]] for i in range(batch)]
-    with Stopwatch() as watch:
-        cache = prefill(setting.params, [document for document, _ in rows], razor=setting.razor, capacity=capacity)
-    session = Session(
-        setting.params, [asked[0] for _, asked in rows], max_new_tokens=new_tokens, cache=cache, owns_cache=True
-    )
-    for _ in session.run():
-        pass
+    lengths = [len(document) for document, _ in texts]
+    capacity, part = next(batches(lengths, totals, range(len(texts)), batch))
+    documents, questions = zip(*(texts[part[i % len(part)]] for i in range(batch)), strict=True)
+    asked = [each[0] for each in questions]
+    for _ in range(2):  # The first loads its programs.
+        with Stopwatch() as watch:
+            cache = prefill(setting.params, documents, razor=setting.razor, capacity=capacity)
+        session = Session(setting.params, asked, max_new_tokens=new_tokens, cache=cache, owns_cache=True)
+        for _ in session.run():
+            pass
     results = session.results()
     steps = max(len(result.tokens) for result in results) - 1
     found = watch.seconds / batch, results[0].timings.decode_seconds / max(1, steps)
@@ -236,9 +237,9 @@ class Comparison:
     """Results of several tasks with the same rows.
 
     Attributes:
-      tables: one per task with questions; of `families`, of those that dense attention can do.
+      tables: one per task with questions; of `families` and `long`, of the kinds that dense attention can do.
       shares: per task, the score of each row; of `agreement`, tokens that dense attention would also have chosen.
-      unfit: families that dense attention cannot do.
+      unfit: per task, the kinds of questions that dense attention cannot do.
       tokens: tokens of the longest document.
       bytes: per row, those of its cache of such a document.
       learned: per row, bytes of its learned parts, beside the cache.
@@ -248,7 +249,7 @@ class Comparison:
 
     tables: dict[TaskName, Table]
     shares: dict[TaskName, dict[str, Share]]
-    unfit: tuple[str, ...]
+    unfit: dict[TaskName, tuple[str, ...]]
     tokens: int
     bytes: dict[str, int]
     learned: dict[str, int]
@@ -257,7 +258,8 @@ class Comparison:
 
     def render(self, title: str) -> RichTable:
         """Return shares of right answers by task, bytes and times, for the terminal."""
-        caption = f"not counted, because dense attention fails too: {', '.join(self.unfit)}" if self.unfit else None
+        unfit = [f"{name}: {', '.join(kinds)}" for name, kinds in self.unfit.items() if kinds]
+        caption = f"not counted, because dense attention fails too: {'; '.join(unfit)}" if unfit else None
         table = RichTable(title=title, box=box.SIMPLE, title_justify="left", caption=caption)
         for name in ("method", *self.shares, "bytes", "of dense", "learned", "prefill s", "ms a step"):
             table.add_column(name, justify="left" if name == "method" else "right")
@@ -287,7 +289,7 @@ class Comparison:
             for name, size in self.bytes.items()
         ]
         tables = [{"task": task, **table.to_dict()} for task, table in self.tables.items()]
-        return {"document_tokens": self.tokens, "unfit_families": self.unfit, "rows": rows, "tables": tables}
+        return {"document_tokens": self.tokens, "unfit": self.unfit, "rows": rows, "tables": tables}
 
 
 def compare(
@@ -309,7 +311,8 @@ def compare(
       progress: called with a task's name, enters what `protocol.run` calls.
     """
     records = records or Journal(None)
-    params, unfit = rows[0].params, ()
+    params = rows[0].params
+    unfit: dict[TaskName, tuple[str, ...]] = {}
     tables: dict[TaskName, Table] = {}
     shares: dict[TaskName, dict[str, Share]] = {}
     timed: list[tuple[list[EncodedExample], int]] = []
@@ -330,8 +333,8 @@ def compare(
                 resume=records,
                 progress=advance,
             )
-        if name == "families":
-            tables[name], unfit = families.fit(tables[name])
+        if task.kind:
+            tables[name], unfit[name] = families.fit(tables[name], task.kind)
         shares[name] = {row.name: row.score for row in tables[name].rows}
         timed.append(([encode_example(params, example, form) for example in made], task.answer_tokens))
     if not timed:

@@ -100,7 +100,8 @@ def test_tasks_that_decode_after_the_document_have_their_columns(run, model):
     assert done.exit_code == 0, done.output
     (content,) = json.loads(done.stdout)["budgets"]
     assert [table["task"] for table in content["tables"]] == ["families", "long"]
-    assert content["unfit_families"] == ["facts", "pairs"], "a random model answers nothing"
+    unfit = {"families": ["facts", "pairs"], "long": ["document", "reply"]}
+    assert content["unfit"] == unfit, "a random model answers nothing"
     dense, razor, knorm = content["rows"]
     assert dense["right"]["agreement"]["share"] == 1
     same = ("--tokens", 436, "--new-tokens", 125, "--documents", 1, "--batch", 2, "--method", "knorm", "--json")
@@ -167,7 +168,8 @@ def test_wrong_usage_is_2(run, arguments, message):
         (("eval", "ruler", "--lengths", "512,999999"), "--lengths: 999,999 tokens, but the model has"),
         (("eval", "agreement", "--tokens", "999999"), "1,000,511 tokens, but the model has"),
         (("fit", "--method", "kvzap", "--tokens", "999999"), "--tokens: 999,999 tokens, but the model has"),
-        (("eval", "methods", "--tokens", "999999"), "--tokens: 999,999 tokens, but the model has"),
+        (("eval", "methods", "--tokens", "999999", "--tasks", "needles"), ": 999,999 tokens, but the model has"),
+        (("eval", "methods", "--tokens", "999999"), "decoded after them: 1,249,998 tokens, but the model has"),
     ],
 )
 def test_failure_is_one_line_and_1(run, model, arguments, message):

@@ -120,10 +120,13 @@ def test_families_that_the_first_row_fails_do_not_count():
         scores = tuple(SettingScores(n, x.astype(float), np.zeros(len(names), int), (none,)) for n, x in rows)
         return Table((example,), scores, QuestionFormat())
 
-    counted, unfit = families.fit(table(["hops", "labels"]))
+    counted, unfit = families.fit(table(["hops", "labels"]), "family")
     assert unfit == ("hops", "labels")
     assert [row.score.share for row in counted.rows] == [1.0, 2 / 10]
-    assert [families.fit(table(failed))[0].rows[1].score.share for failed in ([], list(MAKERS))] == [2 / 14, 2 / 14]
+    assert [families.fit(table(failed), "family")[0].rows[1].score.share for failed in ([], list(MAKERS))] == [
+        2 / 14,
+        2 / 14,
+    ]
 
 
 def test_tasks_of_methods_have_documents_of_one_length():
