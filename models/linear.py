@@ -10,7 +10,8 @@ int4   `group_scale`, bfloat16: one per output and group of 64 inputs, or of 32 
        head is int8: its errors go straight into the logits, and it is read once per token.
 
 The weights never exist in another type: the compiler converts them as it reads them. XLA for CPUs does so ten times
-slower than it reads float32 (`_is_slow`), so there a decode step multiplies and sums; int4 is unpacked once per call.
+slower than it reads float32 (`_by_platform`), so there a decode step multiplies and sums. int4 is unpacked there, once
+per call.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -27,8 +28,6 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Float, Float32, Int
-
-from ..kernels.backend import platform
 
 Weights = Literal["int8", "int4"]  # types of kernels beside floats
 
@@ -58,24 +57,25 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[jax.Array, "*inputs"]) -> Float[jax.Array, "*outputs"]:
-        kernel = self.param("kernel", nn.initializers.normal(0.02), self.shape)
+        self.param("kernel", nn.initializers.normal(0.02), self.shape)
         _, axes, result = re.split(",|->", self.spec)
         outputs = tuple(size for size, axis in zip(self.shape, axes, strict=True) if axis in result)
         bias = self.param("bias", nn.initializers.zeros, outputs) if self.use_bias else None
-        linear, inputs = self.variables["params"], sum(axis not in result for axis in axes)
+        linear, inputs = dict(self.variables["params"]), sum(axis not in result for axis in axes)
+        linear.pop("bias", None)
         packed = "group_scale" in linear
         if packed:
             linear = {"kernel": self.weight().astype(x.dtype)}
-        if _is_slow(math.prod(x.shape[:-inputs]), linear["kernel"]):
-            y = _multiply_and_sum(x, linear, inputs).astype(x.dtype)
-        elif "scale" not in linear:
-            x, kernel, bias = promote_dtype(x, linear["kernel"], bias)
-            y = _product(self.spec, x, kernel, 1 if packed else inputs)
-        else:
+
+        def dot(x: jax.Array, linear: dict[str, jax.Array]) -> jax.Array:
+            if "scale" not in linear:
+                return _product(self.spec, *promote_dtype(x, linear["kernel"]), 1 if packed else inputs)
             # A sum of products with int8 overflows float16.
             wide = jnp.promote_types(x.dtype, jnp.bfloat16)
-            y = jnp.einsum(self.spec, x, kernel.astype(x.dtype), preferred_element_type=wide)
-            y = (y * linear["scale"]).astype(x.dtype)
+            y = jnp.einsum(self.spec, x, linear["kernel"].astype(x.dtype), preferred_element_type=wide)
+            return (y * linear["scale"]).astype(x.dtype)
+
+        y = _by_platform(functools.partial(_multiply_and_sum, inputs=inputs), dot, x, linear, inputs)
         return y if bias is None else y + bias.astype(y.dtype)
 
     def weight(self) -> Float32[jax.Array, "*shape"]:
@@ -85,31 +85,49 @@ class Linear(nn.Module):
 
 def look_up(embedding: Float[jax.Array, "V D"], tokens: Int[jax.Array, "*n"]) -> Float[jax.Array, "*n D"]:
     """Return the embeddings of tokens."""
-    if _is_slow(tokens.size, embedding):
+
+    def take(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jnp.take(embedding, tokens, axis=0)
+
+    def from_the_table(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
         # XLA for CPUs gathers from a float32 copy of the table, which a loop over steps would make before its first.
-        embedding, tokens = jax.lax.optimization_barrier((embedding, tokens))
-    return jnp.take(embedding, tokens, axis=0)
+        return take(*jax.lax.optimization_barrier((embedding, tokens)))
+
+    if embedding.dtype.itemsize >= 4:
+        return take(embedding, tokens)
+    return jax.lax.platform_dependent(embedding, tokens, cpu=from_the_table, default=take)
 
 
 def attend(embedding: Float[jax.Array, "V D"], x: Float[jax.Array, "*n D"]) -> Float[jax.Array, "*n V"]:
     """Return the products of hidden states x with every embedding: the logits of a tied output head."""
+
+    def dot(x: jax.Array, linear: dict[str, jax.Array]) -> jax.Array:
+        return jnp.dot(x, linear["kernel"].T)
+
+    def multiply_and_sum(x: jax.Array, linear: dict[str, jax.Array]) -> jax.Array:
+        rows, linear = _rows(x, linear, 1)
+        return jnp.sum(rows[..., None, :] * dequantize(linear), axis=-1).reshape(*x.shape[:-1], -1)
+
     x, embedding = promote_dtype(x, embedding)
-    if not _is_slow(math.prod(x.shape[:-1]), embedding):
-        return jnp.dot(x, embedding.T)
-    rows, linear = _rows(x, {"kernel": embedding}, 1)
-    return jnp.sum(rows[..., None, :] * dequantize(linear), axis=-1).reshape(*x.shape[:-1], -1).astype(x.dtype)
+    return _by_platform(multiply_and_sum, dot, x, {"kernel": embedding}, 1)
 
 
-def _is_slow(rows: int, kernel: jax.Array) -> bool:
-    """Return whether XLA for CPUs takes ten times as long for this product as for one of float32.
+Product = Callable[[jax.Array, dict[str, jax.Array]], jax.Array]
+
+
+def _by_platform(on_cpu: Product, dot: Product, x: jax.Array, linear: dict[str, jax.Array], inputs: int) -> jax.Array:
+    """Return a product by `on_cpu` where XLA for CPUs takes ten times as long for `dot` as for one of float32.
 
     Of a 135M model, one row through all kernels of its MLPs: bfloat16 171 ms, int8 146 ms, float32 17 ms; multiplied
-    and summed bfloat16 19 ms, int8 15 ms.
+    and summed bfloat16 19 ms, int8 15 ms. The choice is made when a program is lowered: it may be for another machine.
     """
-    return rows <= _FEW_ROWS and kernel.dtype.itemsize < 4 and platform() == "cpu"
+    if math.prod(x.shape[:-inputs]) > _FEW_ROWS or linear["kernel"].dtype.itemsize >= 4:
+        return dot(x, linear)
+    kind = jax.eval_shape(dot, x, linear).dtype
+    return jax.lax.platform_dependent(x, linear, cpu=lambda x, linear: on_cpu(x, linear).astype(kind), default=dot)
 
 
-def _multiply_and_sum(x: jax.Array, linear: Mapping[str, Any], inputs: int) -> jax.Array:
+def _multiply_and_sum(x: jax.Array, linear: dict[str, jax.Array], inputs: int) -> jax.Array:
     """Return the product of the last `inputs` dimensions of x and the first of the kernel, in float32."""
     rows, linear = _rows(x, linear, inputs)
     kernel = dequantize(linear)
@@ -117,7 +135,9 @@ def _multiply_and_sum(x: jax.Array, linear: Mapping[str, Any], inputs: int) -> j
     return y.reshape(*x.shape[:-inputs], *kernel.shape[inputs:])
 
 
-def _rows(x: jax.Array, linear: Mapping[str, Any], inputs: int) -> tuple[Float32[jax.Array, ...], Mapping[str, Any]]:
+def _rows(
+    x: jax.Array, linear: dict[str, jax.Array], inputs: int
+) -> tuple[Float32[jax.Array, ...], dict[str, jax.Array]]:
     """Return x with its last `inputs` dimensions as one, and the others as one or, for a single row, as none.
 
     A dimension of one row makes XLA thirty times slower. So does what computes x, if it is fused into the sum, hence
@@ -125,7 +145,7 @@ def _rows(x: jax.Array, linear: Mapping[str, Any], inputs: int) -> tuple[Float32
     """
     size = math.prod(x.shape[-inputs:])
     rows = x.reshape((size,) if x.size == size else (-1, size)).astype(jnp.float32)
-    return jax.lax.optimization_barrier((rows, dict(linear)))
+    return jax.lax.optimization_barrier((rows, linear))
 
 
 def _product(spec: str, x: jax.Array, kernel: jax.Array, merge: int) -> jax.Array:
