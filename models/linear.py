@@ -69,7 +69,8 @@ class Linear(nn.Module):
 
         def dot(x: jax.Array, linear: dict[str, jax.Array]) -> jax.Array:
             if "scale" not in linear:
-                return _product(self.spec, *promote_dtype(x, linear["kernel"]), 1 if packed else inputs)
+                x, kernel = promote_dtype(x, linear["kernel"])
+                return _product(self.spec, x, kernel, 1 if packed else inputs)
             # A sum of products with int8 overflows float16.
             wide = jnp.promote_types(x.dtype, jnp.bfloat16)
             y = jnp.einsum(self.spec, x, linear["kernel"].astype(x.dtype), preferred_element_type=wide)
