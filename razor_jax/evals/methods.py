@@ -91,7 +91,7 @@ def _needles(variant: needle.Variant) -> Maker:
 
 
 def _inside(params: Params, grid: needle.Grid, haystack: Haystack) -> list[Example]:
-    """Return documents with facts, a few of which are asked for, evenly over the depth."""
+    """Return documents with facts, and questions about a few of them, evenly over the depth."""
     made, step = _needles("facts")(params, grid, haystack), -(-grid.facts // _INSIDE)
     return [dataclasses.replace(example, questions=example.questions[::step]) for example in made]
 
