@@ -205,7 +205,7 @@ def razor_share(
 
 
 def seconds(
-    setting: CachedModel, texts: Sequence[EncodedExample], batch: int, new_tokens: int, records: Journal
+    setting: CachedModel, texts: Sequence[EncodedExample], *, batch: int, new_tokens: int, records: Journal
 ) -> tuple[float, float]:
     """Return seconds of prefill per document and of a decode step of `batch` rows, those of the second of two runs.
 
@@ -228,7 +228,8 @@ def seconds(
     results = session.results()
     steps = max(len(result.tokens) for result in results) - 1
     found = watch.seconds / batch, results[0].timings.decode_seconds / max(1, steps)
-    records.add(key, {"setting": setting.name, "prefill_seconds": found[0], "decode_seconds": found[1]})
+    taken = {"batch": batch, "new_tokens": new_tokens, "prefill_seconds": found[0], "decode_seconds": found[1]}
+    records.add(key, {"setting": setting.name, **taken})
     return found
 
 
@@ -341,7 +342,8 @@ def compare(
         made = _needles("facts")(params, grid, haystack)
         timed.append(([encode_example(params, example) for example in made], needle.ANSWER_TOKENS))
     longest = max(len(document) for texts, _ in timed for document, _ in texts)
-    times = {row.name: seconds(row, *timed[0], batch, records) for row in rows}
+    texts, new_tokens = timed[0]
+    times = {row.name: seconds(row, texts, batch=batch, new_tokens=new_tokens, records=records) for row in rows}
     sizes = {row.name: document_bytes(row, longest) for row in rows}
     learned = {row.name: learned_bytes(row) for row in rows}
     reads = {row.name: size for row in rows if (size := read_bytes(row, longest)) is not None}

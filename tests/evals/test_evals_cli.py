@@ -11,6 +11,7 @@ import pytest
 
 from razor_jax.evals import plots
 from razor_jax.evals.examples import Example, Question, QuestionFormat
+from razor_jax.evals.needle import ANSWER_TOKENS
 from razor_jax.evals.provenance import summary
 from razor_jax.evals.table import Answered, SettingScores, Table
 from razor_jax.text.result import KVReport
@@ -86,8 +87,11 @@ def test_several_budgets_ask_dense_and_razor_once_and_make_a_picture(run, model,
     assert [part["budget"] for part in (small, large)] == [0.2, 0.4]
     assert small["rows"][:2] == large["rows"][:2], "times, too, are measured once"
     assert 1.9 * small["rows"][2]["bytes"] < large["rows"][2]["bytes"] < 2.1 * small["rows"][2]["bytes"]
-    asked = [json.loads(line)["setting"] for line in records.splitlines()]
+    made = [json.loads(line) for line in records.splitlines()]
+    asked = [record["setting"] for record in made]
     assert {name: asked.count(name) for name in asked} == {"dense": 6, "Razor": 6, "L2-norm": 12}  # 5 depths and times
+    timed = [record for record in made if "decode_seconds" in record]
+    assert [(record["batch"], record["new_tokens"]) for record in timed] == 4 * [(2, ANSWER_TOKENS)]
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
     again = json.loads(run(*arguments, "--budget", 0.4).stdout)
     assert again["budgets"] == [large]
