@@ -53,7 +53,7 @@ def track_compilation() -> None:
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
         # Programs that compile faster than JAX's default of a second are most of those of a short answer.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 
 def make_room() -> None:

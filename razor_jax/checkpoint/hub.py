@@ -17,6 +17,7 @@ import huggingface_hub
 import jax
 from huggingface_hub import errors
 
+from ..compilation import track_compilation
 from ..config import HeadSplit, check_split, refuse_unknown
 from ..heads import alibi, find_heads, store
 from ..kernels.backend import Implementation, choose
@@ -100,6 +101,7 @@ def load(
     this library reads, the head split does not fit the model, no device here runs the implementation, the mesh does
     not fit the devices, or the weights do not fit into them.
     """
+    track_compilation()  # so that programs that move weights are stored
     refuse_unknown("load", unknown, _ELSEWHERE)
     if implementation is not None:
         choose(implementation, lambda name: None)  # Check the name, and a device for it, before gigabytes are read.

@@ -75,8 +75,9 @@ class Loader:
         self.mesh = make_mesh(mesh, config.num_kv_heads)
         self.placement = None if self.mesh is None else MeshPlacement(self.mesh)
         self._quantizes = None if stored else weights
-        require_room(abstract_weights(config, dtype, weights or stored), self.mesh, self._quantizes)
         tree = abstract_weights(config, dtype, stored)
+        held = abstract_weights(config, dtype, weights) if self._quantizes else tree
+        require_room(held, self.mesh, self._quantizes)
         if self.mesh is not None:
             where = weight_shardings(tree, self.mesh)
             tree = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where)
