@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -52,9 +53,8 @@ MOVED = {
     "conversation": "eval conversation",
     "long-generation": "eval long-generation",
 }
-
-
 EVERYWHERE = ("-q", "--quiet", "--debug")
+_WORDS = ("prompt", "model")  # what users of other programs give without an option
 TAKE_TEXT = (["-p"], ["--prompt"], ["-Q"], ["--question"], ["--system"], ["--stop"])  # what follows is no option
 
 
@@ -91,7 +91,7 @@ class Commands(typer.core.TyperGroup):
         except Exception as error:
             # typer's exceptions (usage, exit) have an exit code.
             if hasattr(error, "exit_code") or ctx.params.get("debug"):
-                _name_value(error)
+                _say_more(error)
                 raise
             fail(_sentence(error))
             raise typer.Exit(1) from error
@@ -131,9 +131,13 @@ def watch_interrupts() -> None:
     threading.Thread(target=watch, daemon=True, name="interrupts").start()
 
 
-def _name_value(error: Any) -> None:
-    """Put the value into the message of a range or type error, where typer reports pydantic's, which leave it out."""
+def _say_more(error: Any) -> None:
+    """Complete messages of wrong usage: the value of a range or type error, options for words that have none."""
     cause = error.__cause__
+    if extra := re.match(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", getattr(error, "message", ""), re.S):
+        known = {name: "/".join(param.opts) for param in error.ctx.command.params if (name := param.name) in _WORDS}
+        places = " and ".join(f"a {name} with {options}" for name, options in known.items())
+        error.message = f"Unexpected {extra[1]!r}: this command takes options only{f'; give {places}' * bool(known)}."
     if hasattr(cause, "errors"):
         value, message = cause.errors()[0]["input"], error.message.removeprefix("Value error, ")
         error.message = message.replace("Input", repr(value), 1) if message.startswith("Input ") else message

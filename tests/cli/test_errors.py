@@ -93,6 +93,8 @@ def test_wrong_input_is_one_sentence(run, command, message):
         (("chat", "--system", "x", "--system-file", "y"), "not both"),
         (("fit", "--method", "snapkv"), "use kvzap, less, csr, predictor"),
         (("generate", "--nothing"), "No such option"),
+        (("generate", "Who wrote Hamlet?"), "Unexpected 'Who wrote Hamlet?': this command takes options only; give a"),
+        (("demo", "smollm2"), "give a model with --model/-m."),
     ],
 )
 def test_wrong_usage_is_2(run, model, arguments, message):
