@@ -99,26 +99,13 @@ class Session:
                 f"n={n}: greedy answers are all equal; give a rule that draws, such as sampling=Temperature(0.7)"
             )
         self.seed = np.uint32(check_int("seed", seed, 0, 2**32 - 1))
-        texts = (stop,) if isinstance(stop, str) else stop
-        if not (isinstance(texts, Sequence) and all(isinstance(each, str) for each in texts)):
-            raise TypeError(f"stop={stop!r}: give a string or a list of strings; a special token stops by its text")
-        self.stop = tuple(texts)
-        if not all(self.stop):
-            raise ValueError(f"stop={stop!r}: each stop string must have at least one character")
-        if self.stop and (params.assets is None or params.assets.tokenizer_json is None):
-            raise ValueError(f"stop={stop!r}: these params have no tokenizer to match text with; leave stop out")
+        self.stop = _stop_texts(params, stop)
         self.source, self._owns_source = cache, owns_cache
         self._asked = self._spec_or_error(razor, max_new_tokens, capacity)
         self.spec = self._asked
         if cache is None and not owns_cache and self._asked.placement is None and keeps_everything(self._asked):
             self.spec = dataclasses.replace(self._asked, razor=None)
-        self.draft = None if draft is None else lookup.check_draft(params, self.spec, draft)
-        self._texts = self.prompts.rows
-        if draft is not None and cache is not None:
-            read = lookup.cached_text(params, cache, len(self._texts), draft_from, raw, template_kwargs)
-            self._texts = tuple((*before, *row) for before, row in zip(read, self._texts, strict=True))
-        elif draft_from is not None:
-            raise ValueError("draft_from is the document of a cache, to draft from: give cache and draft too")
+        self.draft, self._texts = self._draft(draft, draft_from, raw, template_kwargs)
         rows = len(self.prompts.rows) * self.n
         self.limit = np.full(rows, max_new_tokens, np.int32)
         stop_ids = end_ids(params.assets, self.stop)
@@ -175,6 +162,19 @@ class Session:
         if not (self._owns_source and spec == source.spec):
             check_memory(spec, self._most_rows)
         return spec
+
+    def _draft(
+        self, draft: int | None, draft_from: Any, raw: bool, template_kwargs: Mapping[str, Any] | None
+    ) -> tuple[int | None, tuple[tuple[int, ...], ...]]:
+        """Return the tokens of a draft, and the text of each row that drafts are looked up in."""
+        rows = self.prompts.rows
+        checked = None if draft is None else lookup.check_draft(self.params, self.spec, draft)
+        if draft is None or self.source is None:
+            if draft_from is not None:
+                raise ValueError("draft_from is the document of a cache, to draft from: give cache and draft too")
+            return checked, rows
+        read = lookup.cached_text(self.params, self.source, len(rows), draft_from, raw, template_kwargs)
+        return checked, tuple((*before, *row) for before, row in zip(read, rows, strict=True))
 
     @property
     def _most_rows(self) -> int:
@@ -342,6 +342,17 @@ class Session:
             scores = None if self._top is None else tuple(self._logprobs[index])
             results.append(Result(row.text, tuple(row.tokens), row.finish_reason, report.row(index), timings, scores))
         return results
+
+
+def _stop_texts(params: Params, stop: str | Sequence[str]) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else stop
+    if not (isinstance(texts, Sequence) and all(isinstance(each, str) for each in texts)):
+        raise TypeError(f"stop={stop!r}: give a string or a list of strings; a special token stops by its text")
+    if not all(texts):
+        raise ValueError(f"stop={stop!r}: each stop string must have at least one character")
+    if texts and (params.assets is None or params.assets.tokenizer_json is None):
+        raise ValueError(f"stop={stop!r}: these params have no tokenizer to match text with; leave stop out")
+    return tuple(texts)
 
 
 class _Clock:
