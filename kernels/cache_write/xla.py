@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Float32, Int
 
-from .. import FP8, INT8
+from .. import FP8, INT8, on_bits
 from .arrays import CacheWrite, GroupArrays
 
 
@@ -80,7 +80,7 @@ def _read_slot(call: CacheWrite, slot: jax.Array) -> GroupArrays:
         scales = (None if x is None else x[page, :, :, slot, None] for x in (group.k_scale, group.v_scale))
         return GroupArrays(group.k[page, :, slot, None], group.v[page, :, slot, None], *scales)
     at = slot[:, None, None, None]
-    k, v = (jnp.take_along_axis(x, at, axis=2) for x in (group.k, group.v))
+    k, v = (on_bits(lambda x: jnp.take_along_axis(x, at, axis=2), x) for x in (group.k, group.v))
     scales = (None if x is None else jnp.take_along_axis(x, at, axis=3) for x in (group.k_scale, group.v_scale))
     return GroupArrays(k, v, *scales)
 
@@ -219,7 +219,7 @@ def _scatter(group: GroupArrays, slots: jax.Array, tokens: GroupArrays, table: j
     def scales(x, new):
         return x.at[batch, :, 0, slots].set(new[:, :, 0].swapaxes(1, 2), mode="drop", unique_indices=True)
 
-    group = group._replace(k=rows(group.k, tokens.k), v=rows(group.v, tokens.v))
+    group = group._replace(k=on_bits(rows, group.k, tokens.k), v=on_bits(rows, group.v, tokens.v))
     if group.k_scale is not None:
         k_scale, v_scale = scales(group.k_scale, tokens.k_scale), scales(group.v_scale, tokens.v_scale)
         group = group._replace(k_scale=k_scale, v_scale=v_scale)

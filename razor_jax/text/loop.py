@@ -10,6 +10,7 @@ On a mesh, the arrays that the host reads (tokens, counts, flags) are replicated
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -20,6 +21,7 @@ from jax import lax
 from .. import cache as kv
 from ..cache import CacheSpec, KVCache
 from ..functional import Ids, decode, extend, extend_known, placement_of, promoting
+from ..kernels import as_bits, from_bits
 from ..params import Params
 from .logprobs import Logprobs, logprobs, no_logprobs
 from .sampling import Sampling, sample
@@ -187,12 +189,13 @@ def decode_block(
     *,
     score: bool = False,
 ) -> tuple[LoopState, jax.Array, LoopState, Logprobs | None]:
-    """Run up to `steps` ≤ BLOCK decode steps. A row stops at a stop token or after `limit` [B] tokens.
+    """Run up to `steps` ≤ BLOCK decode steps. A row stops at a stop token or after `limit` [B] tokens. The cache may be
+    `packed`.
 
     Returns the state, the new tokens int32 [B, BLOCK], a state for `rewind`, and, if `score`, the log probabilities
     [B, BLOCK, …] of the tokens. Row b has as many new tokens as its `count` grew; the rest of the row is padding.
     """
-    saved = before_block(state)
+    saved, bits = before_block(state), any(x.dtype == jnp.uint16 for x in jax.tree.leaves(state.cache))
     # The host lowers the limit of a row that ended at a stop string.
     state = state.replace(done=state.done | (state.count >= limit))
     B, V = state.counts.shape
@@ -205,7 +208,8 @@ def decode_block(
 
     def step(carry):
         index, state, out = carry
-        logits, cache = decode(params, state.cache, state.token, ~state.done)
+        logits, cache = decode(params, jax.tree.map(from_bits, state.cache), state.token, ~state.done)
+        cache = jax.tree.map(as_bits, cache) if bits else cache
         state = choose(state, cache, logits, stop_ids, limit, sampling)
         new = state.token, scored(state, logits) if score else None
         put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=index, axis=1)
@@ -214,6 +218,29 @@ def decode_block(
     _, state, out = lax.while_loop(going, step, (jnp.int32(0), state, (tokens, scores)))
     tokens, scores = jax.tree.map(placement_of(state.cache.spec).replicated, out)
     return _with_sharding(state), tokens, _with_sharding(saved), scores
+
+
+def packed(cache: KVCache) -> KVCache:
+    """Return a cache on CPUs with bfloat16 values as bits, which `decode_block` updates in place (see
+    `kernels.as_bits`); on other devices the cache. What changed is deleted."""
+    (device, *_) = cache.length.devices()
+    return _replaced(cache, as_bits) if device.platform == "cpu" else cache
+
+
+def unpacked(cache: KVCache) -> KVCache:
+    """Return what `packed` took."""
+    return _replaced(cache, from_bits)
+
+
+def _replaced(cache: KVCache, change: Callable[[jax.Array], jax.Array]) -> KVCache:
+    def leaf(x: jax.Array) -> jax.Array:
+        new = change(x)
+        if new is not x:
+            jax.block_until_ready(new)
+            x.delete()  # before the next one is changed
+        return new
+
+    return jax.tree.map(leaf, cache)
 
 
 def before_block(state: LoopState) -> LoopState:

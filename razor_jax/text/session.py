@@ -185,6 +185,7 @@ class Session:
     def cache(self) -> KVCache:
         """The cache of prompt and output. It lacks the last token of each row, which the next turn prepends."""
         assert self.state is not None, "the session has not run yet"
+        self.state = self.state.replace(cache=loop.unpacked(self.state.cache))
         return self.state.cache
 
     def run(self, first_steps: int = loop.BLOCK) -> Iterator[None]:
@@ -233,7 +234,8 @@ class Session:
         options = (*placement_of(self.spec).to_devices((self._stop_ids, self._limits, np.int32(steps))), self.sampling)
         score = self._top is not None
         if self.draft is None or self.text is None:
-            out = loop.decode_block(self.params, self._live, *options, score=score)
+            state = self._live.replace(cache=loop.packed(self._live.cache))
+            out = loop.decode_block(self.params, state, *options, score=score)
         else:
             *out, self.text = lookup.decode_block(
                 self.params, self._live, self.text, *options, draft=self.draft, score=score
@@ -295,7 +297,7 @@ class Session:
             return None
         self._collect()
         self._replay(loop.BLOCK)
-        return self.state.cache
+        return self.cache
 
     @property
     def _limits(self) -> np.ndarray:

@@ -14,6 +14,7 @@ from numpy.testing import assert_array_equal
 import razor_jax
 from razor_jax import Greedy, HeadSplit, Params, RazorConfig, Temperature, TopP, compilation
 from razor_jax.heads import store
+from razor_jax.text import loop
 from razor_jax.text.session import Session
 from tests.support import tiny
 
@@ -43,10 +44,14 @@ def by_hand(length: int, new: int = NEW, razor: RazorConfig | None = WINDOW, cap
     return tuple(out)
 
 
-@pytest.mark.parametrize("razor", [WINDOW, None], ids=["razor", "dense"])
-def test_generate_is_extend_then_decodes(razor):
-    result = generate(tiny.prompt(100), razor=razor)
-    assert result.tokens == by_hand(100, razor=razor)
+BFLOAT16 = dataclasses.replace(WINDOW, kv_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("capacity", [192, 4096])
+@pytest.mark.parametrize("razor", [WINDOW, None, BFLOAT16], ids=["razor", "dense", "bfloat16"])
+def test_generate_is_extend_then_decodes(razor, capacity):
+    result = generate(tiny.prompt(100), razor=razor, capacity=capacity)
+    assert result.tokens == by_hand(100, razor=razor, capacity=capacity)
     assert result.finish_reason == "length"
     assert result.text == ""
 
@@ -168,6 +173,25 @@ def test_an_owned_cache_is_written_in_place():
     for _ in session.run():
         pass
     assert [group.k.unsafe_buffer_pointer() for layer in session.cache.layers for group in layer] == where
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_bfloat16_cache_is_decoded_in_place_and_stays_one(monkeypatch):
+    found = []
+
+    def analysed(*args, **options):
+        found.append((block.lower(*args, **options).compile().memory_analysis(), args[1].cache))
+        return block(*args, **options)
+
+    block = loop.decode_block
+    monkeypatch.setattr(loop, "decode_block", analysed)
+    session = Session(tiny.params(text=False), tiny.prompt(100), max_new_tokens=8, razor=BFLOAT16, capacity=1 << 15)
+    for _ in session.run():
+        pass
+    ((memory, cache),) = found
+    # XLA for CPUs updates bfloat16 by way of a float32 copy of all of it.
+    assert memory.temp_size_in_bytes < 0.4 * cache.layers[0][0].k.nbytes
+    assert {group.k.dtype.name for layer in session.cache.layers for group in layer} == {"bfloat16"}
 
 
 def test_tracing_counts_as_compilation_and_counts_once():
