@@ -1,4 +1,14 @@
-"""RazorAttention (arXiv 2407.15891) in JAX: long-context inference with a really compressed KV cache."""
+"""RazorAttention (arXiv 2407.15891) in JAX: long-context inference with a really compressed KV cache.
+
+Start with
+
+    params = razor_jax.load("razor-mini")  # or a folder, a GGUF file, a Hub id
+    result = razor_jax.generate(params, "Hello!")
+    print(result.text, result.kv)
+
+`prefill` reads a document once and `generate(…, cache=cache)` asks about it; `Chat` holds a conversation; `find_heads`
+chooses the KV heads that keep everything; `init_cache`, `extend` and `decode` are for loops of your own.
+"""
 
 from .cache import KVCache
 from .checkpoint.cache import load_cache, save_cache
@@ -52,3 +62,7 @@ __all__ = [
     "stream",
     "with_heads",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -31,10 +31,10 @@ def check_memory(spec: CacheSpec, batch: int, free: int | None = None) -> None:
     fits = bisect.bisect_right(range(1, spec.capacity), free, key=lambda capacity: needed(capacity, batch))
     rows = free // max(1, needed(spec.capacity, 1))
     ways = [f"{fits:,} tokens per row fit"] * (fits > 0) + [f"{rows:,} rows fit"] * (rows > 0)
-    if jnp.dtype(spec.dtype).itemsize > 1:
-        ways.append("kv_dtype='int8' takes about half")
     if spec.razor is None and spec.method is None:
-        ways.append("a RazorConfig takes less than dense attention")
+        ways.append("compression takes less than dense attention")
+    elif jnp.dtype(spec.dtype).itemsize > 1:
+        ways.append("kv_dtype='int8' takes about half")
     raise MemoryError(
         f"a cache of {batch:,} × {spec.capacity:,} tokens needs {needed(spec.capacity, batch) / 2**30:,.2f} GiB "
         f"per device, and {free / 2**30:,.2f} GiB are free: {'; '.join(ways)}"

@@ -137,7 +137,8 @@ def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32, weights: Wei
             rope = (jnp.zeros((1, 1, config.head_dim // 2)),) * 2
             return module.init(jax.random.key(0), x, rope=rope, attend=lambda q, k, v, state: (q, state), **states)
 
-        return nn.unbox(jax.eval_shape(init, x)["params"])
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return nn.unbox(jax.eval_shape(init, x)["params"])
 
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     x = jax.ShapeDtypeStruct((1, 1, config.hidden_size), jnp.float32)

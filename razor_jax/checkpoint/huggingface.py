@@ -300,9 +300,13 @@ def _bytes(found: _Found, stored: CheckpointTensor) -> int:
 def _dtype(asked: Any, hf: Mapping[str, Any], stored: str) -> np.dtype:
     """Return the type to load into: the requested one, config.json's, or that of the stored embedding."""
     declared = hf.get("dtype") or hf.get("torch_dtype")
-    return float_type(
-        asked if asked is not None else str(declared or _FLOATS.get(stored, stored)).removeprefix("torch.")
-    )
+    if asked is not None:
+        return float_type(asked)
+    name = str(declared or _FLOATS.get(stored, stored)).removeprefix("torch.")
+    try:
+        return float_type(name)
+    except ValueError as error:
+        raise ValueError(f"config.json states the type {name!r}: {error}") from None
 
 
 def write(params: Params, folder: Path, shard_bytes: int) -> None:

@@ -14,10 +14,11 @@ from razor_jax import Chat, Params, RazorConfig, Sampling
 
 from ..evals.provenance import write_json
 from . import terminal
-from .options import ModelOptions, NewTokens, PolicyOptions, SamplingOptions, grouped, read_text
+from .options import ModelOptions, NewTokens, PolicyOptions, SamplingOptions, check_output, grouped, read_text
 from .terminal import note
 
 COMMANDS = {
+    "/help": "show this list",
     "/reset": "forget the conversation",
     "/system TEXT": "begin again with this system message",
     "/save FILE": "write the messages as JSON",
@@ -71,10 +72,15 @@ def _command(conversation: Chat, params: Params, razor: RazorConfig | None, line
         note("a new conversation with this system message")
         return Chat(params, system=rest, razor=razor)
     elif name == "/save" and rest:
-        write_json(Path(rest), conversation.messages)
-        note(f"saved {len(conversation.messages)} messages to {rest}")
+        try:
+            check_output("/save", Path(rest))
+            write_json(Path(rest), conversation.messages)
+            note(f"saved {len(conversation.messages)} messages to {rest}")
+        except (typer.BadParameter, OSError, ValueError) as error:
+            terminal.fail(f"not saved: {error}")
     else:
-        note(f"{line!r} is not a command: {', '.join(COMMANDS)}")
+        missing = [command for command in COMMANDS if command.split()[0] == name]
+        note(f"{line!r} is not a command: {', '.join(missing or COMMANDS)}")
     return conversation
 
 

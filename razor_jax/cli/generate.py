@@ -180,12 +180,14 @@ def generate(
         else:
             results.append(terminal.answer(razor_jax.stream(params, ids, raw=raw, **options), show=not as_json))
         if not results[-1].text.strip() and results[-1].finish_reason == "stop":
-            note("the model ended its answer at once: rephrase the prompt" + ("" if raw else ", or try --raw"))
+            terminal.warn("the model ended its answer at once: rephrase the prompt" + ("" if raw else ", or try --raw"))
     _report(results[::n])
     if as_json:
         key = "question" if question else "prompt"
         answers = [{key: prompts[at // n][0], **result.to_dict()} for at, result in enumerate(results)]
         print_json({"model": model.model, "results": answers})
+    if any(result.finish_reason == "error" for result in results):
+        raise typer.Exit(1)
 
 
 def _several(params: Params, prompt: Any, n: int, show: bool, **options: Any) -> list[Result]:

@@ -229,7 +229,9 @@ NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens."
 def check_output(option: str, path: Path) -> None:
     """Raise BadParameter, before minutes of work, where no file or folder can be made at `path`."""
     path = path.expanduser().absolute()
-    folder = next(each for each in (path, *path.parents) if each.exists() and (each.is_dir() or each != path))
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"{option} {path}: there is no folder {path.parent}; make it first")
+    folder = path if path.is_dir() else path.parent
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -26,7 +26,7 @@ from ..text.session import Piece
 
 EVERY = 5.0  # seconds between lines of progress in a log
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells write it
-PATIENCE = 2.0  # seconds from Ctrl-C to the end of the program
+PATIENCE = 1.5  # seconds from Ctrl-C to the end of the program
 
 _UNITS = {
     "read": "bytes",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+from ..functional import promoting
 from ..params import Params
 from .causal import causal_heads
 from .gates import gate_heads, gradient_heads
@@ -27,6 +28,7 @@ _SCORERS = {
 }
 
 
+@promoting
 def find_heads(params: Params, *, method: Method = "probe", **options: Any) -> HeadScores:
     """Score every head by one method; `select` turns scores into a split.
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..config import check_int
 from ..models.config import ModelConfig
-from ..params import Params
+from ..params import Params, nonfinite
 from .mass import Devices, Progress, attention_mass
 from .scores import HeadScores, ProbeMeta
 
@@ -114,6 +114,8 @@ def probe_heads(
         )
         runs.append(mass / layout.scored)
     # Average over seeds first: the maximum over query heads is taken of the mean.
+    if not all(np.isfinite(mass).all() for mass in runs):
+        raise ValueError(f"no heads can be found: {nonfinite(params)}")
     echo, induction, control = np.concatenate(runs, axis=1).mean(axis=1)
     floor = float(control.max()) if layout.control > 1 else 0.0
     meta = ProbeMeta.of(params, preset, seeds=seeds, block=layout.block, repeats=REPEATS, floor=floor, note=note)

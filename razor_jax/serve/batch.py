@@ -2,8 +2,9 @@
 
 Prompts and answers are JSON lines: {"id": …, "prompt": … or "messages": …, "max_new_tokens": …} and {"key": …,
 "id": …, "text": …, "tokens": …, "finish_reason": …}. `key` is a hash of everything that decides the answer. A prompt
-that the model cannot take gets {"key": …, "id": …, "line": …, "error": …}, and all others are answered. Only process 0
-reads and writes the files. Answers are on disk before the next batch begins.
+that the model cannot take, or whose own limit does not fit into memory, gets {"key": …, "id": …, "line": …, "error":
+…}, and all others are answered. Only process 0 reads and writes the files. Answers are on disk before the next batch
+begins.
 """
 
 from __future__ import annotations
@@ -76,6 +77,10 @@ def serve(
             given = task["prompts"]
             try:
                 results = answer(given + given[-1:] * (batch - len(given)), task["max_new_tokens"], task["number"])
+            except MemoryError as error:
+                if task["max_new_tokens"] == max_new_tokens:  # the run's own limit, not that of a line
+                    raise
+                results = len(given) * [str(error)]
             except (ValueError, TypeError) as error:
                 raise ValueError(f"prompts {task['ids'][0]!r} to {task['ids'][-1]!r}: {error}") from error
             done, total = broadcast_from_process_0(lambda results=results: work[0].keep(results))
@@ -176,15 +181,23 @@ def read(path: Path, max_new_tokens: int) -> list[Item]:
         if not line.strip():
             continue
         try:
-            item = _item(json.loads(line), max_new_tokens, number)
+            item = _item(_parsed(line), max_new_tokens, number)
             if item.id in items:
                 raise ValueError(f"id {item.id!r} is also in an earlier line: give each prompt its own id")
-        except ValueError as error:  # JSON and UTF-8 errors are ValueErrors.
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         items[item.id] = item
     if not items:
         raise ValueError(f"{path} has no prompts")
     return list(items.values())
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:  # JSON and UTF-8 errors are ValueErrors.
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"not a line of JSON ({reason})") from None
 
 
 def _item(data: Any, max_new_tokens: int, line: int) -> Item:
@@ -195,7 +208,7 @@ def _item(data: Any, max_new_tokens: int, line: int) -> Item:
             raise ValueError(f"unknown field {name!r}: allowed are {', '.join(_FIELDS)}")
     if ("prompt" in data) == ("messages" in data):
         raise ValueError('give either "prompt" or "messages"')
-    limit = check_int("max_new_tokens", data.get("max_new_tokens", max_new_tokens), 1)
+    limit = check_int('"max_new_tokens"', data.get("max_new_tokens", max_new_tokens), 1)
     return Item(data["id"], _text(data["prompt"]) if "prompt" in data else _chat(data["messages"]), limit, line)
 
 

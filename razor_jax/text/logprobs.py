@@ -45,7 +45,7 @@ def logprobs(logits: Float[Array, "n V"], token: Int[Array, " n"]) -> Logprobs:
 def no_logprobs(rows: int, vocabulary: int) -> Logprobs:
     """Return zeros of the shapes of `logprobs`."""
     top = (rows, min(MAX_LOGPROBS, vocabulary))
-    return jnp.zeros((rows,)), jnp.zeros(top, jnp.int32), jnp.zeros(top)
+    return jnp.zeros((rows,), jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32)
 
 
 def token_logprobs(tokens: Iterable[int], scores: Sequence[np.ndarray], top: int) -> list[TokenLogprob]:

@@ -47,8 +47,8 @@ def encode(
       template_kwargs: further names that the chat template reads, such as `enable_thinking`.
       what: name of the argument in errors.
 
-    Raises ValueError or TypeError for a prompt that is empty, of a wrong type, or has token ids outside the vocabulary,
-    and TypeError for what are no params.
+    Raises ValueError or TypeError for a prompt that is empty or blank, of a wrong type, or has token ids outside the
+    vocabulary, and TypeError for what are no params.
     """
     check_params(params)
     if not isinstance(template_kwargs, Mapping | None):
@@ -148,7 +148,10 @@ def _encode(
         if not item:
             return []
         rendered = any(item.startswith(text) for _, text in assets.special_tokens if text)
-        if raw or rendered or assets.chat_template is None or not item.strip():
+        plain = raw or assets.chat_template is None
+        if not (plain or item.strip()):
+            raise ValueError(f"a prompt is {item!r}: give a message, or raw=True to continue blank text")
+        if plain or rendered:
             # Text that begins with a special token was rendered before: a second one would be too many.
             return assets.encode(item, add_special=part != "question" and not rendered)
         if part == "document":

@@ -117,7 +117,12 @@ class KVReport:
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """Wall time of a call in seconds, with compilation counted apart. Token counts cover the whole batch."""
+    """Wall time of a call in seconds, with compilation counted apart.
+
+    Attributes:
+      prompt_tokens: of the whole batch.
+      generated_tokens: tokens that were decoded, of the whole batch: all but the first of each row.
+    """
 
     prompt_tokens: int
     generated_tokens: int

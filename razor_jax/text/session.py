@@ -122,7 +122,6 @@ class Session:
         self._scores: Logprobs | None = None
         self._before = [0] * len(self.rows)
         self._saved: loop.LoopState | None = None
-        self._warned = False
         self._prefill_seconds = self._decode_seconds = self._compile_seconds = 0.0
 
     def _spec_or_error(self, razor: Policy, max_new_tokens: int, capacity: int | None) -> CacheSpec:
@@ -251,13 +250,13 @@ class Session:
             unread = slice(len(row.tokens) - before, count - before)
             self._extend(index, *(x[index, unread] for x in new))
         failed = [number for number, flag in enumerate(np.asarray(self._live.failed)[: len(self.rows)]) if flag]
-        for number in failed:
+        new = [number for number in failed if self.rows[number].finish_reason != "error"]
+        for number in new:
             self.rows[number].fail()
             if self._on_token is not None and (text := self.rows[number].take()):
                 self._on_token(Piece(text, (), row=number))
-        if failed and not self._warned:
-            self._warned = True
-            log.warning("row %d: %s", failed[0], nonfinite(self.params))
+        if new:
+            log.warning("row%s %s: %s", "s" * (len(new) > 1), ", ".join(map(str, new)), nonfinite(self.params))
 
     def _extend(self, index: int, tokens: np.ndarray, *scores: np.ndarray) -> None:
         """Append tokens to a row up to its end, with their log probabilities if there are any."""
@@ -334,7 +333,7 @@ class Session:
             report = dataclasses.replace(report, setting=self._asked.describe(), share=split.share)
         timings = Timings(
             prompt_tokens=sum(len(row) for row in self.prompts.rows),
-            generated_tokens=sum(len(row.tokens) - 1 for row in self.rows),
+            generated_tokens=sum(max(0, len(row.tokens) - 1) for row in self.rows),
             prefill_seconds=self._prefill_seconds,
             decode_seconds=self._decode_seconds,
             compile_seconds=self._compile_seconds,

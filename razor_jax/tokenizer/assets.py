@@ -93,7 +93,7 @@ class Assets:
             raise ValueError(f"{directory}: {error}") from error
         assets = dataclasses.replace(
             cls(tokenizer_json=_text(directory / "tokenizer.json"), source=str(directory))._add(added),
-            chat_template=_text(directory / TEMPLATE_FILE) or _default_template(config.get("chat_template")),
+            chat_template=_text(directory / TEMPLATE_FILE) or _default_template(config.get("chat_template"), directory),
             special_tokens=tuple((name, token.content) for name, token in added.named.items()),
             tokenizer_config=texts["tokenizer_config"],
             generation_config=texts["generation_config"],
@@ -299,24 +299,31 @@ def _printable(assets: Assets, token: int) -> bool:
     return token not in _special_ids(assets) and assets._backend.id_to_token(token) is not None
 
 
-def _default_template(template: Any) -> str | None:
+def _default_template(stated: Any, source: pathlib.Path) -> str | None:
     """Return the template for conversations. A checkpoint may have several templates by name."""
-    if isinstance(template, list):
-        template = {each["name"]: each["template"] for each in template}
-    if isinstance(template, Mapping):
-        return template.get("default") or (next(iter(template.values())) if len(template) == 1 else None)
-    return template
+    named = stated
+    if isinstance(stated, list) and all(isinstance(each, Mapping) for each in stated):
+        named = {each.get("name"): each.get("template", 0) for each in stated}
+    templates = list(named.values()) if isinstance(named, Mapping) else [named]
+    if not all(isinstance(template, str | None) for template in templates):
+        raise ValueError(
+            f'{source}: chat_template={stated!r}: must be a string, or a list of {{"name": …, "template": …}}'
+        )
+    if isinstance(named, Mapping):
+        return named.get("default") or (templates[0] if len(templates) == 1 else None)
+    return named
 
 
 def _stated_ids(configs: Iterable[Mapping[str, Any]], key: str, source: pathlib.Path) -> tuple[int, ...]:
     """Return the token ids under `key` in the first config that has it."""
+    found: list[tuple[int, ...]] = []
     for config in configs:
         if (value := config.get(key)) is not None:
             ids = value if isinstance(value, list) else [value]
             if not all(isinstance(i, int) and i >= 0 for i in ids):
                 raise ValueError(f"{source}: {key}={value!r} must be a token id or a list of them")
-            return tuple(ids)
-    return ()
+            found.append(tuple(ids))
+    return found[0] if found else ()
 
 
 def _no_tokenizer(source: str) -> str:

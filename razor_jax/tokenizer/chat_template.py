@@ -106,5 +106,5 @@ def _check_message(where: str, message: Any) -> None:
 def _failure(source: str, line: int, what: str) -> ValueError:
     where = f"{source}, line {line}" if line else source
     return ValueError(
-        f"{where}: the chat template {what}. Correct the template there, or pass a prompt string instead of messages"
+        f"{where}: the chat template {what}. Correct the template there, or pass text with raw=True, which uses none"
     )

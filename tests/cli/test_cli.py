@@ -205,10 +205,11 @@ def test_a_cache_from_the_shell_answers_as_the_document_does(run, model, tmp_pat
 
 def test_chat_commands(run, model, tmp_path):
     file = tmp_path / "talk.json"
-    lines = f"/help\na fox\n/save {file}\n/system the dog\na fox\n/sing\n/exit\n"
+    lines = f"/help\na fox\n/save {file}\n/system the dog\na fox\n/sing\n/save\n/save /\n/save {tmp_path}/no/x\n/exit\n"
     done = run("chat", "-m", model, "--max-new-tokens", 4, stdin=lines)
     assert done.exit_code == 0, done.output
-    for text in ("/save FILE", "saved 2 messages", "tokens/s", "a new conversation", "'/sing' is not a command"):
+    told = ("'/sing' is not a command: /help, ", "'/save' is not a command: /save FILE", "/no; make it first")
+    for text in ("/save FILE", "saved 2 messages", "tokens/s", "a new conversation", *told):
         assert text in done.stderr
     assert [message["role"] for message in json.loads(file.read_text())] == ["user", "assistant"]
     chat = razor_jax.Chat(razor_jax.load(model), system="the dog")

@@ -42,7 +42,8 @@ def test_errors_of_ranges_and_types_name_option_and_value(run, model, arguments,
     [
         ("full", "already exists: choose another folder"),
         ("file", "already exists: choose another folder"),
-        ("file/cache", "cannot write in"),
+        ("file/cache", "there is no folder"),
+        ("no/such/cache", "make it first"),
         ("/proc/cache", "cannot write in /proc"),
     ],
 )

@@ -226,6 +226,22 @@ def test_what_was_answered_before_an_error_stays(bad, tmp_path, unchecked):
     assert [line["id"] for line in read_lines(output)] == [0, 1]
 
 
+def test_a_line_whose_own_limit_does_not_fit_gets_an_error_record(tmp_path, unchecked):
+    items = [{"id": 0, "prompt": "a"}, {"id": 1, "prompt": "b", "max_new_tokens": 7000}, {"id": 2, "prompt": "c"}]
+    prompts, output = write_lines(tmp_path / "in.jsonl", items), tmp_path / "out.jsonl"
+
+    def full(*asked):
+        if asked[1] == 7000:
+            raise MemoryError("a cache needs too much")
+        return Answers()(*asked)
+
+    assert serve(prompts, output, full) == 3
+    assert read_lines(output)[1] | {"key": ""} == {"key": "", "id": 1, "line": 2, "error": "a cache needs too much"}
+    assert serve(prompts, output, full) == 0
+    with pytest.raises(MemoryError):
+        serve(prompts, tmp_path / "other.jsonl", full, max_new_tokens=7000)
+
+
 def test_answers_of_another_run_are_not_mixed_in(tmp_path, unchecked):
     prompts, output = write_lines(tmp_path / "in.jsonl", lines(3)), tmp_path / "out.jsonl"
     serve(prompts, output)
@@ -302,7 +318,8 @@ def test_a_prompt_that_the_model_cannot_take_gets_an_error_record(model, tmp_pat
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"id": "a"', "line 2: "),
+        ('{"id": "a"', "line 2: not a line of JSON (Expecting"),
+        ('{"id": 1, "prompt": "x", "max_new_tokens": "5"}', "\"max_new_tokens\"='5': must be an integer, at least 1"),
         ("[]", 'line 2: must be an object with an "id"'),
         ('{"id": true, "prompt": "x"}', 'an "id" that is a string or a whole number'),
         ('{"id": "q0", "prompt": "x"}', "id 'q0' is also in an earlier line"),
@@ -324,7 +341,7 @@ def test_a_prompt_that_the_model_cannot_take_gets_an_error_record(model, tmp_pat
         ('{"id": 1, "prompt": [[1, 2], [3]]}', '"prompt" is [[1, 2], [3]]: must'),
         ('{"id": 1, "prompt": [-1]}', '"prompt" is [-1]: must'),
         ('{"id": 1, "prompt": {"role": "user"}}', '"prompt" is {"role": "user"}: must'),
-        ('{"id": 1, "prompt": "x", "max_new_tokens": 0}', "max_new_tokens=0"),
+        ('{"id": 1, "prompt": "x", "max_new_tokens": 0}', '"max_new_tokens"=0: must be'),
     ],
 )
 def test_a_wrong_line_is_named_before_anything_is_written(line, said, tmp_path):

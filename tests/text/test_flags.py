@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+STRICT = ("jax_numpy_dtype_promotion", '"strict"', "jax_numpy_rank_promotion", '"raise"')
 PROGRAM = """
 import json, sys
 import jax
@@ -20,10 +21,11 @@ from tests.support import tiny
 params, razor = tiny.params(), RazorConfig.compact(window=24, sinks=2)
 sampled = Sampling.of(top_p=0.9, repetition_penalty=1.2)
 found = [razor_jax.generate(params, "a fox " * 20, max_new_tokens=5, razor=razor, seed=3, **options).tokens
-         for options in ({}, {"sampling": sampled, "stop": "zz"})]
+         for options in ({"logprobs": 2}, {"sampling": sampled, "stop": "zz"})]
 int8 = RazorConfig.compact(window=24, sinks=2, kv_dtype="int8")
 found.append(razor_jax.generate(params, tiny.prompt(300), max_new_tokens=5, razor=int8).tokens)
 found.append([round(float(x), 3) for x in razor_jax.score(params, "a fox " * 20, "the dog", razor=razor).logprobs])
+found.append(razor_jax.find_heads(params, block=16).best.round(3).tolist())
 print(json.dumps(found))
 """
 
@@ -45,9 +47,10 @@ def expected():
     "flags",
     [
         ("jax_enable_x64", "true"),
-        ("jax_numpy_dtype_promotion", '"strict"', "jax_numpy_rank_promotion", '"raise"'),
+        STRICT,
+        ("jax_enable_x64", "true", *STRICT),
     ],
-    ids=["wide types", "strict promotion"],
+    ids=["wide types", "strict promotion", "both"],
 )
 def test_the_same_tokens_under_the_users_flags(flags, expected):
     assert said(*flags) == expected

@@ -69,7 +69,9 @@ def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(params):
     with pytest.raises(MemoryError) as refused:
         check_memory(spec, batch=4, free=spec.kv_bytes(2))
     assert "a cache of 4 × 1,024 tokens needs" in str(refused.value)
-    assert "512 tokens per row fit; 2 rows fit; kv_dtype='int8'" in str(refused.value)
+    assert "512 tokens per row fit; 2 rows fit; compression takes less than dense attention" in str(refused.value)
+    with pytest.raises(MemoryError, match="kv_dtype='int8' takes about half"):
+        check_memory(spec_for(params, WINDOW, 1000), batch=1, free=1)
     check_memory(spec, batch=2, free=spec.kv_bytes(2))
     for kind in ("int8", "fp8"):  # there is no smaller type to advise
         small = spec_for(params, RazorConfig.compact(window=24, kv_dtype=kind), 1000)
@@ -95,11 +97,26 @@ def test_logits_that_are_not_finite_end_the_row_with_the_reason(params, caplog):
     assert [each.finish_reason for each in results] == ["error", "error"]
     assert [each.tokens for each in results] == [(), ()]
     [message] = [record.message for record in caplog.records if "finite" in record.message]
-    assert message.startswith("row 0: the logits are not finite, because weights are not (blocks_1.mlp_norm.scale)")
+    assert [each.timings.generated_tokens for each in results] == [0, 0]
+    assert message.startswith("rows 0, 1: the logits are not finite, because weights are not (blocks_1.mlp_norm.scale)")
     with pytest.raises(ValueError, match=r"row 0: the logits are not finite, because weights are not"):
         razor_jax.score(broken, "fox", "dog", razor=None)
     piece = list(razor_jax.stream(broken, "fox", max_new_tokens=4, razor=None))[-1]
     assert piece.result.finish_reason == "error"
+
+
+def test_heads_of_broken_weights_are_refused_with_the_reason(params):
+    weights = jax.tree.map(lambda x: x * jnp.nan, params.weights["embedding"])
+    broken = params.replace(weights=params.weights | {"embedding": weights})
+    with pytest.raises(ValueError, match=r"no heads can be found: .* weights are not \(embedding\.embedding\)"):
+        razor_jax.find_heads(broken, block=16)
+
+
+def test_blank_text_has_no_chat_turn(params):
+    for prompt in (" ", ["fox", "\n"]):
+        with pytest.raises(ValueError, match="give a message, or raw=True to continue blank text"):
+            razor_jax.generate(params, prompt, razor=None)
+    assert razor_jax.generate(params, " ", raw=True, max_new_tokens=2, razor=None).tokens
 
 
 def test_an_overflow_of_float16_is_named(params, caplog):

@@ -130,6 +130,7 @@ def test_stop_tokens(tmp_path, generation, model, bos, eos):
 
 def test_stop_tokens_are_ids(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
     with pytest.raises(ValueError, match="eos_token_id='</s>' must be a token id"):
         Assets.read(tmp_path)
 
@@ -166,6 +167,13 @@ def test_where_the_template_stands(tmp_path, template, file, expected):
     if file is not None:
         (tmp_path / "chat_template.jinja").write_text(file)
     assert Assets.read(tmp_path).chat_template == expected
+
+
+@pytest.mark.parametrize("template", [5, ["A"], [{"name": "default"}], {"default": 5}])
+def test_a_template_that_is_no_text_is_refused(tmp_path, template):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ValueError, match=r"chat_template=.*: must be a string, or a list of"):
+        Assets.read(tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
