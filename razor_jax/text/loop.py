@@ -221,10 +221,11 @@ def decode_block(
 
 
 def packed(cache: KVCache) -> KVCache:
-    """Return a cache on CPUs with bfloat16 values as bits, which `decode_block` updates in place (see
-    `kernels.as_bits`); on other devices the cache. What changed is deleted."""
+    """Return a cache on one CPU with bfloat16 values as bits, which `decode_block` updates in place (see
+    `kernels.as_bits`); any other cache as it is. What changed is deleted."""
     (device, *_) = cache.length.devices()
-    return _replaced(cache, as_bits) if device.platform == "cpu" else cache
+    plain = cache.spec.placement is None and cache.spec.method is None
+    return _replaced(cache, as_bits) if plain and device.platform == "cpu" else cache
 
 
 def unpacked(cache: KVCache) -> KVCache:
