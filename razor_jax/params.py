@@ -357,4 +357,8 @@ def nonfinite(params: Params) -> str:
         return f"the logits are not finite, because weights are not ({names}): fetch the checkpoint again"
     if params.dtype == jnp.float16:
         return "the logits are not finite: float16 overflows in this model; load it with dtype='bfloat16' or 'float32'"
+    if params.dtype == jnp.float32:
+        return (
+            "the logits are not finite, though all weights are: the model overflows float32; fetch the checkpoint again"
+        )
     return f"the logits are not finite, though all weights are ({params.dtype}): load the model with dtype='float32'"

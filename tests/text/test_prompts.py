@@ -105,13 +105,6 @@ def test_logits_that_are_not_finite_end_the_row_with_the_reason(params, caplog):
     assert piece.result.finish_reason == "error"
 
 
-def test_heads_of_broken_weights_are_refused_with_the_reason(params):
-    weights = jax.tree.map(lambda x: x * jnp.nan, params.weights["embedding"])
-    broken = params.replace(weights=params.weights | {"embedding": weights})
-    with pytest.raises(ValueError, match=r"no heads can be found: .* weights are not \(embedding\.embedding\)"):
-        razor_jax.find_heads(broken, block=16)
-
-
 def test_blank_text_has_no_chat_turn(params):
     for prompt in (" ", ["fox", "\n"]):
         with pytest.raises(ValueError, match="give a message, or raw=True to continue blank text"):
