@@ -89,7 +89,10 @@ def as_options(message: str, names: Collection[str]) -> str:
 
     def option(found: re.Match[str]) -> str:
         name, value = found.groups()
-        return f"--{name.replace('_', '-')} {value.strip(chr(39) + chr(34))}" if name in names else found[0]
+        if name not in names:
+            return found[0]
+        flag = f"--{name.replace('_', '-')}"
+        return flag if value == "True" else f"{flag} {value.strip(chr(39) + chr(34))}"
 
     return _KEYWORD.sub(option, message).replace(", or None", "")
 

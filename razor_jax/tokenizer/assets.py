@@ -315,7 +315,7 @@ def _default_template(stated: Any, source: pathlib.Path) -> str | None:
 
 
 def _stated_ids(configs: Iterable[Mapping[str, Any]], key: str, source: pathlib.Path) -> tuple[int, ...]:
-    """Return the token ids under `key` in the first config that has it."""
+    """Return the token ids under `key` in the first config that has it. Raises ValueError if any has something else."""
     found: list[tuple[int, ...]] = []
     for config in configs:
         if (value := config.get(key)) is not None:

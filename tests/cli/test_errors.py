@@ -1,6 +1,7 @@
 """What the command line prints for wrong input, and that no number of a table is cut."""
 
 import re
+import shutil
 
 import pytest
 from rich.table import Table
@@ -145,3 +146,11 @@ def test_failure_is_one_line_and_1(run, model, arguments, message):
 def test_debug_shows_the_traceback(run):
     done = run("--debug", "generate", "-m", "no/such/folder", "-p", "x")
     assert isinstance(done.exception, FileNotFoundError)
+
+
+def test_a_broken_template_names_the_option_that_uses_none(run, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    done = run("generate", "-m", folder, "-p", "x")
+    assert done.exit_code == 1
+    assert "or pass text with --raw, which uses none" in " ".join(done.stderr.split())
