@@ -51,7 +51,13 @@ def track_compilation() -> None:
 
     jax.monitoring.register_event_duration_secs_listener(count)
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
+        folder = user_cache() / "xla"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            log.warning("compiled programs cannot be stored, so each start compiles again: %s", error)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         # Programs that compile faster than JAX's default of a second are most of those of a short answer.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 

@@ -7,6 +7,7 @@ renamed when it is whole.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ from . import gguf
 from . import huggingface as checkpoint_huggingface
 from . import orbax as checkpoint_orbax
 from .loader import Progress
+
+log = logging.getLogger("razor_jax")
 
 SHARD_BYTES = 5_000_000_000
 
@@ -57,9 +60,12 @@ def read(
     config = read_config(path)
     if split is not None:
         check_split(split, config.num_layers, config.num_kv_heads)
-    assets = (
-        gguf.read_assets(path) if path.is_file() else Assets.read(path)
-    )  # A wrong one fails before weights are read.
+    # A wrong one fails before weights are read.
+    assets = gguf.read_assets(path) if path.is_file() else Assets.read(path)
+    if beyond := [token for token in assets.eos_ids if token >= config.vocab_size]:
+        log.warning(
+            "%s: eos_token_id %s is outside the vocabulary of %d: it ends no answer", path, beyond, config.vocab_size
+        )
     return _format(path).read(path, dtype, mesh, weights, split, progress).replace(assets=assets)
 
 

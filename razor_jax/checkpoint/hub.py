@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import importlib.util
 import logging
@@ -189,6 +190,8 @@ def find(model: str | os.PathLike[str]) -> Path:
         return _packaged(model)
     if isinstance(model, str) and model in INSTALLED:
         return _installed(model)
+    if not os.fspath(model):
+        raise ValueError("the name of the model is empty: give a name or a path, '.' for this folder")
     path = Path(model).expanduser()
     if path.is_dir() or gguf.find_file(path) is not None:
         return path
@@ -202,8 +205,10 @@ def find(model: str | os.PathLike[str]) -> Path:
     if file.lower().endswith(gguf.SUFFIX) and _HUB_ID.fullmatch(repository):
         return _download_file(repository, file)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        near = difflib.get_close_matches(name, [*PACKAGED, *INSTALLED], n=1)
         raise FileNotFoundError(
-            f"no model at {name!r}: give {', '.join(map(repr, [*PACKAGED, *INSTALLED]))}, an existing checkpoint "
+            f"no model at {name!r}{f', did you mean {near[0]!r}?' if near else ':'} "
+            f"give {', '.join(map(repr, [*PACKAGED, *INSTALLED]))}, an existing checkpoint "
             "folder or .gguf file, or a Hugging Face id 'owner/name'"
         )
     return _download(name)

@@ -200,20 +200,33 @@ def working(message: str) -> Iterator[Callable[[str, int, int], None]]:
 
     Yields a function to call with (stage, done, total).
     """
-    said = time.monotonic()
+    begun = said = time.monotonic()
+    ended = threading.Event()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(escape(message), total=None)
 
         def advance(stage: str, done: int, total: int) -> None:
-            nonlocal said
             words = f"{message}: {stage} {done:,} of {total:,} {_UNITS[stage]}"
             progress.update(task, completed=done, total=total, description=escape(words))
+            say(words)
+
+        def say(words: str) -> None:
+            nonlocal said
             if not console.is_terminal and time.monotonic() - said > EVERY:
                 said = time.monotonic()
                 note(words)
 
-        yield advance
+        def wait() -> None:
+            """Say that work goes on where nothing calls `advance`: one program may compile or run for minutes."""
+            while not ended.wait(EVERY):
+                say(f"{message}: {time.monotonic() - begun:.0f} s")
+
+        threading.Thread(target=wait, daemon=True).start()
+        try:
+            yield advance
+        finally:
+            ended.set()
 
 
 def answer(pieces: Iterator[Piece], show: bool = True) -> Result:

@@ -320,7 +320,7 @@ def _stated_ids(configs: Iterable[Mapping[str, Any]], key: str, source: pathlib.
     for config in configs:
         if (value := config.get(key)) is not None:
             ids = value if isinstance(value, list) else [value]
-            if not all(isinstance(i, int) and i >= 0 for i in ids):
+            if not all(type(i) is int and i >= 0 for i in ids):
                 raise ValueError(f"{source}: {key}={value!r} must be a token id or a list of them")
             found.append(tuple(ids))
     return found[0] if found else ()

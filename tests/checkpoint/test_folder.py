@@ -210,6 +210,13 @@ def test_the_tokenizer_is_saved_beside_the_weights(copy, tmp_path_factory, forma
     assert assets.chat_template == "{{ messages[0]['content'] }}"
 
 
+def test_an_end_token_outside_the_vocabulary_is_said(copy, caplog):
+    size = json.loads((copy / "config.json").read_text())["vocab_size"]
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, size]}))
+    checkpoint.read(copy)
+    assert f"eos_token_id [{size}] is outside the vocabulary of {size}" in caplog.text
+
+
 def test_a_checkpoint_is_not_overwritten_unasked(folder, tmp_path):
     params = checkpoint.read(folder)
     checkpoint.save(params, tmp_path / "out")

@@ -197,8 +197,12 @@ def test_missing_folders_and_files(tmp_path):
         load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"no model at '\./nothing/here'"):
         load("./nothing/here")
-    with pytest.raises(FileNotFoundError, match="no model at 'llama'"):
+    with pytest.raises(FileNotFoundError, match="no model at 'llama': give"):
         load("llama")
+    with pytest.raises(FileNotFoundError, match=r"no model at 'smolm2', did you mean 'smollm2'\? give"):
+        load("smolm2")
+    with pytest.raises(ValueError, match="the name of the model is empty"):
+        load("")
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(NotADirectoryError, match=r"give a \.gguf file, or the folder"):
         load(tmp_path / "file")

@@ -1,7 +1,10 @@
-"""Compiled programs are forgotten before Linux refuses their memory mappings."""
+"""Compiled programs are forgotten before Linux refuses their memory mappings, and stored where that is possible."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -26,3 +29,18 @@ def test_other_systems_have_no_such_limit(monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", missing)
     compilation.make_room()
+
+
+def test_a_cache_folder_that_cannot_be_made_is_said_once(tmp_path):
+    (tmp_path / "file").touch()
+    program = (
+        "import jax; from razor_jax import compilation as c; c.track_compilation(); jax.jit(abs)(1); jax.jit(abs)(1.0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("compiled programs cannot be stored") == 1
