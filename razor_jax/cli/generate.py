@@ -56,7 +56,59 @@ class TemplateOptions:
                 found[name] = json.loads(value)
             except json.JSONDecodeError:
                 found[name] = value
+        if self.raw and (self.system is not None or found):
+            raise typer.BadParameter("--raw uses no chat template: leave out --system and --template-var")
         return found
+
+    def used(self, params: Params, name: str) -> bool:
+        """Return whether the model `name` has a template to use. Raises ValueError for options that need one."""
+        found = params.assets is not None and params.assets.chat_template is not None
+        if (self.system is not None or self.template_var) and not found:
+            raise ValueError(f"{name} has no chat template: leave out --system and --template-var")
+        return found and not self.raw
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptOptions:
+    """What to answer: a message, or questions about a document."""
+
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Message to answer, or text to ask about; - for stdin.")
+    ] = None
+    prompt_file: Annotated[Path | None, typer.Option(help="The same from a UTF-8 file; - for stdin.")] = None
+    cache: Annotated[Path | None, typer.Option(help="The same as a cache that `razor-jax prefill` saved.")] = None
+    question: Annotated[
+        list[str] | None,
+        typer.Option("--question", "-Q", help="Asked about the prompt, which is compressed once, before; repeatable."),
+    ] = None
+    draft: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MAX_DRAFT, help="Tokens to draft from the prompt per call: the same answer, faster if it quotes."
+        ),
+    ] = None
+
+    def read(self, template: TemplateOptions, policy: PolicyOptions) -> str:
+        """Return the prompt's text, "" with a cache. Raises BadParameter for options that contradict each other."""
+        if sum(given is not None for given in (self.prompt, self.prompt_file, self.cache)) != 1:
+            raise typer.BadParameter("give one of --prompt, --prompt-file and --cache")
+        if self.question and template.system is not None:
+            raise typer.BadParameter("with -Q the document is the system message: leave out --system")
+        if self.cache is not None and not self.question:
+            raise typer.BadParameter("--cache holds a document: ask about it with -Q")
+        if self.cache is not None and self.draft is not None:
+            raise typer.BadParameter(
+                "--cache has no text to draft from: leave out --draft, or give --prompt-file instead"
+            )
+        if self.cache is not None and (policy.dense or policy.changes):
+            raise typer.BadParameter(
+                "--cache has its policy already: leave out --dense and the options of the cache policy"
+            )
+        file = Path("-") if self.prompt == "-" else self.prompt_file
+        text = read_text(file) if file is not None else self.prompt
+        if any(not each.strip() for each in (text, *(self.question or ())) if each is not None):
+            raise typer.BadParameter("a prompt or question is blank: give it some text")
+        return text or ""
 
 
 @grouped
@@ -89,28 +141,14 @@ def prefill(
 
 @grouped
 def generate(
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Message to answer, or text to ask about; - for stdin.")
-    ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="The same from a UTF-8 file; - for stdin.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="The same as a cache that `razor-jax prefill` saved.")] = None,
-    question: Annotated[
-        list[str] | None,
-        typer.Option("--question", "-Q", help="Asked about the prompt, which is compressed once, before; repeatable."),
-    ] = None,
+    *,
+    asked: PromptOptions,
     max_new_tokens: NewTokens = 256,
     n: Annotated[int, Draws("--n", min=1, help="Answers per prompt, each drawn by itself.")] = 1,
     logprobs: Annotated[
         int | None,
         typer.Option(min=0, max=MAX_LOGPROBS, help="With --json: log probabilities, and this many likeliest tokens."),
     ] = None,
-    draft: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=MAX_DRAFT, help="Tokens to draft from the prompt per call: the same answer, faster if it quotes."
-        ),
-    ] = None,
-    *,
     model: ModelOptions,
     template: TemplateOptions,
     policy: PolicyOptions,
@@ -122,58 +160,33 @@ def generate(
         raise typer.BadParameter("--logprobs go into the JSON: add --json")
     if n > 1 and draws.sampling().greedy:
         raise typer.BadParameter(f"--n {n} without draws gives equal answers: add --temperature, such as 0.7")
-    if sum(given is not None for given in (prompt, prompt_file, cache)) != 1:
-        raise typer.BadParameter("give one of --prompt, --prompt-file and --cache")
-    if template.raw and (template.system is not None or template.template_var):
-        raise typer.BadParameter("--raw uses no chat template: leave out --system and --template-var")
-    if question and template.system is not None:
-        raise typer.BadParameter("with -Q the document is the system message: leave out --system")
-    if cache is not None and not question:
-        raise typer.BadParameter("--cache holds a document: ask about it with -Q")
-    if cache is not None and draft is not None:
-        raise typer.BadParameter("--cache has no text to draft from: leave out --draft, or give --prompt-file instead")
-    if cache is not None and (policy.dense or policy.changes):
-        raise typer.BadParameter(
-            "--cache has its policy already: leave out --dense and the options of the cache policy"
-        )
     policy.check()
-    if prompt == "-":
-        prompt_file = Path("-")
-    text = read_text(prompt_file) if prompt_file is not None else prompt
-    if any(not each.strip() for each in (text, *(question or ())) if each is not None):
-        raise typer.BadParameter("a prompt or question is blank: give it some text")
     variables = template.variables()
+    text = asked.read(template, policy)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "sampling": draws.sampling(),
         "seed": draws.seed,
         "stop": draws.stop or (),
         "logprobs": logprobs,
-        "draft": draft,
+        "draft": asked.draft,
     }
     params = model.load(dense=policy.dense)
     draws.tell_idle(params)
-    has_template = params.assets is not None and params.assets.chat_template is not None
-    if (template.system is not None or variables) and not has_template:
-        raise ValueError(f"{model.model} has no chat template: leave out --system and --template-var")
-    if question:
-        asked = split(params.assets, text or "-", question, has_template and not template.raw, variables)
-        if cache is not None:
-            options["cache"] = razor_jax.load_cache(params, cache)
-        else:
-            with terminal.working("reading the document"):
-                options["cache"] = razor_jax.prefill(params, asked.document, razor=policy.policy(params), raw=True)
-            options["draft_from"] = None if draft is None else asked.document
-            note(f"document: {KVReport.of(options['cache'], params.heads_or_all)}")
-        prompts: list[tuple[str, Any]] = list(zip(question, asked.questions, strict=True))
+    templated = template.used(params, model.model)
+    prompts: list[tuple[str, Any]]
+    if asked.question:
+        parts = split(params.assets, text or "-", asked.question, templated, variables)
+        prompts = list(zip(asked.question, parts.questions, strict=True))
+        options |= _document(params, asked, parts.document, policy)
     else:
         options |= {"razor": policy.policy(params), "template_kwargs": variables}
         messages = [{"role": "system", "content": template.system}, {"role": "user", "content": text}]
-        prompts = [(text or "", messages if template.system is not None else text)]
-    raw = template.raw or bool(question)
+        prompts = [(text, messages if template.system is not None else text)]
+    raw = template.raw or bool(asked.question)
     results: list[Result] = []
     for name, ids in prompts:
-        if question and not as_json:
+        if asked.question and not as_json:
             typer.echo(f"— {name}")
         if n > 1:
             results += _several(params, ids, n, show=not as_json, raw=raw, **options)
@@ -183,11 +196,21 @@ def generate(
             terminal.warn("the model ended its answer at once: rephrase the prompt" + ("" if raw else ", or try --raw"))
     _report(results[::n])
     if as_json:
-        key = "question" if question else "prompt"
+        key = "question" if asked.question else "prompt"
         answers = [{key: prompts[at // n][0], **result.to_dict()} for at, result in enumerate(results)]
         print_json({"model": model.model, "results": answers})
     if any(result.finish_reason == "error" for result in results):
         raise typer.Exit(1)
+
+
+def _document(params: Params, asked: PromptOptions, ids: Any, policy: PolicyOptions) -> dict[str, Any]:
+    """Return the options of `generate` that ask about a document, read here or by `razor-jax prefill`."""
+    if asked.cache is not None:
+        return {"cache": razor_jax.load_cache(params, asked.cache)}
+    with terminal.working("reading the document"):
+        cache = razor_jax.prefill(params, ids, razor=policy.policy(params), raw=True)
+    note(f"document: {KVReport.of(cache, params.heads_or_all)}")
+    return {"cache": cache, "draft_from": None if asked.draft is None else ids}
 
 
 def _several(params: Params, prompt: Any, n: int, show: bool, **options: Any) -> list[Result]:
