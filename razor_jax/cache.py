@@ -143,7 +143,7 @@ class CacheSpec:
         return batch * total
 
     def dense_bytes(self, batch: int) -> int:
-        """Return the bytes of a bfloat16 dense cache of the same capacity and batch, the denominator of every ratio."""
+        """Return the bytes of a bfloat16 dense cache of the same capacity and batch."""
         return batch * self.heads.num_layers * self.heads.num_kv_heads * self.capacity * 2 * self.head_dim * 2
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..config import HeadSplit, RazorConfig
-from ..heads.select import GROUPED_SHARES, PAPER_SHARES, head_count
+from ..heads.select import GROUPED_SHARE, PAPER_SHARES, head_count
 from ..models.config import ModelConfig
 from .compiler import STEPS, Compiled, Step, compile_step
 from .memory import Job, Memory, largest_batch, largest_context, memory
@@ -153,11 +153,10 @@ def default_split(config: ModelConfig, share: float | None = None) -> HeadSplit:
     It has a `share` of all heads, by default as many as `select()` would choose.
     """
     total = config.num_layers * config.num_kv_heads
-    shares = PAPER_SHARES if config.group_size == 1 else GROUPED_SHARES
-    wanted = head_count(share, total) if share is not None else sum(head_count(part, total) for part in shares)
-    note = f"{wanted} of {total} KV heads, " + (
-        f"share {share:g}" if share is not None else f"the default shares {shares[0]:g} + {shares[1]:g}"
-    )
+    usual = PAPER_SHARES if config.group_size == 1 else (GROUPED_SHARE,)
+    shares = usual if share is None else (share,)
+    wanted = sum(head_count(part, total) for part in shares)
+    note = f"{wanted} of {total} KV heads, share {' + '.join(f'{part:g}' for part in shares)}"
     L = config.num_layers
     counts = [(layer + 1) * wanted // L - layer * wanted // L for layer in range(L)]
     return HeadSplit(tuple(tuple(range(n)) for n in counts), config.num_kv_heads, note=f"{note}, spread evenly")
