@@ -26,14 +26,16 @@ _INNERMOST, _BREAK = re.compile(r"[\[{][^\[\]{}]*[\]}]"), re.compile(r"\n\s*")
 def provenance(params: Params, model: str, packages: Sequence[str] = ()) -> dict[str, Any]:
     """Return machine, versions of what computed (and of `packages`), the command line, the model and its fingerprints.
 
-    A folder is named without its path: that is this machine's.
+    A folder or file is named without its path: that is this machine's.
     """
+    main = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`
+    program = [Path(sys.argv[0]).name] if main is None else ["python", "-m", main.name.removesuffix(".__main__")]
     return {
-        "model": Path(model).name if Path(model).is_dir() else model,
+        "model": Path(model).name if Path(model).exists() else model,
         "weights": weights_fingerprint(params),
         "architecture": architecture_fingerprint(params.config),
         "dtype": str(params.dtype),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*program, *sys.argv[1:]]),
         "machine": machine(),
         "versions": {name: _version(name) for name in (*_PACKAGES, *packages)},
     }
