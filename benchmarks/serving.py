@@ -120,11 +120,11 @@ async def load(
             tasks.append(asyncio.create_task(ask(client, model, record, seed + index, words)))
             await asyncio.sleep(dice.expovariate(rate))
         await asyncio.gather(*tasks)
-        return figures(records, time.perf_counter() - begin)
+        return figures(records, time.perf_counter() - begin, words)
 
 
-def figures(records: Sequence[Record], seconds: float) -> dict[str, Any]:
-    """Return throughput and latencies of finished requests."""
+def figures(records: Sequence[Record], seconds: float, words: bool = False) -> dict[str, Any]:
+    """Return throughput and latencies of finished requests. Answers to `words` come without a count of tokens."""
     finished = [record for record in records if record.outcome in ("stop", "length")]
     first = [record.times[0] - record.begin for record in finished if record.times]
     gaps = [later - sooner for record in finished for sooner, later in itertools.pairwise(record.times)]
@@ -133,7 +133,7 @@ def figures(records: Sequence[Record], seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "requests": len(records),
         "outcomes": {name: outcomes.count(name) for name in sorted(set(outcomes))},
-        "tokens_per_second": round(sum(record.received for record in records) / seconds, 1),
+        f"{'pieces' if words else 'tokens'}_per_second": round(sum(record.received for record in records) / seconds, 1),
         "first_token_seconds": quantiles(first),
         "gap_seconds": quantiles(gaps),
         "longest_gap_seconds": round(max(gaps, default=0.0), 4),
