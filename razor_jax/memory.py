@@ -37,7 +37,7 @@ def check_memory(spec: CacheSpec, batch: int, free: int | None = None) -> None:
         ways.append("kv_dtype='int8' takes about half")
     raise MemoryError(
         f"a cache of {batch:,} × {spec.capacity:,} tokens needs {needed(spec.capacity, batch) / 2**30:,.2f} GiB "
-        f"per device, and {free / 2**30:,.2f} GiB are free: {'; '.join(ways)}"
+        f"per device, and {free / 2**30:,.2f} GiB are free{': ' * bool(ways)}{'; '.join(ways)}"
     )
 
 

@@ -40,9 +40,10 @@ def chat(
     sampling = draws.sampling()
     if system is not None and system_file is not None:
         raise typer.BadParameter("give --system or --system-file, not both")
+    policy.check()
+    text = read_text(system_file) if system_file else system
     params = model.load(dense=policy.dense)
     draws.tell_idle(params)
-    text = read_text(system_file) if system_file else system
     conversation = Chat(params, system=text, razor=policy.policy(params))
     if params.assets is not None:
         # A template that is missing or broken fails here, not at the first line.

@@ -52,6 +52,7 @@ def serve(
         raise typer.BadParameter(f"{', '.join(http.given)}: only HTTP has it, give --port")
     elif interactively == (prompts is not None) or (prompts is None) != (output is None):
         raise typer.BadParameter("give --port PORT, --prompts FILE and --out FILE, or --interactive")
+    policy.check()
     decisive = _decisive(model, policy, draws)
     shape = {
         "batch": rows,

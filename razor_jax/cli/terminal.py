@@ -120,11 +120,17 @@ def watch_interrupts() -> None:
         raise KeyboardInterrupt
 
     def watch() -> None:
-        while signals := os.read(reader, 1):
-            if signals[0] == signal.SIGINT:
-                if not raised.wait(PATIENCE):
-                    os._exit(INTERRUPTED)
-                raised.clear()
+        while signals := os.read(reader, 4096):
+            if signal.SIGINT not in signals:
+                continue
+            if not raised.wait(PATIENCE):
+                os._exit(INTERRUPTED)
+            # Python calls `interrupt` once for all signals that came before.
+            os.set_blocking(reader, False)
+            with contextlib.suppress(BlockingIOError):
+                os.read(reader, 4096)
+            os.set_blocking(reader, True)
+            raised.clear()
 
     signal.signal(signal.SIGINT, interrupt)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -222,18 +228,21 @@ def working(message: str) -> Iterator[Callable[[str, int, int], None]]:
             while not ended.wait(EVERY):
                 say(f"{message}: {time.monotonic() - begun:.0f} s")
 
-        threading.Thread(target=wait, daemon=True).start()
+        heart = threading.Thread(target=wait, daemon=True)
         try:
+            heart.start()
             yield advance
         finally:
             ended.set()
+            if heart.ident is not None:
+                heart.join(1)  # so that no line comes later
 
 
 def answer(pieces: Iterator[Piece], show: bool = True) -> Result:
     """Run one answer to its end and print it to stdout as it comes."""
     text, result = "", None
     with contextlib.ExitStack() as waiting:
-        waiting.enter_context(working("reading"))
+        waiting.enter_context(working("reading" if show else "answering"))
         for index, piece in enumerate(pieces):
             text, result = text + piece.text, piece.result
             # The second piece waits for the decode loop to compile, whose note would interrupt the answer.

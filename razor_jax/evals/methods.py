@@ -225,7 +225,8 @@ def seconds(
         session = Session(setting.params, asked, max_new_tokens=new_tokens, cache=cache, owns_cache=True)
         for _ in session.run():
             pass
-    results = session.results()
+        results = session.results()
+        del cache, session  # before the next prefill
     steps = max(len(result.tokens) for result in results) - 1
     found = watch.seconds / batch, results[0].timings.decode_seconds / max(1, steps)
     taken = {"batch": batch, "new_tokens": new_tokens, "prefill_seconds": found[0], "decode_seconds": found[1]}

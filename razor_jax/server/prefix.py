@@ -92,7 +92,16 @@ class PrefixStore:
         if key in self._prefixes:
             self.touch(key)
             return None
-        if any(need > len(free) + len(users) for need, free, users in zip(needs, self._free, self._users, strict=True)):
+        held = [collections.Counter[int]() for _ in needs]  # prefixes per page
+        for prefix in self._prefixes.values():
+            for counter, ids in zip(held, prefix.pages, strict=True):
+                counter.update(ids)
+        # Pages that a row reads stay when their prefix goes.
+        idle = [
+            sum(users[page] == n for page, n in counter.items())
+            for users, counter in zip(self._users, held, strict=True)
+        ]
+        if any(need > len(free) + more for need, free, more in zip(needs, self._free, idle, strict=True)):
             return None
         while not self._entries or any(need > len(free) for need, free in zip(needs, self._free, strict=True)):
             if not self._prefixes:

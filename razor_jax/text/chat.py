@@ -131,7 +131,8 @@ class Chat:
                 self._cache = None if source is None or kv.deleted(source) else source
             else:
                 cache, row = session.cache_after_interruption(), session.rows[0]
-                self._cache = cache
+                # A failed step has written its token already, maybe with a K/V that is not finite: read all again.
+                self._cache = None if row.finish_reason == "error" else cache
                 self._tokens += [*new, *row.tokens]
                 self.messages = [*messages, {"role": "assistant", "content": row.text}]
 

@@ -152,6 +152,7 @@ def _encode(
         if not (plain or item.strip()):
             raise ValueError(f"a prompt is {item!r}: give a message, or raw=True to continue blank text")
         if plain or rendered:
+            _refuse_variables(template_kwargs, "text that is continued as it is")
             # Text that begins with a special token was rendered before: a second one would be too many.
             return assets.encode(item, add_special=part != "question" and not rendered)
         if part == "document":
@@ -165,4 +166,13 @@ def _encode(
         raise TypeError(
             f"a prompt in the list is a {type(item).__name__}: give strings, chat-message lists or integer token ids"
         )
+    if part != "document":  # `draft_from` may be the ids of a document whose question has variables
+        _refuse_variables(template_kwargs, "token ids")
     return [int(token) for token in array]
+
+
+def _refuse_variables(template_kwargs: Mapping[str, Any] | None, what: str) -> None:
+    if template_kwargs:
+        raise ValueError(
+            f"template_kwargs={dict(template_kwargs)!r}: no chat template reads them with {what}; leave out"
+        )

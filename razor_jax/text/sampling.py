@@ -64,7 +64,7 @@ class Sampling(flax.struct.PyTreeNode):
 
         Raises ValueError for a number out of range.
         """
-        _check("temperature", temperature, lambda x: 0 <= x < math.inf, "0 (greedy) or a positive number")
+        _check("temperature", temperature, lambda x: x == 0 or 1e-6 <= x < math.inf, "0 (greedy) or at least 1e-6")
         if top_k is not None:
             _check("top_k", top_k, lambda x: x >= 1 and int(x) == x, "an integer of at least 1, or None")
         if top_p is not None:

@@ -94,7 +94,7 @@ class Session:
         part: prompts.Part = "whole" if cache is None else "question"
         self.prompts: Prompts = prompts.encode(params, prompt, part=part, raw=raw, template_kwargs=template_kwargs)
         self.sampling = as_sampling(sampling)
-        if self.n > 1 and self.sampling.greedy:
+        if self.n > 1 and np.any(self.sampling.greedy):
             raise ValueError(
                 f"n={n}: greedy answers are all equal; give a rule that draws, such as sampling=Temperature(0.7)"
             )
@@ -136,7 +136,9 @@ class Session:
             return spec
         source = self.source
         made = source.spec.razor if source.spec.method is None else source.spec.method.method
-        if not isinstance(razor, str) and razor != made:
+        if isinstance(razor, str):
+            choose_policy(self.params, razor)  # refuses a word other than "auto"
+        elif razor != made:
             raise ValueError(
                 f"razor={razor} differs from the policy of the cache ({made}): "
                 "leave razor out, or prefill again with this policy"
@@ -144,7 +146,7 @@ class Session:
         check_cache(self.params, source)
         if not self._owns_source:
             check_weights(self.params, source)
-        if source.seen is None and self.sampling.repetition_penalty != 1:
+        if source.seen is None and np.any(self.sampling.repetition_penalty != 1):
             log.warning("this cache does not know its tokens, so the repetition penalty sees only later ones")
         if source.batch not in (1, len(self.prompts.rows)):
             raise ValueError(
@@ -210,7 +212,7 @@ class Session:
                 sampling=self.sampling,
                 seed=self.seed,
                 spec=self.spec,
-                chunk=prefill_chunk(self.spec.razor),
+                chunk=prefill_chunk(self._asked.razor),
                 n=self.n,
                 score=self._top is not None,
                 in_place=in_place,
@@ -233,8 +235,9 @@ class Session:
         options = (*placement_of(self.spec).to_devices((self._stop_ids, self._limits, np.int32(steps))), self.sampling)
         score = self._top is not None
         if self.draft is None or self.text is None:
-            state = self._live.replace(cache=loop.packed(self._live.cache))
-            out = loop.decode_block(self.params, state, *options, score=score)
+            # Kept at once: `packed` deletes what it replaces, and an interruption must not lose the cache.
+            self.state = self._live.replace(cache=loop.packed(self._live.cache))
+            out = loop.decode_block(self.params, self._live, *options, score=score)
         else:
             *out, self.text = lookup.decode_block(
                 self.params, self._live, self.text, *options, draft=self.draft, score=score
@@ -250,7 +253,7 @@ class Session:
             unread = slice(len(row.tokens) - before, count - before)
             self._extend(index, *(x[index, unread] for x in new))
         failed = [number for number, flag in enumerate(np.asarray(self._live.failed)[: len(self.rows)]) if flag]
-        new = [number for number in failed if self.rows[number].finish_reason != "error"]
+        new = [number for number in failed if not self.rows[number].finished]
         for number in new:
             self.rows[number].fail()
             if self._on_token is not None and (text := self.rows[number].take()):
@@ -322,13 +325,14 @@ class Session:
 
         Raises RuntimeError if a row overflowed the cache.
         """
-        if np.asarray(self.cache.overflow).any():
+        cache = self._live.cache  # maybe packed: its bytes and numbers are the same
+        if np.asarray(cache.overflow).any():
             raise RuntimeError(
                 f"a row needed more than the cache capacity of {self.spec.capacity} tokens, "
                 "so its output is incomplete: raise capacity"
             )
         split = self.params.heads_or_all
-        report = KVReport.of(self.cache, split)
+        report = KVReport.of(cache, split)
         if self._asked.razor is not None:
             report = dataclasses.replace(report, setting=self._asked.describe(), share=split.share)
         timings = Timings(

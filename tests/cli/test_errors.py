@@ -92,6 +92,7 @@ def test_wrong_input_is_one_sentence(run, command, message):
         (("generate", "-p", "x", "--json", "--logprobs", 21), "--logprobs"),
         (("reproduce", "--output", "x"), "--out"),
         (("chat", "--dense", "--kv-dtype", "int8"), "leave out --kv-dtype"),
+        (("serve", "--port", 8000, "--dense", "--kv-dtype", "int8"), "leave out --kv-dtype"),
         (("chat", "--system", "x", "--system-file", "y"), "not both"),
         (("fit", "--method", "snapkv"), "use kvzap, less, csr, predictor"),
         (("generate", "--nothing"), "No such option"),

@@ -41,3 +41,27 @@ def test_ctrl_c_ends_the_program_in_time(work):
             assert program.wait(timeout=30 * PATIENCE) == INTERRUPTED  # the work takes many minutes
         finally:
             program.kill()
+
+
+HANDLED = """
+import ctypes, signal, time
+from razor_jax.cli import app, terminal
+
+@app.app.command()
+def busy():
+    try:
+        # Two signals without a step of Python between them.
+        list(map(ctypes.CDLL(None)["raise"], [signal.SIGINT, signal.SIGINT]))
+    except KeyboardInterrupt:
+        print("handled", flush=True)
+    time.sleep(2 * terminal.PATIENCE)
+    print("alive", flush=True)
+
+app.main()
+"""
+
+
+def test_ctrl_c_twice_that_was_handled_once_ends_nothing():
+    command = [sys.executable, "-c", HANDLED, "busy"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60 * PATIENCE)
+    assert (done.stdout, done.returncode) == ("handled\nalive\n", 0), done.stderr

@@ -99,3 +99,7 @@ def test_the_prefix_used_least_recently_makes_room():
     assert [store.find(name) is not None for name in (b"a", b"b", b"c")] == [True, False, True]
     assert store.add(b"too long", 20, 9, (5,)) is None
     assert len(store) == 2
+    # A row reads the pages of c: no prefix goes where its room would not be enough.
+    store.pin(store.find(b"c").pages)
+    assert store.add(b"three pages", 12, 9, (3,)) is None
+    assert len(store) == 2

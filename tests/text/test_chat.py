@@ -158,6 +158,14 @@ def test_a_conversation_that_loses_its_cache_is_read_again(monkeypatch, step):
     assert result.timings.prompt_tokens == len(chat.tokens) - len(result.tokens)
 
 
+def test_after_a_failed_answer_the_conversation_is_read_again():
+    params = tiny.params()
+    broken = params.replace(weights={**params.weights, "norm": {"scale": params.weights["norm"]["scale"] * np.nan}})
+    chat = Chat(broken, razor=WINDOW)
+    assert chat.send("the fox", max_new_tokens=4).finish_reason == "error"
+    assert chat._cache is None
+
+
 def test_a_turn_that_another_overtook_is_refused():
     chat = Chat(tiny.params(), razor=WINDOW, capacity=256)
     chat.send("Hello", max_new_tokens=4)

@@ -141,6 +141,37 @@ def test_streaming_prefill_is_extend_by_chunks():
     assert "streaming prefill by 32" in result.kv.setting
 
 
+def test_a_prompt_streams_by_chunks_also_where_nothing_is_dropped(monkeypatch):
+    chunks, begin = [], loop.begin
+    monkeypatch.setattr(loop, "begin", lambda *args, **kw: chunks.append(kw["chunk"]) or begin(*args, **kw))
+    result = generate(tiny.prompt(40), razor=RazorConfig(prefill_chunk=16), max_new_tokens=2)
+    assert chunks == [16]
+    assert "streaming prefill by 16" in str(result.kv)
+
+
+def test_variables_that_no_template_reads_are_refused():
+    for prompt, raw in ((tiny.prompt(10), False), ("some text", True)):
+        with pytest.raises(ValueError, match=r"template_kwargs=\{'thinking': False\}: no chat template reads them"):
+            razor_jax.generate(tiny.params(), prompt, raw=raw, template_kwargs={"thinking": False})
+
+
+def test_rules_may_differ_by_row_for_several_answers():
+    rows = [razor_jax.Sampling.of(temperature=t, repetition_penalty=1.1) for t in (0.5, 0.9, 0.7, 0.8)]
+    rule = jax.tree.map(lambda *x: np.stack(x), *rows)
+    found = generate([tiny.prompt(20), tiny.prompt(30)], sampling=rule, n=2, max_new_tokens=3)
+    assert [len(answers) for answers in found] == [2, 2]
+
+
+def test_a_row_that_has_ended_does_not_fail_later(caplog):
+    session = Session(tiny.params(text=False), tiny.prompt(20), max_new_tokens=3, razor=WINDOW)
+    for _ in session.run():
+        pass
+    session.state = session.state.replace(failed=~session.state.failed)
+    session._collect()
+    assert session.rows[0].finish_reason == "length"
+    assert not caplog.records
+
+
 def test_second_call_in_a_bucket_compiles_nothing():
     generate([tiny.prompt(90), tiny.prompt(20)], sampling=TopP(0.9))
     before = compilation.totals()[0]
@@ -372,6 +403,7 @@ def test_report_says_why_nothing_was_dropped():
     assert "did not engage, every KV head keeps everything" in str(kept)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_policies_and_caches_are_named():
     params = tiny.params(text=False)
     with pytest.raises(ValueError, match="window=-3"):
@@ -381,6 +413,8 @@ def test_wrong_policies_and_caches_are_named():
     cache = razor_jax.prefill(params, tiny.prompt(60), razor=WINDOW)
     with pytest.raises(ValueError, match="differs from the policy"):
         razor_jax.generate(params, tiny.prompt(10), cache=cache, razor=None)
+    with pytest.raises(ValueError, match="razor='dense'"):
+        razor_jax.generate(params, tiny.prompt(10), cache=cache, razor="dense")
     two = razor_jax.prefill(params, [tiny.prompt(60), tiny.prompt(50)], razor=WINDOW)
     with pytest.raises(ValueError, match="holds 2 rows, but there are 3 prompts"):
         razor_jax.generate(params, [tiny.prompt(10)] * 3, cache=two)

@@ -78,6 +78,7 @@ def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(params):
         with pytest.raises(MemoryError) as refused:
             check_memory(small, batch=1, free=1)
         assert "kv_dtype" not in str(refused.value)
+        assert str(refused.value).endswith("GiB are free")
     assert free_bytes(jax.devices()[0]) > 0
     with pytest.raises(MemoryError, match=r"GiB are free: .* tokens per row fit"):
         razor_jax.generate(params, "fox", max_new_tokens=1_000_000_000, razor=None)

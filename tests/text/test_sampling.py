@@ -183,6 +183,7 @@ def test_temperature_zero_is_greedy():
         ({"temperature": -0.1}, "temperature=-0.1: must be 0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": float("inf")}, "temperature=inf"),
+        ({"temperature": 1e-38}, r"temperature=1e-38: must be 0 \(greedy\) or at least 1e-6"),
         ({"top_k": 0}, "top_k=0: must be an integer of at least 1"),
         ({"top_k": 1.5}, "top_k=1.5"),
         ({"top_k": "4"}, "top_k='4': must be an integer of at least 1"),
