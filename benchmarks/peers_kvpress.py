@@ -161,6 +161,7 @@ def presses(host: Host, kept: Kept, conversation: bool) -> list[Press]:
     found: dict[str, Callable[[int, float], Any] | None] = {
         "dense (transformers)": None,
         "KVzip": at(kvpress.KVzipPress),
+        "KVzip, equal layers": at(kvpress.KVzipPress, layerwise=True),
         "AdaKV ExpectedAttention": ada,
         "ExpectedAttention": at(kvpress.ExpectedAttentionPress),
         "SnapKV": at(kvpress.SnapKVPress),

@@ -174,5 +174,5 @@ def _encode(
 def _refuse_variables(template_kwargs: Mapping[str, Any] | None, what: str) -> None:
     if template_kwargs:
         raise ValueError(
-            f"template_kwargs={dict(template_kwargs)!r}: no chat template reads them with {what}; leave out"
+            f"template_kwargs={dict(template_kwargs)!r}: no chat template reads them with {what}; leave them out"
         )
