@@ -216,7 +216,7 @@ class RazorEngine:
         return False
 
     def _recover(self, error: Exception) -> None:
-        """Start with an empty cache: a program that failed has taken the old one with it.
+        """Start with an empty cache: a program that failed may have taken the old one, or parts, with it.
 
         Raises the error on several hosts, because the other processes may have failed elsewhere or not at all.
         """
@@ -224,6 +224,7 @@ class RazorEngine:
             raise error
         log.exception("the engine lost its cache and starts with an empty one")
         self._end_all(error)
+        self._device.close()  # Two caches may not fit.
         self._allocate()
 
     def _fail(self, error: Exception) -> None:

@@ -240,7 +240,9 @@ class Device:
         """Pass time without work."""
 
     def close(self) -> None:
-        """End the engine's use of the device."""
+        """Free the memory of the cache."""
+        for array in jax.tree.leaves((self._layers, self._means, self._staging, self._vocabulary)):
+            array.delete()
 
     def _row_tables(self, slot: int) -> tuple[np.ndarray, ...]:
         # Copies: a program may still read them when the slot gets other pages.

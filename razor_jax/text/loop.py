@@ -266,10 +266,22 @@ def _with_sharding(state: LoopState) -> LoopState:
     return state.replace(**small, cache=placement.pin_cache(state.cache))
 
 
-def rewind(state: LoopState, saved: LoopState) -> LoopState:
-    """Return `saved` with its full groups taken from `state`. Folding cannot be undone, so the windowed groups are
-    copies."""
-    return saved.replace(cache=kv.rollback(state.cache, saved.cache))
+def rewind(state: LoopState, saved: LoopState, rows: np.ndarray | None) -> LoopState:
+    """Return `saved` in `rows`, bool [B], or in all, and `state` in the others; full groups are those of `state`.
+
+    Folding cannot be undone, so the windowed groups of `saved` are copies.
+    """
+    whole = saved.replace(cache=kv.rollback(state.cache, saved.cache))
+    if rows is None:
+        return whole
+    rows = placement_of(state.cache.spec).to_devices(rows)
+    # Leaf by leaf: one array more in memory, and a small program for each shape.
+    return jax.tree.map(lambda old, new: old if old is new else _in_rows(rows, old, new), whole, state)
+
+
+@functools.partial(jax.jit, donate_argnames=("old",))
+def _in_rows(rows: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.where(rows.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
 
 
 def choose(state: LoopState, cache: KVCache, logits, stop_ids, limit, sampling: Sampling) -> LoopState:

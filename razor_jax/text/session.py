@@ -222,13 +222,15 @@ class Session:
                 texts = (np.repeat(x, self.n, axis=0) for x in padded_batch(self._texts, self.spec))
                 self.text = lookup.begin(*texts, self.state.token, capacity=self.spec.capacity)
             self._collect()
-        self._replay(loop.BLOCK)
+        self._rewind()
 
     def _decode(self, steps: int) -> None:
         with self._timed("decode"):
             self._block(steps)
             self._collect()
-            self._replay(steps)
+            self._rewind()
+            if all(row.finished for row in self.rows):
+                self._catch_up()
 
     def _block(self, steps: int) -> None:
         before = [len(row.tokens) for row in self.rows]
@@ -274,21 +276,28 @@ class Session:
             if self._on_token is not None:
                 self._on_token(Piece(row.take(), (token,), row=index, logprobs=tuple(here)))
 
-    def _replay(self, steps: int) -> None:
-        """Rewind to the start of the block and replay up to a stop string, which is only seen after its block ran.
+    def _rewind(self) -> None:
+        """Take the rows that ran past a stop string, which is only seen after its block ran, back to before the block.
 
-        Random draws are keyed by token count, so the other rows repeat the same tokens.
+        The next block repeats their tokens up to the string: random draws are keyed by token count. The tokens of rows
+        that go on are out already, and stay.
         """
-        taken = [len(row.tokens) for row in self.rows]
         for index, row in enumerate(self.rows):
             if row.stopped_at is not None:
                 self.limit[index] = row.stopped_at
-        if np.any(self._counts > taken):
+        if np.any(self._counts > self._taken):
             assert self._saved is not None, "without stop strings, host and device agree on where a row ends"
-            self.state = loop.rewind(self._live, self._saved)
-        if np.any(self._counts < taken):
-            self._block(steps)
+            # Rows that ended otherwise may go back too: all rows together need no program.
+            ended = np.ones(len(self._limits), bool)
+            ended[: len(self.rows)] = [row.finished for row in self.rows]
+            self.state = loop.rewind(self._live, self._saved, None if ended.all() else ended)
         self._saved = None  # Free the copy of the windowed groups.
+
+    def _catch_up(self) -> None:
+        """Bring the cache of rows that were taken back to the end of their text."""
+        if np.any(self._counts < self._taken):
+            self._block(loop.BLOCK)
+            self._saved = None
 
     def cache_after_interruption(self) -> KVCache | None:
         """Bring cache and rows into step after an interruption, and return the cache.
@@ -298,7 +307,8 @@ class Session:
         if self.state is None or kv.deleted(self.state.cache):
             return None
         self._collect()
-        self._replay(loop.BLOCK)
+        self._rewind()
+        self._catch_up()
         return self.cache
 
     @property
@@ -310,6 +320,11 @@ class Session:
     def _counts(self) -> np.ndarray:
         """Number of tokens generated so far, per row with a prompt."""
         return np.asarray(self._live.count)[: len(self.rows)]
+
+    @property
+    def _taken(self) -> np.ndarray:
+        """Number of tokens of each row's text."""
+        return np.array([len(row.tokens) for row in self.rows])
 
     @property
     def _live(self) -> loop.LoopState:

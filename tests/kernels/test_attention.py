@@ -121,7 +121,7 @@ def test_compensation_token_is_n_copies_of_the_mean(lengths, n, seed):
 
 @pytest.mark.parametrize("n", [37, 1500])
 def test_physical_copies_in_float32(n):
-    """The same kernel over n real slots that hold the mean: equal to 6e-7."""
+    """The same kernel over n real slots that hold the mean: equal up to the rounding of their sum."""
     q, k, v = inputs(1, 2, 4, S, 16)
     k_mean, v_mean = random(1, 2, 1, 16, seed=5, size=0.3), random(1, 2, 1, 16, seed=6)
     lengths = np.array([S], np.int32)
@@ -129,9 +129,9 @@ def test_physical_copies_in_float32(n):
     got = attend(q, k, v, lengths, scale=0.25, state=state)
     k_all, v_all = (np.concatenate([x, np.repeat(m, n, axis=2)], axis=2) for x, m in ((k, k_mean), (v, v_mean)))
     copies = attend(q, k_all, v_all, lengths + n, scale=0.25)
-    # The sum over 1,500 copies in float32 is the less exact of the two.
     assert error(got, literal(q, k_all, v_all, lengths + n)) < 6e-7
-    assert error(got, copies) < (6e-7 if n < 100 else 5e-6)
+    # A float32 sum of n equal terms may round each time in the same direction. Processors sum in different orders.
+    assert error(got, copies) < max(6e-7, n * 2**-24)
 
 
 def test_states_compose_in_any_order():

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -247,6 +248,7 @@ def test_threads_submit_to_a_running_engine_and_it_drains():
     assert not made.ready
     stats = made.stats()
     assert (stats.compilations, stats.pages_used) == (0, (0, 0))
+    assert all(array.is_deleted() for array in jax.tree.leaves(made._device._layers))
 
 
 def test_a_listener_that_raises_loses_its_own_answer_only(engine):
@@ -284,3 +286,14 @@ def test_any_mix_of_arrivals_cancels_and_prefixes_drains_and_answers_as_alone(en
         assert number in cancelled or each.reason != "cancelled"
     assert any(each.finished.cached_tokens == 50 for _, each in heard)
     assert engine.stats().compilations == 0
+
+
+def test_after_a_program_failed_the_engine_answers_from_a_new_cache(engine):
+    old = jax.tree.leaves(engine._device._layers)
+    (heard,) = submit(engine, MIXED[1])
+    engine.tick()
+    engine._recover(RuntimeError("a program failed"))
+    assert heard.reason == "error"
+    assert all(array.is_deleted() for array in old)
+    (again,) = answers(engine, dataclasses.replace(MIXED[1], id="again"))
+    assert tuple(again.tokens) == expected(1).tokens

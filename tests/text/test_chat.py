@@ -110,7 +110,7 @@ def interrupt(monkeypatch, owner, name, call, after=False):
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
-@pytest.mark.parametrize("step", ["_collect", "_replay", "_block"])
+@pytest.mark.parametrize("step", ["_collect", "_rewind", "_block"])
 def test_an_interruption_anywhere_leaves_cache_and_tokens_of_one_mind(monkeypatch, step, call):
     params = tiny.params()
     free = Chat(params, razor=WINDOW, capacity=256).send("Tell me about the lighthouse keeper.", max_new_tokens=40)
