@@ -151,6 +151,23 @@ def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32, weights: Wei
     return jax.eval_shape(functools.partial(quantize_tree, weights=weights), tree) if weights else tree
 
 
+def check_heads(params: Params, split: HeadSplit) -> None:
+    """Raise ValueError if the split was made for another architecture."""
+    config = params.config
+    check_split(split, config.num_layers, config.num_kv_heads)
+    if bool(split.scopes) != config.alibi and split.share < 1:
+        raise ValueError(
+            "an ALiBi model's heads are cut by scope, and only theirs are: razor_jax.heads.alibi.split(params) for "
+            "ALiBi, razor_jax.find_heads(params).select() for rotary embedding"
+        )
+    if split.architecture and split.architecture != architecture_fingerprint(config):
+        raise ValueError(
+            f"the head split was made for another architecture (fingerprint {split.architecture[:12]}…, this "
+            f"model's is {architecture_fingerprint(config)[:12]}…); find the heads of this model with "
+            "`razor-jax heads find --model …`"
+        )
+
+
 def with_heads(params: Params, split: HeadSplit | None, *, donate: bool = False) -> Params:
     """Return the same weights under another head split; None for none, in the checkpoint's order.
 
@@ -166,18 +183,7 @@ def with_heads(params: Params, split: HeadSplit | None, *, donate: bool = False)
             f"split={split!r}: give a HeadSplit or None; razor_jax.load(model, heads=…) takes a file or 'auto'"
         )
     if split is not None:
-        check_split(split, config.num_layers, config.num_kv_heads)
-        if bool(split.scopes) != config.alibi and split.share < 1:
-            raise ValueError(
-                "an ALiBi model's heads are cut by scope, and only theirs are: razor_jax.heads.alibi.split(params) for "
-                "ALiBi, razor_jax.find_heads(params).select() for rotary embedding"
-            )
-        if split.architecture and split.architecture != architecture_fingerprint(config):
-            raise ValueError(
-                f"the head split was made for another architecture (fingerprint {split.architecture[:12]}…, this "
-                f"model's is {architecture_fingerprint(config)[:12]}…); find the heads of this model with "
-                "`razor-jax heads find --model …`"
-            )
+        check_heads(params, split)
         if split.weights and split.weights != weights_fingerprint(params):
             warnings.warn(
                 "the head split was found on other weights of this architecture: right for a light fine-tune, "

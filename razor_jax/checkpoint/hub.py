@@ -23,7 +23,7 @@ from ..config import HeadSplit, check_split, refuse_unknown
 from ..heads import alibi, find_heads, store
 from ..kernels.backend import Implementation, choose
 from ..models.linear import Weights
-from ..params import Params, architecture_fingerprint, weights_fingerprint, with_heads
+from ..params import Params, architecture_fingerprint, check_heads, weights_fingerprint, with_heads
 from ..sharding import MeshLike
 from . import folder as checkpoint
 from . import gguf
@@ -322,6 +322,7 @@ def _remembered(params: Params) -> HeadSplit | None:
     path = store.cache_path(params)
     try:
         split = store.read(path).split
+        check_heads(params, split)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

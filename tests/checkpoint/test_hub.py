@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 
@@ -102,10 +103,16 @@ def test_memory_is_of_these_weights_whatever_their_type(model, monkeypatch):
     assert store.cache_path(moved) != store.cache_path(half)
 
 
-def test_damaged_memory_is_made_again(model, said):
+@pytest.mark.parametrize("found", ["damaged", "of another shape", "of another architecture"])
+def test_damaged_memory_is_made_again(model, said, found):
     params = load(model)
     path = store.cache_path(params)
-    path.write_text("{", encoding="utf-8")
+    if found == "damaged":
+        path.write_text("{", encoding="utf-8")
+    elif found == "of another shape":
+        store.write(path, HeadSplit.all(L + 1, K))
+    else:
+        store.write(path, dataclasses.replace(params.heads, architecture="0" * 64))
     assert load(model).heads == params.heads
     assert "ignored a remembered head split" in said.text
     assert store.read(path).split == params.heads
