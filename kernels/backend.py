@@ -9,10 +9,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-from jax.experimental.pallas import tpu as pltpu
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "mosaic_gpu"]
 Op = Literal["attend", "attend_causal", "write"]
@@ -50,16 +49,12 @@ def rejected(kind: Kind | None) -> bool:
 
 def platform() -> str:
     """Return "tpu", "gpu" or "cpu": the device being traced for, which may not be on this machine."""
-    if pltpu.is_tpu_device():
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device or getattr(jax.config, "jax_default_device", None)
+    if device is None or isinstance(device, str):
+        device, *_ = jax.devices(device)
+    if device.device_kind.startswith("TPU"):  # A remote TPU's platform may have another name.
         return "tpu"
-    ahead, default = jax.sharding.get_abstract_mesh().abstract_device, getattr(jax.config, "jax_default_device", None)
-    if ahead is not None:
-        name = ahead.platform
-    elif default is not None:
-        name = getattr(default, "platform", default)
-    else:
-        name = jax.default_backend()
-    return "gpu" if name in ("cuda", "gpu", "rocm") else name
+    return "gpu" if device.platform in ("cuda", "gpu", "rocm") else device.platform
 
 
 def check_name(implementation: str | None) -> None:

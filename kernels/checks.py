@@ -19,7 +19,7 @@ from .attention import dispatch
 from .attention.part import Part
 from .attention.state import State
 from .backend import Implementation, Kind
-from .cache_write import CacheWrite, GroupArrays, tpu, xla
+from .cache_write import CacheWrite, GroupArrays
 
 Host = Any  # a NumPy array or None, in records that are annotated for JAX arrays
 
@@ -277,7 +277,9 @@ def _write(check: Check, implementation: Implementation, interpret: bool) -> flo
         before, want = (_record(*map(pages.pool, x[:4]), *x[4:]) for x in (before, want))
     call = CacheWrite(before, new, lengths, counts, window, 0 if window is None else SINKS, table)
     arguments = jax.tree.map(jnp.asarray, call._replace(sinks=None))
-    write = functools.partial(tpu.write, interpret=interpret) if implementation == "pallas_tpu" else xla.write
+    write = cache_write.dispatch.backend_module(implementation).write
+    if implementation == "pallas_tpu":
+        write = functools.partial(write, interpret=interpret)
     got: Any = jax.jit(lambda x: write(x._replace(sinks=call.sinks)))(arguments)
     for name in ("k", "v", "k_scale", "v_scale"):
         a, b = (getattr(x, name) for x in (got, want))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 import jax
 from jaxtyping import Int
 
 from ..backend import Implementation, Kind, choose
-from . import tpu, xla
 from .arrays import CacheWrite, GroupArrays
 
 
@@ -36,13 +37,20 @@ def write(
     if implementation != "xla":
         kind = Kind("write", group.k.shape[-1], "", str(group.k.dtype))
         implementation = choose(implementation, lambda name: unsupported(name, group), kind)
-    # On a GPU a donated scatter is in place, so a kernel would save nothing.
-    return (tpu if implementation == "pallas_tpu" else xla).write(call)
+    return backend_module(implementation).write(call)
 
 
 def unsupported(implementation: Implementation, group: Any) -> str | None:
     """Return why an implementation cannot write such a group, or None if it can. Only shapes and dtypes are read."""
-    return tpu.unsupported(group) if implementation == "pallas_tpu" else None
+    return backend_module(implementation).unsupported(group) if implementation == "pallas_tpu" else None
+
+
+def backend_module(implementation: Implementation) -> ModuleType:
+    """Return the module of a backend, imported on first use, because Pallas takes a quarter of a second.
+
+    On a GPU a donated scatter is in place, so a kernel would save nothing.
+    """
+    return importlib.import_module(".tpu" if implementation == "pallas_tpu" else ".xla", __package__)
 
 
 def _check(call: CacheWrite) -> None:

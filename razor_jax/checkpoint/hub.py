@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import huggingface_hub
 import jax
-from huggingface_hub import errors
 
 from ..compilation import track_compilation
 from ..config import HeadSplit, check_split, refuse_unknown
@@ -236,6 +235,8 @@ def _installed(model: str) -> Path:
 
 
 def _download_file(name: str, file: str) -> Path:
+    from huggingface_hub import errors  # late, as in `_hub_errors`
+
     with _hub_errors(name):
         try:
             return Path(huggingface_hub.hf_hub_download(name, file))
@@ -270,6 +271,8 @@ def _download(name: str) -> Path:
 @contextlib.contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
     """Turn errors of the Hub into one sentence with the fix."""
+    from huggingface_hub import errors  # late, because it takes an HTTP client, and most models are here
+
     try:
         yield
     except errors.GatedRepoError as error:

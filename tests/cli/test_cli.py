@@ -348,3 +348,10 @@ def test_program_in_a_process_of_its_own(model, tmp_path):
 def run_version(program):
     done = subprocess.run([*program, "--version"], capture_output=True, text=True, timeout=120, check=True)
     return done.stdout.strip()
+
+
+def test_a_command_starts_without_what_few_commands_need():
+    late = ("httpx", "httpx2", "jax.experimental.pallas", "matplotlib", "optax", "orbax", "torch", "transformers")
+    code = f"import sys, razor_jax.cli; print([name for name in {late} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"

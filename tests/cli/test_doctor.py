@@ -12,6 +12,7 @@ from razor_jax.doctor import examine, speed
 from razor_jax.doctor.examination import _Shape
 from razor_jax.kernels import backend, checks
 from razor_jax.kernels.attention import tpu, xla
+from razor_jax.kernels.cache_write import tpu as tpu_write
 
 SLOTS_OF = checks.slots_of
 SMALL = _Shape("small", (2, 2), 64, "float32", ("float32",))
@@ -74,8 +75,8 @@ def test_a_verdict_on_a_chip_counts_for_the_next_process(run, small, monkeypatch
     right = {"attend_causal": tpu.attend_causal}
     monkeypatch.setattr(tpu, "attend", crash)
     monkeypatch.setattr(tpu, "attend_causal", lambda part, **o: right["attend_causal"](part, **o, interpret=True))
-    write = checks.tpu.write
-    monkeypatch.setattr(checks.tpu, "write", lambda call, interpret: write(call, interpret=True))
+    write = tpu_write.write
+    monkeypatch.setattr(tpu_write, "write", lambda call, interpret: write(call, interpret=True))
     monkeypatch.setattr(backend, "platform", lambda: "tpu")
     monkeypatch.setattr(backend, "_rejected", set())
     monkeypatch.setattr(proof, "target_device", lambda: jax.devices("cpu")[0])

@@ -212,7 +212,7 @@ def test_dispatch_runs_the_reference_where_there_is_no_tpu():
     [((1, 1, 4, 96), "float32", "head width H=96"), ((1, 1, 4, 128), "float16", "q is float16")],
 )
 def test_a_forced_backend_that_cannot_run_says_why(shape, dtype, reason, monkeypatch):
-    monkeypatch.setattr(pltpu, "is_tpu_device", lambda: True)
+    monkeypatch.setattr("razor_jax.kernels.backend.platform", lambda: "tpu")
     x = jnp.zeros(shape, dtype)
     lengths = jnp.zeros(1, jnp.int32)
     with pytest.raises(ValueError, match=reason):

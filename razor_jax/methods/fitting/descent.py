@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from ...resume import State
 
@@ -40,6 +39,8 @@ def descend(
       passes, inner: passes over the documents, and steps per reading.
       rate: Adam's, which falls to zero along a cosine.
     """
+    import optax  # late, because a tenth of a second of every command is a lot
+
     fitted, other = split(rows)
     total = passes * len(fitted)
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, total * inner))
