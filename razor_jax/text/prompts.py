@@ -56,7 +56,7 @@ def encode(
     single, items = _items(prompt, what)
     if not items:
         raise ValueError(f"{what} has no rows: a batch has at least 1 prompt")
-    rows = tuple(tuple(_encode(params.assets, item, part, raw, template_kwargs)) for item in items)
+    rows = tuple(tuple(_encode(params.assets, item, part, raw, template_kwargs, what)) for item in items)
     for index, row in enumerate(rows):
         name = what if single else f"{what} {index}"
         if not row:
@@ -135,7 +135,7 @@ def _is_chat(item: Any) -> bool:
 
 
 def _encode(
-    assets: Assets | None, item: Any, part: Part, raw: bool, template_kwargs: Mapping[str, Any] | None
+    assets: Assets | None, item: Any, part: Part, raw: bool, template_kwargs: Mapping[str, Any] | None, what: str
 ) -> list[int]:
     if isinstance(item, str) or _is_chat(item):
         if assets is None:
@@ -166,7 +166,7 @@ def _encode(
         raise TypeError(
             f"a prompt in the list is a {type(item).__name__}: give strings, chat-message lists or integer token ids"
         )
-    if part != "document":  # `draft_from` may be the ids of a document whose question has variables
+    if what != "draft_from":  # the ids of a document whose question may have variables
         _refuse_variables(template_kwargs, "token ids")
     return [int(token) for token in array]
 

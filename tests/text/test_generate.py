@@ -151,9 +151,10 @@ def test_a_prompt_streams_by_chunks_also_where_nothing_is_dropped(monkeypatch):
 
 
 def test_variables_that_no_template_reads_are_refused():
-    for prompt, raw in ((tiny.prompt(10), False), ("some text", True)):
-        with pytest.raises(ValueError, match=r"template_kwargs=\{'thinking': False\}: no chat template reads them"):
-            razor_jax.generate(tiny.params(), prompt, raw=raw, template_kwargs={"thinking": False})
+    for call in (razor_jax.generate, razor_jax.prefill):
+        for prompt, raw in ((tiny.prompt(10), False), ("some text", True)):
+            with pytest.raises(ValueError, match=r"template_kwargs=\{'thinking': False\}: no chat template reads them"):
+                call(tiny.params(), prompt, raw=raw, template_kwargs={"thinking": False})
 
 
 def test_rules_may_differ_by_row_for_several_answers():
