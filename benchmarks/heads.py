@@ -3,6 +3,8 @@
     python -m benchmarks.heads [--model smollm2] [--window 256] [--tokens 2048] [--documents 96] [--out FILE]
 
 Every document is read before its questions. Names, prose and phrasings of the questions are not those of calibration.
+With `--method causal` among the methods, each other one's rank correlation with it is printed too: the loss that
+windowing a KV head alone adds.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 import razor_jax
@@ -19,6 +22,7 @@ from razor_jax import HeadScores, HeadSplit, RazorConfig, find_heads
 from razor_jax.evals.bench import machine
 from razor_jax.evals.provenance import provenance, write_json
 from razor_jax.heads import Calibration, measure
+from razor_jax.heads.compare import spearman
 from razor_jax.heads.find import LEARNED
 
 
@@ -50,11 +54,13 @@ def main(
         unlike = {(row["method"], row["heads"]): row["split"] for row in earlier["table"]}
         rows = [(*key, HeadSplit(split, params.config.num_kv_heads)) for key, split in unlike.items()]
     counts = heads or (30, 26, 18, 13)
+    rankings: dict[str, np.ndarray] = {}
     for count in counts if splits is None else ():
         for name in method or ("gates", "gradient", "search", "probe", "random"):
             label = f"{name}-{count}" if name == "search" else name
             start = time.perf_counter()
-            found = _scores(params, name, count, razor, calibration, scores and scores / f"{label}.json")
+            found = _scores(params, name, count, razor, tokens, calibration, scores and scores / f"{label}.json")
+            rankings[label] = found.best
             if label not in seconds:
                 seconds[label] = round(time.perf_counter() - start, 1)
                 print(f"{label}: {seconds[label]:.0f} s", flush=True)
@@ -77,18 +83,25 @@ def main(
         print(f"{name:9s} {promise}", flush=True)
     print(promises[0].families)
     print(f"{policy.describe()}; {machine()}")
+    truth = rankings.pop("causal", None)
+    ranks = {} if truth is None else {name: round(spearman(best, truth), 3) for name, best in rankings.items()}
+    if ranks:
+        print("Spearman with causal:", ", ".join(f"{name} {value:.2f}" for name, value in ranks.items()))
     if out is not None:
-        write_json(out, {"about": provenance(params, model), "seconds": seconds, "table": table})
+        result = {"about": provenance(params, model), "seconds": seconds, "table": table}
+        write_json(out, result | ({"spearman": ranks} if ranks else {}))
 
 
 def _scores(
-    params: razor_jax.Params, name: str, count: int, razor: RazorConfig, documents: int, file: Path | None
+    params: razor_jax.Params, name: str, count: int, razor: RazorConfig, tokens: int, documents: int, file: Path | None
 ) -> HeadScores:
     if file is not None and file.exists():
         return HeadScores.load(file)
     options: dict[str, Any] = {}
     if name in LEARNED:
         options = {"razor": razor, "calibration": Calibration(documents)}
+    if name == "causal":
+        options = {"razor": razor, "tokens": tokens}
     if name == "search":
         options["heads"] = count
         if file is not None and (ranking := file.with_name("gates.json")).exists():
