@@ -29,7 +29,7 @@ def main() -> None:
     figure, panels = pyplot.subplots(1, len(MODELS), figsize=(9.6, 3.6), sharey=True)
     for axes, (model, file) in zip(panels, MODELS.items(), strict=True):
         table = json.loads((ROOT / "benchmarks" / "results" / file).read_text())["table"]
-        rows = [row for row in table if "window 256" in row["policy"]]
+        rows = [row for row in table if "window 256" in row["policy"] and row["tokens"] == 2048]
         for method, (colour, marker, line) in STYLES.items():
             for int8 in (False, True):
                 # The calibration of eight documents, where there are several.

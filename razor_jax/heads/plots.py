@@ -11,13 +11,14 @@ from ..config import HeadSplit
 from .causal import mask_of
 from .study import Study
 
+# Colour (Okabe and Ito's), marker and line: each alone tells the methods apart.
 _STYLES = {
-    "probe": ("o", "-"),
-    "vendor": ("v", "-"),
-    "needle": ("s", "--"),
-    "each alone": ("^", ":"),
-    "greedy": ("D", "-."),
-    "chance": ("x", (0, (1, 3))),
+    "probe": ("#D55E00", "o", "-"),
+    "vendor": ("#E69F00", "v", "-"),
+    "needle": ("#0072B2", "s", "--"),
+    "each alone": ("#CC79A7", "^", ":"),
+    "greedy": ("#009E73", "D", "-."),
+    "chance": ("0.5", "x", (0, (1, 3))),
 }
 
 
@@ -111,9 +112,8 @@ def accuracy_curve(pyplot: Any, study: Study) -> Any:
     judged = study.causal.judged
     sizes = sorted({row.heads for rows in judged.values() for row in rows})
     for number, (name, rows) in enumerate(judged.items()):
-        marker, line = _STYLES[name]
-        style = {"marker": marker, "ls": line, "ms": 5, "lw": 1.1, "mfc": "white"}
-        style["color"] = "0.5" if name == "chance" else "black"
+        colour, marker, line = _STYLES[name]
+        style = {"color": colour, "marker": marker, "ls": line, "ms": 5, "lw": 1.1, "mfc": "white"}
         at = [sizes.index(row.heads) + 0.09 * (number - len(judged) / 2) for row in rows]
         errors = [row.half_width for row in rows]
         above.errorbar(at, [row.accuracy for row in rows], yerr=errors, label=name, capsize=2, elinewidth=0.6, **style)
@@ -126,7 +126,7 @@ def accuracy_curve(pyplot: Any, study: Study) -> Any:
     below.set_xticks(range(len(sizes)), labels)
     below.set_xlabel("KV heads that keep every token: number, share, MiB of the cache")
     above.set(ylabel="answers right in every token", ylim=(-0.04, 1.06))
-    above.legend(frameon=False, fontsize=8, loc="center right")
+    above.legend(frameon=False, fontsize=8, loc="center")
     figure.align_ylabels()
     return figure
 

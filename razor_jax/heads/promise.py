@@ -70,6 +70,8 @@ class Promise:
         )
         if self.unfit and len(self.unfit) < len(self.families):
             text += f"; not counted, because dense attention fails too: {', '.join(self.unfit)}"
+        elif self.unfit:
+            text += "; dense attention fails all kinds of these questions too: use shorter documents"
         return text
 
     @property

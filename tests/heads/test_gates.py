@@ -129,6 +129,7 @@ def test_a_promise_is_measured_kept_and_read_back(params, tmp_path):
     path = store.write(tmp_path, split, RAZOR, some)
     assert store.read(path).promise == some
     assert f"{some.compressed} of 16 held-out questions right" in str(some)
+    assert "dense attention fails all kinds of these questions too" in str(some)  # The model is random.
     with pytest.raises(ValueError, match=r"promise=.*must have the fields questions, dense"):
         Promise.of({"questions": 3})
     with pytest.raises(ValueError, match="must have the fields"):
