@@ -52,15 +52,19 @@ def chat(
         import readline  # noqa: F401  (line editing and history of input())
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": draws.seed, "stop": draws.stop or ()}
     note("/help lists the commands; Ctrl-C ends an answer")
+    saved: set[Path] = set()
     while (line := _line()) != "/exit":
         if line.startswith("/"):
-            conversation = _command(conversation, params, policy.policy(params), line)
+            conversation = _command(conversation, params, policy.policy(params), line, saved)
         elif line:
             _turn(conversation, line, **options)
 
 
-def _command(conversation: Chat, params: Params, razor: RazorConfig | None, line: str) -> Chat:
-    """Run a line that begins with a slash, and return the conversation to go on with."""
+def _command(conversation: Chat, params: Params, razor: RazorConfig | None, line: str, saved: set[Path]) -> Chat:
+    """Run a line that begins with a slash, and return the conversation to go on with.
+
+    `saved`: files that this program wrote, and may write again.
+    """
     name, _, rest = line.partition(" ")
     rest = rest.strip()
     if name == "/help":
@@ -73,15 +77,19 @@ def _command(conversation: Chat, params: Params, razor: RazorConfig | None, line
         note("a new conversation with this system message")
         return Chat(params, system=rest, razor=razor)
     elif name == "/save" and rest:
+        file = Path(rest).expanduser()
         try:
-            check_output("/save", Path(rest))
-            write_json(Path(rest), conversation.messages)
+            check_output("/save", file)
+            if file.exists() and file not in saved:
+                raise typer.BadParameter(f"/save {rest}: it exists; give the name of a new file")
+            write_json(file, conversation.messages)
+            saved.add(file)
             note(f"saved {len(conversation.messages)} messages to {rest}")
         except (typer.BadParameter, OSError, ValueError) as error:
             terminal.fail(f"not saved: {error}")
     else:
-        missing = [command for command in COMMANDS if command.split()[0] == name]
-        note(f"{line!r} is not a command: {', '.join(missing or COMMANDS)}")
+        usage = [command for command in COMMANDS if command.split()[0] == name]
+        note(f"give {usage[0]}" if usage else f"{line!r} is not a command: {', '.join(COMMANDS)}")
     return conversation
 
 

@@ -354,7 +354,8 @@ def _finish(
     _print_split(chosen)
     if scores is not None and scores.meta.floor:
         signal, floor = scores.above_floor(chosen), scores.meta.floor
-        typer.echo(f"● {signal} of them score above the noise of this probe, {floor:.2%}; the others are a guess")
+        rest = "" if signal == sum(chosen.counts) else "; the others are a guess"
+        typer.echo(f"● {signal} of them score above the noise of this probe, {floor:.2%}{rest}")
     if kept is not None:
         typer.echo(f"● {kept}")
 

@@ -81,7 +81,7 @@ def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-_KEYWORD = re.compile(r"""(?<![\w.,"'-])([a-z]\w*)=('[^']*'|"[^"]*"|-?[\w.]+)""")
+_KEYWORD = re.compile(r"""(?<![\w.,"'-])([a-z]\w*)=('[^']*'|"[^"]*"|\[[^]]*\]|-?[\w.]+)""")
 
 
 def as_options(message: str, names: Collection[str]) -> str:

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from razor_jax import RazorConfig, planner, sharding
+from razor_jax.checkpoint import folder, gguf, hub
 from razor_jax.cli.options import JsonOption, Policy, PolicyOptions, grouped
-from razor_jax.cli.terminal import note
+from razor_jax.cli.terminal import note, print_table
 from razor_jax.config import HeadSplit, check_split
 from razor_jax.heads import plots, store
 from razor_jax.models.config import ModelConfig
@@ -28,7 +29,12 @@ Devices = functools.partial(typer.Option, rich_help_panel="Devices")
 
 @grouped
 def plan(
-    model: Annotated[str, Model_("--model", "-m", help="A Hugging Face id, or a folder with a config.json.")],
+    model: Annotated[
+        str,
+        Model_(
+            "--model", "-m", help="A Hugging Face id, a folder with a config.json, a .gguf file, razor-mini or smollm2."
+        ),
+    ],
     topology: Annotated[str, Devices("--topology", "-t", help="v5e:4x4 as libtpu names it, or a GPU: h100, h100:8.")],
     context: Annotated[int, Model_("--context", "-c", min=1, help="Tokens per row.")],
     batch: Annotated[int, Model_("--batch", "-b", min=1, help="Rows.")] = 1,
@@ -58,7 +64,7 @@ def plan(
         raise typer.BadParameter("give --share or --heads, not both")
     policy.check(share=share, heads=heads)
     hardware = planner.find_hardware(topology)
-    config = planner.find_config(model)
+    config = _config(model)
     if compile_:
         compiler.require(hardware)
     if chart is not None:
@@ -96,6 +102,13 @@ def plan(
         _show(made)
 
 
+def _config(model: str) -> ModelConfig:
+    """Return the config of what `load` takes without a download, or of a model that the planner knows."""
+    if model in (*hub.PACKAGED, *hub.INSTALLED) or gguf.find_file(Path(model).expanduser()) is not None:
+        return folder.read_config(hub.find(model))
+    return planner.find_config(model)
+
+
 def _split(config: ModelConfig, share: float | None, heads: Path | None) -> HeadSplit | None:
     """Return the split of a razor.json, or one as large as a search would make; None where the weights alone decide."""
     if heads is not None:
@@ -121,7 +134,7 @@ def _show(made: Plan) -> None:
         console.print(f"Razor: {job.split.note}; {job.razor.describe()}")
     if job.context > job.config.max_position_embeddings:
         note(f"{job.context:,} tokens are more than the {job.config.max_position_embeddings:,} that it was trained for")
-    console.print(_table(made))
+    print_table(_table(made))
     if made.layouts:
         sizes = "; ".join(f"by {name} {_gib(size)} GiB" for name, size in made.layouts.items())
         console.print(f"KV cache per device {sizes}{_balanced_note(made)}")
@@ -143,7 +156,8 @@ def _table(made: Plan) -> Table:
     """Return one row per policy, GiB per device."""
     table = Table(box=box.SIMPLE, padding=(0, 1), caption="GiB per device; left below 0: does not fit")
     for column in ("cache", "weights", "KV", "prefill", "decode", "left", "most rows", "most tokens"):
-        table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=column == "cache")
+        name = column == "cache"
+        table.add_column(column, justify="left" if name else "right", no_wrap=name, overflow="fold")
     for row in made.rows:
         m = row.memory
         left = _gib(row.headroom) if row.fits else f"[bold]{_gib(row.headroom)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import difflib
 import json
@@ -109,7 +110,8 @@ def watch_interrupts() -> None:
     """Make Ctrl-C end the program within `PATIENCE` seconds, also in the middle of a compilation.
 
     Python raises KeyboardInterrupt between two of its own steps, so a call into a compiler delays it to its end. A
-    thread ends the program if nothing has handled the signal by then.
+    thread ends the program if nothing has handled the signal by then. What is raised inside a finalizer or a callback
+    of the garbage collector is lost, so it is raised again.
     """
     raised = threading.Event()
     reader, writer = os.pipe()
@@ -132,6 +134,15 @@ def watch_interrupts() -> None:
             os.set_blocking(reader, True)
             raised.clear()
 
+    tell = sys.unraisablehook
+
+    def again(lost: Any) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, _thread.interrupt_main).start()  # after this call, where it would be lost too
+        else:
+            tell(lost)
+
+    sys.unraisablehook = again
     signal.signal(signal.SIGINT, interrupt)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True, name="interrupts").start()

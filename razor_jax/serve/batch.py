@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.loader import fold
 from ..config import check_int
 from ..evals.journal import Journal, key_of
 from ..launch import worker
@@ -175,8 +176,9 @@ class _Work:
 
 
 def read(path: Path, max_new_tokens: int) -> list[Item]:
-    """Return the prompts of a file. Raises ValueError with the line number, the problem and what is allowed."""
+    """Return the prompts of a file. Raises ValueError with each wrong line, its problem and what is allowed."""
     items: dict[str | int, Item] = {}
+    wrong: list[str] = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -184,9 +186,11 @@ def read(path: Path, max_new_tokens: int) -> list[Item]:
             item = _item(_parsed(line), max_new_tokens, number)
             if item.id in items:
                 raise ValueError(f"id {item.id!r} is also in an earlier line: give each prompt its own id")
+            items[item.id] = item
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        items[item.id] = item
+            wrong.append(f"{path}, line {number}: {error}")
+    if wrong:
+        raise ValueError(fold(wrong, "\n"))
     if not items:
         raise ValueError(f"{path} has no prompts")
     return list(items.values())
@@ -194,7 +198,9 @@ def read(path: Path, max_new_tokens: int) -> list[Item]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        data = json.loads(line)
+        json.dumps(data, ensure_ascii=False).encode()  # refuses half of a surrogate pair
+        return data
     except ValueError as error:  # JSON and UTF-8 errors are ValueErrors.
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         raise ValueError(f"not a line of JSON ({reason})") from None

@@ -42,6 +42,8 @@ class Chat:
         capacity: int | None = None,
     ):
         check_params(params)
+        if not isinstance(system, str | None):
+            raise TypeError(f"system={system!r}: give a text, or None for no system message")
         self._params, self._capacity = params, capacity
         self._razor: Policy = razor
         self._system = system

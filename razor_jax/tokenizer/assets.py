@@ -170,6 +170,8 @@ class Assets:
                 f"{self.source or 'this model'} has no chat template (a base model?): pass a prompt string "
                 f"instead of messages, or put a jinja template into {TEMPLATE_FILE} beside the model"
             )
+        if "messages" in (variables or {}):
+            raise ValueError("template_kwargs has 'messages', which are those of the prompt: leave it out")
         names = {
             **dict(self.special_tokens),
             "add_generation_prompt": add_generation_prompt,

@@ -208,7 +208,7 @@ def test_chat_commands(run, model, tmp_path):
     lines = f"/help\na fox\n/save {file}\n/system the dog\na fox\n/sing\n/save\n/save /\n/save {tmp_path}/no/x\n/exit\n"
     done = run("chat", "-m", model, "--max-new-tokens", 4, stdin=lines)
     assert done.exit_code == 0, done.output
-    told = ("'/sing' is not a command: /help, ", "'/save' is not a command: /save FILE", "/no; make it first")
+    told = ("'/sing' is not a command: /help, ", "give /save FILE", "/no; make it first")
     for text in ("/save FILE", "saved 2 messages", "tokens/s", "a new conversation", *told):
         assert text in done.stderr
     assert [message["role"] for message in json.loads(file.read_text())] == ["user", "assistant"]
@@ -228,6 +228,15 @@ def test_caches_are_listed_and_cleared(run, tmp_path, monkeypatch):
     assert json.loads(run("cache", "list", "--json").stdout)["heads"]["bytes"] == 0
     assert run("cache", "clear", "downloads").exit_code == 2
     assert run("cache", "clear", "everything").exit_code == 2
+
+
+def test_chat_saves_no_file_over_another(run, model, tmp_path):
+    notes, mine = tmp_path / "notes.md", tmp_path / "chat.json"
+    notes.write_text("precious")
+    done = run("chat", "-m", model, stdin=f"/save {notes}\n/save {mine}\n/save {mine}\n/exit\n")
+    assert notes.read_text() == "precious"
+    assert "notes.md: it exists; give the name of a new file" in " ".join(done.stderr.split())
+    assert done.stderr.count("saved 0 messages") == 2
 
 
 def test_quiet_counts_after_the_command(run, model):
@@ -355,3 +364,12 @@ def test_a_command_starts_without_what_few_commands_need():
     code = f"import sys, razor_jax.cli; print([name for name in {late} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_plan_takes_the_names_that_load_takes(run):
+    done = run("plan", "-m", "razor-mini", "-c", 8192, "-t", "v5e:1x1", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)
+    table = run("plan", "-m", "smollm2-is-no-name", "-c", 8192, "-t", "v5e:1x1")
+    assert "neither a folder nor a built-in model" in " ".join(table.stderr.split())
+    assert "…" not in run("plan", "-m", "razor-mini", "-c", 8192, "-t", "v5e:1x1").stdout

@@ -65,3 +65,25 @@ def test_ctrl_c_twice_that_was_handled_once_ends_nothing():
     command = [sys.executable, "-c", HANDLED, "busy"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60 * PATIENCE)
     assert (done.stdout, done.returncode) == ("handled\nalive\n", 0), done.stderr
+
+
+LOST = """
+import ctypes, gc, signal, time
+from razor_jax.cli import app, terminal
+
+@app.app.command()
+def busy():
+    # As when Ctrl-C falls into a collection of garbage: Python drops what a callback raises.
+    gc.callbacks.append(lambda *_: (gc.callbacks.clear(), ctypes.CDLL(None)["raise"](signal.SIGINT), [0] * 3))
+    gc.collect()
+    time.sleep(60)
+
+app.main()
+"""
+
+
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
+    command = [sys.executable, "-c", LOST, "busy"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60 * PATIENCE)
+    assert done.returncode == INTERRUPTED, done.stderr
+    assert "Traceback" not in done.stderr

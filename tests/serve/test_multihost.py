@@ -320,6 +320,8 @@ def test_a_prompt_that_the_model_cannot_take_gets_an_error_record(model, tmp_pat
     [
         ('{"id": "a"', "line 2: not a line of JSON (Expecting"),
         ('{"id": 1, "prompt": "x", "max_new_tokens": "5"}', "\"max_new_tokens\"='5': must be an integer, at least 1"),
+        ('{"id": 1, "prompt": "a\\ud800"}', "line 2: not a line of JSON ('utf-8' codec can't encode"),
+        ("[]\n{}\n[]", "in.jsonl, line 4: must be an object"),
         ("[]", 'line 2: must be an object with an "id"'),
         ('{"id": true, "prompt": "x"}', 'an "id" that is a string or a whole number'),
         ('{"id": "q0", "prompt": "x"}', "id 'q0' is also in an earlier line"),

@@ -166,6 +166,12 @@ def test_after_a_failed_answer_the_conversation_is_read_again():
     assert chat._cache is None
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_system_message_that_is_no_text_is_refused():
+    with pytest.raises(TypeError, match="system=3: give a text, or None"):
+        Chat(tiny.params(), system=3)
+
+
 def test_a_turn_that_another_overtook_is_refused():
     chat = Chat(tiny.params(), razor=WINDOW, capacity=256)
     chat.send("Hello", max_new_tokens=4)

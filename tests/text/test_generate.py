@@ -157,6 +157,11 @@ def test_variables_that_no_template_reads_are_refused():
                 call(tiny.params(), prompt, raw=raw, template_kwargs={"thinking": False})
 
 
+def test_the_messages_of_a_template_are_those_of_the_prompt():
+    with pytest.raises(ValueError, match="template_kwargs has 'messages', which are those of the prompt"):
+        razor_jax.generate(tiny.params(), "some text", template_kwargs={"messages": []})
+
+
 def test_rules_may_differ_by_row_for_several_answers():
     rows = [razor_jax.Sampling.of(temperature=t, repetition_penalty=1.1) for t in (0.5, 0.9, 0.7, 0.8)]
     rule = jax.tree.map(lambda *x: np.stack(x), *rows)

@@ -70,8 +70,11 @@ def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(params):
         check_memory(spec, batch=4, free=spec.kv_bytes(2))
     assert "a cache of 4 × 1,024 tokens needs" in str(refused.value)
     assert "512 tokens per row fit; 2 rows fit; compression takes less than dense attention" in str(refused.value)
+    compact = spec_for(params, WINDOW, 1000)
     with pytest.raises(MemoryError, match="kv_dtype='int8' takes about half"):
-        check_memory(spec_for(params, WINDOW, 1000), batch=1, free=1)
+        check_memory(compact, batch=1, free=compact.kv_bytes(1) * 3 // 5)
+    with pytest.raises(MemoryError, match=r"GiB are free$"):  # half is too much too
+        check_memory(compact, batch=1, free=1)
     check_memory(spec, batch=2, free=spec.kv_bytes(2))
     for kind in ("int8", "fp8"):  # there is no smaller type to advise
         small = spec_for(params, RazorConfig.compact(window=24, kv_dtype=kind), 1000)
