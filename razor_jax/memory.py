@@ -29,6 +29,7 @@ def check_memory(spec: CacheSpec, batch: int, free: int | None = None) -> None:
     if free is None or needed(spec.capacity, batch) <= free:
         return
     fits = bisect.bisect_right(range(1, spec.capacity), free, key=lambda capacity: needed(capacity, batch))
+    fits -= fits % max(1, 1 << fits.bit_length() >> 4)  # capacities are rounded up to such steps
     rows = free // max(1, needed(spec.capacity, 1))
     ways = [f"{fits:,} tokens per row fit"] * (fits > 0) + [f"{rows:,} rows fit"] * (rows > 0)
     if spec.razor is None and spec.method is None:

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .config import HeadSplit, RazorConfig, check_split
 from .kernels.backend import Implementation
+from .models import tensor_names
 from .models.config import ModelConfig
 from .models.linear import Weights, is_kernel, quantize_tree, scale_of, weights_type
 from .models.transformer import Block, Transformer
@@ -352,9 +353,10 @@ def norms_fingerprint(params: Params) -> str:
 
 def nonfinite(params: Params) -> str:
     """Return why a model's logits may be infinite or NaN: the damaged tensors, or an overflow of float16."""
+    tensors = tensor_names(params.config)
     found = [
-        jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, x in jax.tree_util.tree_leaves_with_path(params.weights)
+        tensors[path].name if path in tensors else path
+        for path, x in flax.traverse_util.flatten_dict(params.weights, sep="/").items()
         if jnp.issubdtype(x.dtype, jnp.floating) and not bool(jnp.isfinite(x).all())
     ]
     if found:

@@ -208,6 +208,9 @@ def _spec(path: Path, record: Mapping[str, Any], params: Params) -> CacheSpec:
         differ = [name for name in here if here[name] != record[name]]
     except (AttributeError, KeyError, TypeError) as error:
         raise _damaged(path, repr(error)) from error
+    if "architecture" in differ or "weights" in differ:
+        maker = "a model of another architecture" if "architecture" in differ else "other weights of this architecture"
+        raise ValueError(f"the cache in {path} was made by {maker}: give the model that made it, or prefill again")
     if differ:
         differences = "; ".join(f"{name} {_short(record[name])}, here {_short(here[name])}" for name in differ)
         raise ValueError(

@@ -158,7 +158,7 @@ def _ask(
         tuple(result.text for result in results),
         sum(fact.value in result.text for fact, result in zip(facts, results, strict=True)),
         results[-1].kv,
-        sum(result.timings.generated_tokens for result in results) / max(seconds, 1e-9),
+        sum(result.timings.decoded_tokens for result in results) / max(seconds, 1e-9),
     )
 
 

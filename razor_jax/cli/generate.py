@@ -192,8 +192,10 @@ def generate(
             results += _several(params, ids, n, show=not as_json, raw=raw, **options)
         else:
             results.append(terminal.answer(razor_jax.stream(params, ids, raw=raw, **options), show=not as_json))
-        if not results[-1].text.strip() and results[-1].finish_reason == "stop":
-            terminal.warn("the model ended its answer at once: rephrase the prompt" + ("" if raw else ", or try --raw"))
+        if not results[-1].text.strip() and results[-1].finish_reason != "error":
+            ended = results[-1].finish_reason == "stop"
+            did = "ended its answer at once" if ended else "wrote special tokens and blanks only"
+            terminal.warn(f"the model {did}: rephrase the prompt" + ("" if raw else ", or try --raw"))
     _report(results[::n])
     if as_json:
         key = "question" if asked.question else "prompt"
@@ -228,7 +230,7 @@ def _report(results: list[Result]) -> None:
     note(str(results[-1].kv))
     times = [result.timings for result in results]
     prompt_tokens, read = sum(t.prompt_tokens for t in times), sum(t.prefill_seconds for t in times)
-    new, spent = sum(t.generated_tokens for t in times), sum(t.decode_seconds for t in times)
+    new, spent = sum(t.decoded_tokens for t in times), sum(t.decode_seconds for t in times)
     rate = f", {new / spent:,.1f} tokens/s" if spent else ""
     compiled = sum(t.compile_seconds for t in times)
     note(f"read {prompt_tokens:,} tokens in {read:.2f} s{rate}; compiled for {compiled:.1f} s")

@@ -253,7 +253,7 @@ def answer(pieces: Iterator[Piece], show: bool = True) -> Result:
     """Run one answer to its end and print it to stdout as it comes."""
     text, result = "", None
     with contextlib.ExitStack() as waiting:
-        waiting.enter_context(working("reading" if show else "answering"))
+        waiting.enter_context(working("answering"))
         for index, piece in enumerate(pieces):
             text, result = text + piece.text, piece.result
             # The second piece waits for the decode loop to compile, whose note would interrupt the answer.

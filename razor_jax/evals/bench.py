@@ -52,7 +52,7 @@ def measure(
     return Speed(
         context=context,
         prefill_seconds=min(t.prefill_seconds for t in timed),
-        decode_seconds=min(t.decode_seconds / t.generated_tokens for t in timed),
+        decode_seconds=min(t.decode_seconds / t.decoded_tokens for t in timed),
         compile_seconds=runs[0].timings.compile_seconds,
         kv=runs[0].kv,
     )

@@ -121,11 +121,11 @@ class Timings:
 
     Attributes:
       prompt_tokens: of the whole batch.
-      generated_tokens: tokens that were decoded, of the whole batch: all but the first of each row.
+      decoded_tokens: tokens that were decoded, of the whole batch: all but the first of each row.
     """
 
     prompt_tokens: int
-    generated_tokens: int
+    decoded_tokens: int
     prefill_seconds: float
     decode_seconds: float
     compile_seconds: float
@@ -137,7 +137,7 @@ class Timings:
     @property
     def decode_tokens_per_second(self) -> float:
         """Decode rate. The first token of each row belongs to the prefill and is not counted."""
-        return self.generated_tokens / max(self.decode_seconds, 1e-9)
+        return self.decoded_tokens / max(self.decode_seconds, 1e-9)
 
     def to_dict(self) -> dict:
         """Return all fields and rates, for JSON."""

@@ -352,7 +352,7 @@ class Session:
             report = dataclasses.replace(report, setting=self._asked.describe(), share=split.share)
         timings = Timings(
             prompt_tokens=sum(len(row) for row in self.prompts.rows),
-            generated_tokens=sum(max(0, len(row.tokens) - 1) for row in self.rows),
+            decoded_tokens=sum(max(0, len(row.tokens) - 1) for row in self.rows),
             prefill_seconds=self._prefill_seconds,
             decode_seconds=self._decode_seconds,
             compile_seconds=self._compile_seconds,

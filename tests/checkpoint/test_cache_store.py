@@ -98,14 +98,14 @@ def test_a_dense_cache_serves_another_split(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda p: with_heads(p, HeadSplit(((0,), ()), 2)), "retrieval_heads"),
-        (lambda p: tiny.params(seed=1), "weights"),
-        (lambda p: jax.tree.map(lambda x: x.astype("bfloat16"), p), "dtype"),
+        (lambda p: with_heads(p, HeadSplit(((0,), ()), 2)), "other params: .*retrieval_heads"),
+        (lambda p: tiny.params(seed=1), "other weights of this architecture: give the model"),
+        (lambda p: jax.tree.map(lambda x: x.astype("bfloat16"), p), "other params: .*dtype"),
     ],
 )
 def test_other_params_are_refused_by_field(cache, change, named, tmp_path):
     razor_jax.save_cache(cache, tiny.params(), tmp_path / "saved")
-    with pytest.raises(ValueError, match=f"was made with other params: .*{named}"):
+    with pytest.raises(ValueError, match=f"was made (by|with) {named}"):
         razor_jax.load_cache(change(tiny.params()), tmp_path / "saved")
 
 
@@ -113,7 +113,7 @@ def test_another_architecture_is_refused(cache, tmp_path):
     razor_jax.save_cache(cache, tiny.params(), tmp_path / "saved")
     record = json.loads((tmp_path / "saved" / store.RECORD).read_text())
     (tmp_path / "saved" / store.RECORD).write_text(json.dumps(record | {"architecture": "0" * 64}))
-    with pytest.raises(ValueError, match="architecture 0000000000000000…, here"):
+    with pytest.raises(ValueError, match="was made by a model of another architecture: give the model"):
         razor_jax.load_cache(tiny.params(), tmp_path / "saved")
 
 
@@ -161,7 +161,7 @@ def test_damage_is_one_error_that_names_the_place(cache, tmp_path):
     ):
         folder = damaged(str(wrong))
         (folder / store.RECORD).write_text(json.dumps(record | wrong))
-        with pytest.raises(ValueError, match=r"cache\.json is damaged: .*; save|other params: weights"):
+        with pytest.raises(ValueError, match=r"cache\.json is damaged: .*; save|made by other weights"):
             razor_jax.load_cache(params, folder)
     folder = damaged("no pending")
     (folder / store.RECORD).write_text(json.dumps({name: record[name] for name in record if name != "pending"}))

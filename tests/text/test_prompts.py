@@ -101,8 +101,10 @@ def test_logits_that_are_not_finite_end_the_row_with_the_reason(params, caplog):
     assert [each.finish_reason for each in results] == ["error", "error"]
     assert [each.tokens for each in results] == [(), ()]
     [message] = [record.message for record in caplog.records if "finite" in record.message]
-    assert [each.timings.generated_tokens for each in results] == [0, 0]
-    assert message.startswith("rows 0, 1: the logits are not finite, because weights are not (blocks_1.mlp_norm.scale)")
+    assert [each.timings.decoded_tokens for each in results] == [0, 0]
+    assert message.startswith(
+        "rows 0, 1: the logits are not finite, because weights are not (model.layers.1.post_attention_layernorm.weight)"
+    )
     with pytest.raises(ValueError, match=r"row 0: the logits are not finite, because weights are not"):
         razor_jax.score(broken, "fox", "dog", razor=None)
     piece = list(razor_jax.stream(broken, "fox", max_new_tokens=4, razor=None))[-1]
