@@ -10,6 +10,8 @@ from nbclient import NotebookClient
 
 COLAB = Path(__file__).parents[2] / "colab"
 NOTEBOOKS = sorted(path.stem for path in COLAB.glob("*.ipynb"))
+# It asks all questions of `reproduce`, which tests/evals covers, and takes as long as the others together.
+SLOW = {"does_it_hold_on_my_model"}
 SECONDS = 600  # per cell, on two cores that run other tests too
 
 
@@ -17,7 +19,9 @@ def read(name: str) -> nbformat.NotebookNode:
     return nbformat.read(COLAB / f"{name}.ipynb", as_version=4)
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NOTEBOOKS]
+)
 def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     monkeypatch.setenv("RAZOR_JAX_MODEL", "razor-mini")
     monkeypatch.setenv("RAZOR_JAX_QUICK", "1")

@@ -25,6 +25,7 @@ def haystacks():
     return needle.examples(mini(), "facts", needle.Grid((1024,), documents=4, facts=4, seed=7))
 
 
+@pytest.mark.slow
 def test_the_shipped_split_is_what_the_probe_finds():
     """Four heads by induction and one by echo, the paper's two classes."""
     shipped = store.read(find("razor-mini"))

@@ -145,9 +145,9 @@ def test_a_request_above_the_pool_is_refused_and_others_run(real):
 
 
 def test_a_short_soak_loses_nothing(real):
-    """150 requests, 30 at once, a third of them cut off by the client: all end, and all pages come back."""
+    """60 requests, 30 at once, a third of them cut off by the client: all end, and all pages come back."""
     dice = random.Random(0)
-    plan = [(index, dice.random() < 1 / 3, dice.randint(1, 16), dice.randint(1, 300)) for index in range(150)]
+    plan = [(index, dice.random() < 1 / 3, dice.randint(1, 16), dice.randint(1, 300)) for index in range(60)]
 
     def one(item):
         index, leaves, tokens, length = item
