@@ -354,9 +354,10 @@ def norms_fingerprint(params: Params) -> str:
 def nonfinite(params: Params) -> str:
     """Return why a model's logits may be infinite or NaN: the damaged tensors, or an overflow of float16."""
     tensors = tensor_names(params.config)
+    weights: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params.weights, sep="/"))
     found = [
         tensors[path].name if path in tensors else path
-        for path, x in flax.traverse_util.flatten_dict(params.weights, sep="/").items()
+        for path, x in weights.items()
         if jnp.issubdtype(x.dtype, jnp.floating) and not bool(jnp.isfinite(x).all())
     ]
     if found:
