@@ -3,8 +3,8 @@
     python -m benchmarks.heads [--model smollm2] [--window 256] [--tokens 2048] [--documents 96] [--out FILE]
 
 Every document is read before its questions. Names, prose and phrasings of the questions are not those of calibration.
-With `--method causal` among the methods, each other one's rank correlation with it is printed too: the loss that
-windowing a KV head alone adds.
+With `--method causal` (the loss that windowing a KV head alone adds), prints the rank correlation of every other method
+with it.
 """
 
 from __future__ import annotations

@@ -289,6 +289,20 @@ class TestText:
                 return pair
         raise AssertionError(f"no usable stop string in {text!r}")
 
+    def assert_row_is(self, session: Session, index: int, alone: Session, atol: float):
+        """A row's cache is that of a session of it alone."""
+        seen = int(alone.cache.length[0])
+        assert int(session.cache.length[index]) == seen
+        for layer, other in zip(session.cache.layers, alone.cache.layers, strict=True):
+            for group, twin in zip(layer, other, strict=True):
+                valid = slice(None) if group.windowed else slice(0, seen)
+                means = ("k_mean", "v_mean") if group.windowed else ()
+                for name in ("k", "v"):
+                    got, want = getattr(group, name)[index, :, valid], getattr(twin, name)[0, :, valid]
+                    assert_allclose(got, want, rtol=0, atol=atol)
+                for name in means:
+                    assert_allclose(getattr(group, name)[index], getattr(twin, name)[0], rtol=0, atol=atol)
+
     def test_text_is_the_decoded_tokens(self):
         result = self.run()
         assert result.text == tiny.assets().decode(result.tokens)
@@ -313,14 +327,7 @@ class TestText:
         assert exact.rows[0].tokens == session.rows[0].tokens
         assert_array_equal(session.cache.length, exact.cache.length)
         assert int(session.cache.dropped[0]) > 0
-        seen = int(exact.cache.length[0])
-        for layer, other in zip(session.cache.layers, exact.cache.layers, strict=True):
-            for group, twin in zip(layer, other, strict=True):
-                valid = slice(None) if group.windowed else slice(0, seen)
-                assert_array_equal(group.k[:, :, valid], twin.k[:, :, valid])
-                assert_array_equal(group.v[:, :, valid], twin.v[:, :, valid])
-                if group.windowed:
-                    assert_array_equal(group.k_mean, twin.k_mean)
+        self.assert_row_is(session, 0, exact, atol=0)
 
     def test_a_stop_string_takes_back_its_own_row_only(self):
         """A row that goes on would repeat its tokens, in a program that may decide a tie otherwise."""
@@ -354,14 +361,7 @@ class TestText:
             for _ in exact.run():
                 pass
             assert exact.rows[0].tokens == row.tokens
-            seen = int(exact.cache.length[0])
-            assert int(session.cache.length[index]) == seen
-            for layer, other in zip(session.cache.layers, exact.cache.layers, strict=True):
-                for group, twin in zip(layer, other, strict=True):
-                    valid = slice(None) if group.windowed else slice(0, seen)
-                    assert_allclose(group.k[index, :, valid], twin.k[0, :, valid], atol=1e-5)
-                    if group.windowed:
-                        assert_allclose(group.v_mean[index], twin.v_mean[0], atol=1e-5)
+            self.assert_row_is(session, index, exact, atol=1e-5)
 
     def test_stream_is_generate(self):
         stop = self.stop_string()
