@@ -168,20 +168,15 @@ class RazorLM(TemplateLM):
         """Return the prompt of a conversation; without a generation prompt, the last message stays open."""
         variables = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         try:
-            text = self.assets.apply_chat(chat_history, add_generation_prompt, variables)
+            if add_generation_prompt:
+                return self.assets.apply_chat(chat_history, variables=variables)
+            return self.assets.continue_chat(chat_history, variables)
         except ValueError as error:
             spoken = [message for message in chat_history if message["role"] != "system"]
             if len(spoken) == len(chat_history):
                 raise
             logger.warning("the system message is left out, because the chat template refuses it: %s", error)
             return self.apply_chat_template(spoken, add_generation_prompt)
-        if add_generation_prompt:
-            return text
-        last = chat_history[-1]["content"].lstrip()
-        at = text.rfind(last.rstrip())
-        if at < 0:
-            raise ValueError(f"{self.assets.source}: the chat template alters the last message: it cannot be continued")
-        return text[: at + len(last if text.startswith(last, at) else last.rstrip())]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each text, in windows of `max_length` with as much context as fits."""

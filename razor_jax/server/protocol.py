@@ -131,11 +131,15 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
 
 
 def _sampling(fields: Fields) -> Sampling:
+    temperature = fields.number("temperature", 1.0, 0, 2)
+    filters = {
+        "top_p": _above_zero(fields, "top_p", 1),
+        "top_k": fields.integer("top_k", None, 1, 2**31 - 1),
+        "min_p": fields.number("min_p", None, 0, 1),
+    }
     return Sampling.of(
-        temperature=fields.number("temperature", 1.0, 0, 2),
-        top_p=_above_zero(fields, "top_p", 1),
-        top_k=fields.integer("top_k", None, 1, 2**31 - 1),
-        min_p=fields.number("min_p", None, 0, 1),
+        temperature=temperature,
+        **(filters if temperature else {}),  # Clients send their defaults beside temperature 0.
         repetition_penalty=_above_zero(fields, "repetition_penalty", 10) or 1.0,
         **{
             name: fields.number(name, 0.0, -2, 2)

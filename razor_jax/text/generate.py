@@ -107,7 +107,8 @@ def generate(
     Args:
       prompt: a string, a list of strings, a chat-message list ([{"role": …, "content": …}]), a list of
         those, or token ids ([T], [B, T] or a list of [T]). If the checkpoint has a chat template, a string is a user's
-        message; with `cache`, it is a question about the cached document. Other checkpoints continue the text.
+        message; with `cache`, it is a question about the cached document. Other checkpoints continue the text. Messages
+        that end with an assistant's are continued there.
       max_new_tokens: limit per prompt.
       razor: cache policy, or a method of `razor_jax.methods`; None for dense attention; "auto" for the policy that the
         checkpoint recommends, or that of the paper if it recommends none, or dense attention for params without a head
@@ -218,6 +219,7 @@ def prefill(
     capacity: int | None = None,
     raw: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
+    **unknown: Any,
 ) -> KVCache:
     """Read a document and return its compressed cache, to use in any number of `generate(…, cache=cache)` calls.
 
@@ -225,6 +227,8 @@ def prefill(
     conversation that `generate(params, question, cache=cache)` continues; use `raw` in both calls or in neither.
     Raises the same errors as `generate`.
     """
+    reads = ("razor=", "template_kwargs=")
+    refuse_unknown("prefill", unknown, {name: ours for name, ours in _ELSEWHERE.items() if ours.startswith(reads)})
     compilation.track_compilation()
     read = prompts.encode(params, document, part="document", raw=raw, template_kwargs=template_kwargs, what="document")
     policy = choose_policy(params, razor)

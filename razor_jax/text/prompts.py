@@ -144,7 +144,9 @@ def _encode(
                 "give Params.from_flax(…, tokenizer=Assets.read(folder)) for text"
             )
         if not isinstance(item, str):
-            return assets.encode(assets.apply_chat(item, variables=template_kwargs), add_special=False)
+            continues = part != "document" and item[-1].get("role") == "assistant"
+            render = assets.continue_chat if continues else assets.apply_chat
+            return assets.encode(render(item, variables=template_kwargs), add_special=False)
         if not item:
             return []
         rendered = any(item.startswith(text) for _, text in assets.special_tokens if text)

@@ -62,7 +62,7 @@ class Sampling(flax.struct.PyTreeNode):
     ) -> Sampling:
         """Return the rule with these numbers: None for no filter, temperature 0 for greedy.
 
-        Raises ValueError for a number out of range.
+        Raises ValueError for a number out of range, and for a filter beside temperature 0.
         """
         _check("temperature", temperature, lambda x: x == 0 or 1e-6 <= x < math.inf, "0 (greedy) or at least 1e-6")
         if top_k is not None:
@@ -74,6 +74,10 @@ class Sampling(flax.struct.PyTreeNode):
         _check("repetition_penalty", repetition_penalty, lambda x: 0 < x < math.inf, "a positive number, 1 for none")
         for name, value in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
             _check(name, value, math.isfinite, "a finite number, 0 for none")
+        filters = {"top_k": top_k is not None, "top_p": top_p not in (None, 1), "min_p": bool(min_p)}
+        idle = [name for name, given in filters.items() if given]
+        if temperature == 0 and idle:
+            raise ValueError(f"temperature=0 takes the most likely token: leave out {', '.join(idle)}, or raise it")
         return cls(
             temperature=np.asarray(temperature or 1.0, np.float32),
             top_k=np.asarray(ALL_TOKENS if top_k is None else min(top_k, ALL_TOKENS), np.int32),

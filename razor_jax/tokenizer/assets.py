@@ -180,6 +180,20 @@ class Assets:
         where = f"chat template of {self.source}" if self.source else "chat template"
         return render(self.chat_template, messages, names, source=where)
 
+    def continue_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
+        """Return the prompt text of a conversation up to the end of its last message, for an answer that continues it.
+
+        Raises ValueError if that message is empty or the template alters it, and as `apply_chat`.
+        """
+        text = self.apply_chat(messages, add_generation_prompt=False, variables=variables)
+        parts = messages[-1].get("content") or ""
+        last = (parts if isinstance(parts, str) else "".join(part["text"] for part in parts)).lstrip()
+        at = text.rfind(last.rstrip()) if last else -1
+        if at < 0:
+            why = "the chat template alters it" if last else "it is empty"
+            raise ValueError(f"{self.source or 'this model'}: the last message cannot be continued, because {why}")
+        return text[: at + len(last if text.startswith(last, at) else last.rstrip())]
+
     def _add(self, added: AddedTokens) -> Assets:
         """Return these assets with the tokens that tokenizer.json lacks."""
         if self.tokenizer_json is None or not (missing := added.missing(self._backend)):

@@ -234,7 +234,9 @@ def test_models_that_are_not_finite_are_refused_with_the_reason():
     params = model_of(max_position_embeddings=17)
     broken = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan), params.weights["blocks_0"]["k"])
     weights = {**params.weights, "blocks_0": {**params.weights["blocks_0"], "k": broken}}
-    with pytest.raises(ValueError, match=r"no heads can be found: .* weights are not \(model.layers.0.self_attn.k_proj.weight\)"):
+    with pytest.raises(
+        ValueError, match=r"no heads can be found: .* weights are not \(model.layers.0.self_attn.k_proj.weight\)"
+    ):
         find_heads(params.replace(weights=weights))
 
 

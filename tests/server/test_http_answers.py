@@ -166,9 +166,9 @@ def test_every_sampling_field_reaches_the_engine(server):
 
 
 def test_temperature_0_is_greedy_and_absent_seeds_differ(server):
-    """Two requests without a seed draw different tokens."""
+    """Two requests without a seed draw different tokens. Clients send a top_p beside temperature 0."""
     for _ in range(2):
-        server.http.post("/v1/chat/completions", json={"messages": HELLO, "temperature": 0})
+        server.http.post("/v1/chat/completions", json={"messages": HELLO, "temperature": 0, "top_p": 0.9})
     first, second = server.engine.seen
     assert first.sampling.greedy
     assert first.seed != second.seed

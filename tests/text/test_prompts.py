@@ -44,6 +44,26 @@ def test_a_rendered_prompt_gets_no_second_template_and_no_second_bos(params):
     assert ids(params, rendered, raw=True) == ids(params, "fox")
 
 
+def test_messages_that_end_with_an_assistant_s_are_continued(params):
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The fox "}]
+    *_, text = params.assets.apply_chat(messages[:1]).partition("Who?")
+    opened = params.assets.decode(ids(params, messages), skip_special=False)
+    assert opened.endswith(f"Who?{text}The fox ")
+    # A cached document is a conversation so far, and a new turn follows.
+    assert ids(params, messages, part="document") == tuple(
+        params.assets.encode(params.assets.apply_chat(messages), add_special=False)
+    )
+    parts = [messages[0], {"role": "assistant", "content": [{"type": "text", "text": "The fox "}]}]
+    assert ids(params, parts) == ids(params, messages)
+    with pytest.raises(ValueError, match="the last message cannot be continued, because it is empty"):
+        ids(params, [messages[0], {"role": "assistant", "content": " "}])
+    altered = dataclasses.replace(
+        params.assets, chat_template="{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="cannot be continued, because the chat template alters it"):
+        ids(params.replace(assets=altered), messages)
+
+
 def test_template_variables_reach_the_template(params):
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tail }}"
     assets = dataclasses.replace(params.assets, chat_template=template)
@@ -135,6 +155,10 @@ def test_keywords_of_other_libraries_are_answered_with_ours(params, keyword, our
     for call in (razor_jax.generate, razor_jax.stream):
         with pytest.raises(TypeError, match=rf"{call.__name__}\(\) has no {keyword}=.*{ours}"):
             call(params, "fox", **{keyword: 1})
+    with pytest.raises(TypeError, match=rf"prefill\(\) has no {keyword}=; see help\("):
+        razor_jax.prefill(params, "fox", **{keyword: 1})
+    with pytest.raises(TypeError, match=r"prefill\(\) has no kv_bits=: give razor=RazorConfig"):
+        razor_jax.prefill(params, "fox", kv_bits=8)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -210,6 +210,13 @@ PENALTIES = [
 ]
 
 
+@pytest.mark.parametrize("idle", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_filter_beside_temperature_0_is_refused(idle):
+    with pytest.raises(ValueError, match=f"temperature=0 takes the most likely token: leave out {next(iter(idle))}"):
+        Sampling.of(temperature=0, **idle)
+    assert Sampling.of(temperature=0, top_p=1, min_p=0).greedy
+
+
 @pytest.mark.parametrize("numbers", PENALTIES, ids=str)
 def test_presence_and_frequency_penalties_follow_their_formula(numbers):
     logits = rows(32)[:4]
