@@ -221,7 +221,7 @@ def test_a_bfloat16_cache_is_decoded_in_place_and_stays_one(monkeypatch):
         found.append((block.lower(*args, **options).compile().memory_analysis(), args[1].cache))
         return block(*args, **options)
 
-    block = loop.decode_block
+    block = loop.decode_program("cpu")
     monkeypatch.setattr(loop, "decode_block", analysed)
     session = Session(tiny.params(text=False), tiny.prompt(100), max_new_tokens=8, razor=BFLOAT16, capacity=1 << 15)
     for _ in session.run():
