@@ -29,7 +29,8 @@ def check_memory(spec: CacheSpec, batch: int, free: int | None = None) -> None:
     if free is None or needed(spec.capacity, batch) <= free:
         return
     fits = bisect.bisect_right(range(1, spec.capacity), free, key=lambda capacity: needed(capacity, batch))
-    fits -= fits % max(1, 1 << fits.bit_length() >> 4)  # capacities are rounded up to such steps
+    step = 1 << fits.bit_length() >> (4 if fits > 512 else 2)
+    fits = 0 if fits < 64 else fits - fits % step  # as `text.prompts.capacity_bucket` rounds up
     rows = free // max(1, needed(spec.capacity, 1))
     ways = [f"{fits:,} tokens per row fit"] * (fits > 0) + [f"{rows:,} rows fit"] * (rows > 0)
     if spec.razor is None and spec.method is None:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .config import HeadSplit, RazorConfig, check_split
 from .kernels.backend import Implementation
-from .models import tensor_names
+from .models import FAMILIES, tensor_names
 from .models.config import ModelConfig
 from .models.linear import Weights, is_kernel, quantize_tree, scale_of, weights_type
 from .models.transformer import Block, Transformer
@@ -353,14 +353,14 @@ def norms_fingerprint(params: Params) -> str:
 
 def nonfinite(params: Params) -> str:
     """Return why a model's logits may be infinite or NaN: the damaged tensors, or an overflow of float16."""
-    tensors = tensor_names(params.config)
+    tensors = tensor_names(params.config) if params.config.family in FAMILIES else {}
     weights: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params.weights, sep="/"))
     found = [
-        tensors[path].name if path in tensors else path
+        tensors[path].name.replace("{}", "*") if path in tensors else path
         for path, x in weights.items()
         if jnp.issubdtype(x.dtype, jnp.floating) and not bool(jnp.isfinite(x).all())
     ]
-    if found:
+    if found := list(dict.fromkeys(found)):  # a fused tensor holds several weights
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         names = f"{', '.join(found[:3])}{more}"
         return f"the logits are not finite, because weights are not ({names}): fetch the checkpoint again"

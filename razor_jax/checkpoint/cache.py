@@ -208,11 +208,15 @@ def _spec(path: Path, record: Mapping[str, Any], params: Params) -> CacheSpec:
         differ = [name for name in here if here[name] != record[name]]
     except (AttributeError, KeyError, TypeError) as error:
         raise _damaged(path, repr(error)) from error
-    if "architecture" in differ or "weights" in differ:
+    shown = [name for name in differ if name not in ("architecture", "weights")]  # those two are hashes
+    differences = "; ".join(f"{name} {_short(record[name])}, here {_short(here[name])}" for name in shown)
+    if shown != differ:
         maker = "a model of another architecture" if "architecture" in differ else "other weights of this architecture"
-        raise ValueError(f"the cache in {path} was made by {maker}: give the model that made it, or prefill again")
+        raise ValueError(
+            f"the cache in {path} was made by {maker}{differences and f' ({differences})'}: give the model that made "
+            "it, or prefill again"
+        )
     if differ:
-        differences = "; ".join(f"{name} {_short(record[name])}, here {_short(here[name])}" for name in differ)
         raise ValueError(
             f"the cache in {path} was made with other params: {differences}. Use the same model, head split and types, "
             "or prefill again"

@@ -192,10 +192,12 @@ def generate(
             results += _several(params, ids, n, show=not as_json, raw=raw, **options)
         else:
             results.append(terminal.answer(razor_jax.stream(params, ids, raw=raw, **options), show=not as_json))
-        if not results[-1].text.strip() and results[-1].finish_reason != "error":
-            ended = results[-1].finish_reason == "stop"
-            did = "ended its answer at once" if ended else "wrote special tokens and blanks only"
-            terminal.warn(f"the model {did}: rephrase the prompt" + ("" if raw else ", or try --raw"))
+        empty = [each for each in results[-n:] if not each.text.strip() and each.finish_reason != "error"]
+        if empty:
+            at_once = "met a stop string at once" if draws.stop else "ended its answer at once"
+            did = at_once if empty[0].finish_reason == "stop" else "wrote special tokens and blanks only"
+            often = f" in {len(empty)} of {n} answers" if n > 1 else ""
+            terminal.warn(f"the model {did}{often}: rephrase the prompt" + ("" if raw else ", or try --raw"))
     _report(results[::n])
     if as_json:
         key = "question" if asked.question else "prompt"

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ..config import RazorConfig
-from ..params import Params
+from ..params import Params, nonfinite
 from ..text.generate import generate
 from ..text.result import KVReport
 
@@ -43,11 +43,16 @@ class Speed:
 def measure(
     params: Params, razor: RazorConfig | None, *, context: int, new_tokens: int = 32, repeats: int = 3, seed: int = 0
 ) -> Speed:
-    """Time a random prompt of `context` tokens and `new_tokens` more; the fastest of `repeats` after a warm-up."""
+    """Time a random prompt of `context` tokens and `new_tokens` more; the fastest of `repeats` after a warm-up.
+
+    Raises ValueError for a model whose logits are not finite.
+    """
     prompt = np.random.default_rng(seed).integers(0, params.config.vocab_size, context)
     # Without assets no stop token can end the run early.
     params = params.replace(assets=None)
     runs = [generate(params, prompt, max_new_tokens=new_tokens + 1, razor=razor) for _ in range(repeats + 1)]
+    if any(run.finish_reason == "error" for run in runs):
+        raise ValueError(nonfinite(params))
     timed = [run.timings for run in runs[1:]]
     return Speed(
         context=context,

@@ -175,8 +175,9 @@ class RazorLM(TemplateLM):
             spoken = [message for message in chat_history if message["role"] != "system"]
             if len(spoken) == len(chat_history):
                 raise
+            text = self.apply_chat_template(spoken, add_generation_prompt)
             logger.warning("the system message is left out, because the chat template refuses it: %s", error)
-            return self.apply_chat_template(spoken, add_generation_prompt)
+            return text
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each text, in windows of `max_length` with as much context as fits."""

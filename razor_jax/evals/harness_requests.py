@@ -94,7 +94,7 @@ class RequestOptions:
             )
         if options.get("top_k") == 0:  # How the `hf` model spells no filter.
             del options["top_k"]
-        if not draws:  # the harness passes a temperature even for greedy answers
+        if not draws or options.get("temperature") == 0:  # the harness passes draws' numbers for greedy answers too
             options = {"temperature": 0.0}
         # Special tokens do not appear in the text, so one that is a stop string ends the answer by its id.
         single = {stop: assets.encode(stop, add_special=False) for stop in until if stop}

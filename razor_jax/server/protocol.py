@@ -132,6 +132,9 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
 
 def _sampling(fields: Fields) -> Sampling:
     temperature = fields.number("temperature", 1.0, 0, 2)
+    if 0 < temperature < 1e-6:
+        message = f"temperature={temperature:g}: must be 0 (greedy) or from 1e-6 to 2"
+        raise ApiError(message, param="temperature", code="invalid_value")
     filters = {
         "top_p": _above_zero(fields, "top_p", 1),
         "top_k": fields.integer("top_k", None, 1, 2**31 - 1),

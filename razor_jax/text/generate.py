@@ -108,7 +108,7 @@ def generate(
       prompt: a string, a list of strings, a chat-message list ([{"role": …, "content": …}]), a list of
         those, or token ids ([T], [B, T] or a list of [T]). If the checkpoint has a chat template, a string is a user's
         message; with `cache`, it is a question about the cached document. Other checkpoints continue the text. Messages
-        that end with an assistant's are continued there.
+        that end with an assistant's are continued there; with `cache`, they begin with the user's question.
       max_new_tokens: limit per prompt.
       razor: cache policy, or a method of `razor_jax.methods`; None for dense attention; "auto" for the policy that the
         checkpoint recommends, or that of the paper if it recommends none, or dense attention for params without a head
@@ -223,8 +223,8 @@ def prefill(
 ) -> KVCache:
     """Read a document and return its compressed cache, to use in any number of `generate(…, cache=cache)` calls.
 
-    `document` takes the forms of a prompt of `generate`. If the checkpoint has a chat template, a string opens a
-    conversation that `generate(params, question, cache=cache)` continues; use `raw` in both calls or in neither.
+    `document` takes the forms of a prompt of `generate`. If the checkpoint has a chat template, a string or messages
+    open a conversation that `generate(params, question, cache=cache)` continues; use `raw` in both calls or in neither.
     Raises the same errors as `generate`.
     """
     reads = ("razor=", "template_kwargs=")

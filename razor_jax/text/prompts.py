@@ -15,6 +15,7 @@ from ..tokenizer import questions
 from ..tokenizer.assets import Assets
 
 Part = Literal["whole", "document", "question"]
+_BY_PART = {"whole": questions.prompt_ids, "document": questions.document_ids, "question": questions.question_ids}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,8 @@ def encode(
 
     Args:
       part: what a string is: the whole prompt; a document that questions will follow; or a question that follows such
-        a cached document, which gets no beginning-of-text token.
+        a cached document, which gets no beginning-of-text token. Messages are the same: a document's are followed by a
+        user's question, a question's begin with one. Messages that end with an assistant's are continued there.
       raw: leave strings as they are; by default the chat template, if there is one, turns them into a user's turn.
       template_kwargs: further names that the chat template reads, such as `enable_thinking`.
       what: name of the argument in errors.
@@ -144,9 +146,7 @@ def _encode(
                 "give Params.from_flax(…, tokenizer=Assets.read(folder)) for text"
             )
         if not isinstance(item, str):
-            continues = part != "document" and item[-1].get("role") == "assistant"
-            render = assets.continue_chat if continues else assets.apply_chat
-            return assets.encode(render(item, variables=template_kwargs), add_special=False)
+            return _BY_PART[part](assets, item, template_kwargs)
         if not item:
             return []
         rendered = any(item.startswith(text) for _, text in assets.special_tokens if text)
@@ -157,12 +157,7 @@ def _encode(
             _refuse_variables(template_kwargs, "text that is continued as it is")
             # Text that begins with a special token was rendered before: a second one would be too many.
             return assets.encode(item, add_special=part != "question" and not rendered)
-        if part == "document":
-            return questions.document_ids(assets, item, template_kwargs)
-        if part == "question":
-            return questions.question_ids(assets, item, template_kwargs)
-        messages = [{"role": "user", "content": item}]
-        return assets.encode(assets.apply_chat(messages, variables=template_kwargs), add_special=False)
+        return _BY_PART[part](assets, item, template_kwargs)
     array = np.asarray(item)
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise TypeError(

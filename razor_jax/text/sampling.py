@@ -66,7 +66,7 @@ class Sampling(flax.struct.PyTreeNode):
         """
         _check("temperature", temperature, lambda x: x == 0 or 1e-6 <= x < math.inf, "0 (greedy) or at least 1e-6")
         if top_k is not None:
-            _check("top_k", top_k, lambda x: x >= 1 and int(x) == x, "an integer of at least 1, or None")
+            _check("top_k", top_k, lambda x: 1 <= x < math.inf and int(x) == x, "an integer of at least 1, or None")
         if top_p is not None:
             _check("top_p", top_p, lambda x: 0 < x <= 1, "a number in (0, 1], or None")
         if min_p is not None:
@@ -77,7 +77,10 @@ class Sampling(flax.struct.PyTreeNode):
         filters = {"top_k": top_k is not None, "top_p": top_p not in (None, 1), "min_p": bool(min_p)}
         idle = [name for name, given in filters.items() if given]
         if temperature == 0 and idle:
-            raise ValueError(f"temperature=0 takes the most likely token: leave out {', '.join(idle)}, or raise it")
+            raise ValueError(
+                f"temperature=0 takes the most likely token, so {' and '.join(idle)} would do nothing: "
+                "give Greedy(), or a higher temperature"
+            )
         return cls(
             temperature=np.asarray(temperature or 1.0, np.float32),
             top_k=np.asarray(ALL_TOKENS if top_k is None else min(top_k, ALL_TOKENS), np.int32),

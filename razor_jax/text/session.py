@@ -24,7 +24,7 @@ from .policy import Policy, choose_policy, keeps_everything, padded_batch, prefi
 from .prompts import Prompts
 from .result import KVReport, Result, Timings
 from .row_output import RowOutput, end_ids
-from .sampling import Rule, Sampling, as_sampling
+from .sampling import FIELDS, Rule, Sampling, as_sampling
 
 log = logging.getLogger("razor_jax")
 
@@ -108,6 +108,7 @@ class Session:
         self.draft, self._texts = self._draft(draft, draft_from, raw, template_kwargs)
         rows = len(self.prompts.rows) * self.n
         self.limit = np.full(rows, max_new_tokens, np.int32)
+        self.sampling = _per_row(self.sampling, rows, len(self._limits))
         stop_ids = end_ids(params.assets, self.stop)
         # Padded, so that other stop ids need no compilation.
         self._stop_ids = np.full(-(-max(1, len(stop_ids)) // _STOP_IDS) * _STOP_IDS, -1, np.int32)
@@ -362,6 +363,16 @@ class Session:
             scores = None if self._top is None else tuple(self._logprobs[index])
             results.append(Result(row.text, tuple(row.tokens), row.finish_reason, report.row(index), timings, scores))
         return results
+
+
+def _per_row(sampling: Sampling, rows: int, padded: int) -> Sampling:
+    """Return a rule for all rows as it is, and one rule per row for a batch of `padded`. Raises ValueError for another
+    number of rules."""
+    for name in FIELDS:
+        if (shape := np.shape(getattr(sampling, name))) not in ((), (rows,)):
+            raise ValueError(f"sampling.{name} has shape {shape}: give one rule [], or one per answer, [{rows}]")
+    pad = (0, padded - rows)
+    return jax.tree.map(lambda x: np.pad(x, pad, mode="edge") if np.ndim(x) else x, sampling)
 
 
 def _stop_texts(params: Params, stop: str | Sequence[str]) -> tuple[str, ...]:

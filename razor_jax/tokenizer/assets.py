@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 
 from .added_tokens import AddedTokens
-from .chat_template import Message, render
+from .chat_template import Message, render, text_of
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # Decoders write it for bytes that are not (yet) UTF-8.
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # One byte of a character that the vocabulary lacks.
@@ -22,6 +22,7 @@ UTF8_BYTES = 4  # Longest character in bytes, and therefore in tokens.
 MAX_PENDING = 16  # Number of delayed tokens above which a cut is searched for.
 TEMPLATE_FILE = "chat_template.jinja"
 _JSON_FILES = ("tokenizer_config", "special_tokens_map", "added_tokens", "generation_config", "config")
+_MARK = "razor-jax-mark"  # Shows where a template writes a message.
 TURN_ENDS = ("eos_token", "eot_token")  # Names of special tokens that end an answer.
 
 
@@ -186,13 +187,14 @@ class Assets:
         Raises ValueError if that message is empty or the template alters it, and as `apply_chat`.
         """
         text = self.apply_chat(messages, add_generation_prompt=False, variables=variables)
-        parts = messages[-1].get("content") or ""
-        last = (parts if isinstance(parts, str) else "".join(part["text"] for part in parts)).lstrip()
-        at = text.rfind(last.rstrip()) if last else -1
-        if at < 0:
-            why = "the chat template alters it" if last else "it is empty"
+        marked = self.apply_chat([*messages[:-1], {**messages[-1], "content": _MARK}], False, variables)
+        at, last = marked.find(_MARK), text_of(messages[-1])
+        # A template may strip the message.
+        written = next((each for each in (last, last.lstrip(), last.strip()) if text.startswith(each, at)), "")
+        if not last.strip() or not written or text[:at] != marked[:at]:
+            why = "the chat template alters it" if last.strip() else "it is empty"
             raise ValueError(f"{self.source or 'this model'}: the last message cannot be continued, because {why}")
-        return text[: at + len(last if text.startswith(last, at) else last.rstrip())]
+        return text[:at] + written
 
     def _add(self, added: AddedTokens) -> Assets:
         """Return these assets with the tokens that tokenizer.json lacks."""

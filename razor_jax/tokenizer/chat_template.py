@@ -103,6 +103,12 @@ def _check_message(where: str, message: Any) -> None:
         )
 
 
+def text_of(message: Message) -> str:
+    """Return the content of a message as one text."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
 def _failure(source: str, line: int, what: str) -> ValueError:
     where = f"{source}, line {line}" if line else source
     return ValueError(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .assets import Assets
+from .chat_template import Message, check_messages, text_of
 
 # Placeholders while the template is rendered.
 _QUESTION = "razor-jax-question"
@@ -49,29 +50,55 @@ def split(
     )
 
 
-def document_ids(assets: Assets, document: str, variables: Variables = None) -> list[int]:
-    """Return the tokens of a conversation up to the question, by the chat template."""
-    return assets.encode(_around_question(assets, document, variables)[0], add_special=False)
+def prompt_ids(assets: Assets, prompt: str | Sequence[Message], variables: Variables = None) -> list[int]:
+    """Return the tokens of a user's message or of a conversation, up to its answer, or to the end of one begun."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return assets.encode(_rendered(assets, messages, variables), add_special=False)
 
 
-def question_ids(assets: Assets, question: str, variables: Variables = None) -> list[int]:
-    """Return the tokens of a question after `document_ids`, up to the answer."""
-    return assets.encode(question.strip() + _around_question(assets, _DOCUMENT, variables)[1], add_special=False)
+def document_ids(assets: Assets, document: str | Sequence[Message], variables: Variables = None) -> list[int]:
+    """Return the tokens of a document, or of the messages so far, up to the user's question."""
+    if isinstance(document, str):
+        before, _ = _around_question(assets, document, variables)
+    else:
+        asked = [*document, {"role": "user", "content": _QUESTION}]
+        before, _, _ = assets.apply_chat(asked, variables=variables).rpartition(_QUESTION)
+    return assets.encode(before, add_special=False)
+
+
+def question_ids(assets: Assets, question: str | Sequence[Message], variables: Variables = None) -> list[int]:
+    """Return the tokens of a question after `document_ids`, up to the answer; of messages, the first is the question.
+
+    Raises ValueError if that is not a user's.
+    """
+    before, after = _around_question(assets, _DOCUMENT, variables)
+    if not isinstance(question, str):
+        first, *rest = check_messages(question)
+        if first["role"] != "user":
+            raise ValueError(f"messages after a cached document begin with role {first['role']!r}: begin with a user's")
+        text = _rendered(assets, [*_asked(assets, _DOCUMENT, text_of(first).strip(), variables), *rest], variables)
+        return assets.encode(text.removeprefix(before), add_special=False)
+    return assets.encode(question.strip() + after, add_special=False)
+
+
+def _rendered(assets: Assets, messages: Sequence[Message], variables: Variables) -> str:
+    begun = messages[-1].get("role") == "assistant"
+    return (assets.continue_chat if begun else assets.apply_chat)(messages, variables=variables)
 
 
 def _around_question(assets: Assets, document: str, variables: Variables) -> tuple[str, str]:
     """Return the rendered conversation before and after the question."""
-
-    def render(*messages: dict[str, str]) -> str:
-        return assets.apply_chat(messages, variables=variables)
-
-    one = {"role": "user", "content": f"{document}\n\n{_QUESTION}"}
-    try:
-        text = render({"role": "system", "content": document}, {"role": "user", "content": _QUESTION})
-    except ValueError:
-        text = render(one)
-    # Some templates ignore a system message silently.
-    if document.strip() not in text:
-        text = render(one)
+    text = assets.apply_chat(_asked(assets, document, _QUESTION, variables), variables=variables)
     before, _, after = text.rpartition(_QUESTION)
     return before, after
+
+
+def _asked(assets: Assets, document: str, question: str, variables: Variables) -> list[Message]:
+    """Return the messages of a question about a document: a system message, if the template takes one, and a user's."""
+    two: list[Message] = [{"role": "system", "content": document}, {"role": "user", "content": question}]
+    one: list[Message] = [{"role": "user", "content": f"{document}\n\n{question}"}]
+    try:
+        # Some templates ignore a system message silently.
+        return two if document.strip() in assets.apply_chat(two, variables=variables) else one
+    except ValueError:
+        return one

@@ -222,6 +222,8 @@ def test_arguments_that_are_off_change_nothing(params):
     plain, off = (RequestOptions.of(asked | more, params, 4, 4096, 256).sampling for more in ({}, OFF))
     assert jax.tree.leaves(off) == jax.tree.leaves(plain)
     assert jax.tree.structure(off) == jax.tree.structure(plain)
+    cold = RequestOptions.of(asked | {"do_sample": True, "temperature": 0.0, "top_p": 0.9}, params, 4, 4096, 256)
+    assert cold.sampling.greedy
     with pytest.raises(ValueError, match=r"typical_p=0\.9 is not supported: leave it out, or use 1"):
         RequestOptions.of({**OFF, "do_sample": True, "temperature": 1.0}, params, 4, 4096, 256)
 

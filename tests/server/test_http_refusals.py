@@ -53,6 +53,7 @@ BAD = [
     (CHAT, {"messages": HELLO, "temperature": "hot"}, "temperature", "a number from 0 to 2"),
     (CHAT, {"messages": HELLO, "temperature": 10**400}, "temperature", "a number from 0 to 2"),
     (CHAT, {"messages": HELLO, "top_p": 0}, "top_p", "above 0"),
+    (CHAT, {"messages": HELLO, "temperature": 1e-9}, "temperature", "0 (greedy) or from 1e-6 to 2"),
     (CHAT, {"messages": HELLO, "top_k": 0}, "top_k", "an integer from 1"),
     (CHAT, {"messages": HELLO, "n": 9}, "n", "an integer from 1 to 8"),
     (CHAT, {"messages": HELLO, "stream": "yes"}, "stream", "true or false"),

@@ -9,6 +9,7 @@ import pytest
 
 import razor_jax
 from razor_jax import RazorConfig, Sampling
+from razor_jax.text.sampling import rules, set_rule
 
 from ..support import tiny
 from ..support.meshes import on
@@ -65,6 +66,15 @@ def test_several_answers_with_log_probabilities():
         for a, b in zip(alone, spread, strict=True):
             values = [[each.logprob for each in one.logprobs] for one in (a, b)]
             np.testing.assert_allclose(*values, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_each_row_has_its_rule():
+    rule = rules(3)
+    set_rule(rule, 1, Sampling.of(temperature=0, repetition_penalty=3.0))
+    options = {"sampling": rule, "max_new_tokens": 8, "razor": RAZOR}
+    want, got = ([each.tokens for each in razor_jax.generate(p, PROMPTS, **options)] for p in both())
+    assert want == got
 
 
 @pytest.mark.slow

@@ -12,9 +12,12 @@ import pytest
 
 import razor_jax
 from razor_jax import RazorConfig
+from razor_jax.evals import bench
 from razor_jax.memory import check_memory, free_bytes
+from razor_jax.params import nonfinite
 from razor_jax.text import prompts
 from razor_jax.text.policy import spec_for
+from razor_jax.text.prompts import capacity_bucket
 from tests.support import tiny
 
 WINDOW = RazorConfig.compact(window=24, sinks=2)
@@ -49,12 +52,11 @@ def test_messages_that_end_with_an_assistant_s_are_continued(params):
     *_, text = params.assets.apply_chat(messages[:1]).partition("Who?")
     opened = params.assets.decode(ids(params, messages), skip_special=False)
     assert opened.endswith(f"Who?{text}The fox ")
-    # A cached document is a conversation so far, and a new turn follows.
-    assert ids(params, messages, part="document") == tuple(
-        params.assets.encode(params.assets.apply_chat(messages), add_special=False)
-    )
     parts = [messages[0], {"role": "assistant", "content": [{"type": "text", "text": "The fox "}]}]
     assert ids(params, parts) == ids(params, messages)
+    for start in ("end", "|", "Who?"):  # also in what the template writes before and after it
+        begun = ids(params, [messages[0], {"role": "assistant", "content": start}])
+        assert begun == tuple(params.assets.encode(params.assets.apply_chat(messages[:1]) + start, add_special=False))
     with pytest.raises(ValueError, match="the last message cannot be continued, because it is empty"):
         ids(params, [messages[0], {"role": "assistant", "content": " "}])
     altered = dataclasses.replace(
@@ -84,12 +86,32 @@ def test_read_once_ask_many_is_the_whole_conversation(params):
     assert found[0].tokens == again.tokens
 
 
+def test_messages_are_a_document_or_follow_one(params):
+    """The parts of a conversation, read one after the other, are the conversation read at once."""
+    system, user = {"role": "system", "content": "the fox " * 9}, {"role": "user", "content": "where?"}
+    answer, again = {"role": "assistant", "content": "there"}, {"role": "user", "content": "who?"}
+    so_far = ids(params, [system, user, answer], part="document")
+    assert so_far + ids(params, "who?", part="question") == ids(params, [system, user, answer, again])
+    document = ids(params, system["content"], part="document")
+    assert document == ids(params, [system], part="document")
+    for asked in ([user], [user, answer, again], [user, answer]):
+        assert document + ids(params, asked, part="question") == ids(params, [system, *asked])
+    with pytest.raises(ValueError, match="begin with role 'assistant': begin with a user's"):
+        ids(params, [answer, again], part="question")
+
+
 def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(params):
     spec = spec_for(params, None, 1000)
     with pytest.raises(MemoryError) as refused:
         check_memory(spec, batch=4, free=spec.kv_bytes(2))
     assert "a cache of 4 × 1,024 tokens needs" in str(refused.value)
     assert "512 tokens per row fit; 2 rows fit; compression takes less than dense attention" in str(refused.value)
+    for tokens, fit in ((900, 896), (500, 384), (70, 64), (50, None)):
+        with pytest.raises(MemoryError) as refused:
+            check_memory(spec, batch=4, free=dataclasses.replace(spec, capacity=tokens).kv_bytes(4))
+        assert f": {fit} tokens per row fit" in str(refused.value) or fit is None
+        assert (fit is None) == ("tokens per row fit" not in str(refused.value))
+        assert fit is None or capacity_bucket(fit) == fit
     compact = spec_for(params, WINDOW, 1000)
     with pytest.raises(MemoryError, match="kv_dtype='int8' takes about half"):
         check_memory(compact, batch=1, free=compact.kv_bytes(1) * 3 // 5)
@@ -127,6 +149,11 @@ def test_logits_that_are_not_finite_end_the_row_with_the_reason(params, caplog):
     )
     with pytest.raises(ValueError, match=r"row 0: the logits are not finite, because weights are not"):
         razor_jax.score(broken, "fox", "dog", razor=None)
+    with pytest.raises(ValueError, match="the logits are not finite, because weights are not"):
+        bench.measure(broken, None, context=9, new_tokens=2, repeats=1)
+    # A model of one's own has no names of a checkpoint.
+    own = broken.replace(config=dataclasses.replace(broken.config, family="mine"))
+    assert "(blocks_1/mlp_norm/scale)" in nonfinite(own)
     piece = list(razor_jax.stream(broken, "fox", max_new_tokens=4, razor=None))[-1]
     assert piece.result.finish_reason == "error"
 

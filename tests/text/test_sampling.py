@@ -11,9 +11,11 @@ import scipy.stats
 import torch
 from transformers.generation import logits_process as hf
 
+from razor_jax import generate
 from razor_jax.text import sampling
 from razor_jax.text.logprobs import MAX_LOGPROBS, logprobs
 from razor_jax.text.sampling import Greedy, MinP, Sampling, Temperature, TopK, TopP, as_sampling
+from tests.support import tiny
 
 sample = jax.jit(sampling.sample)
 filter_logits = jax.jit(sampling.filter_logits)
@@ -210,9 +212,20 @@ PENALTIES = [
 ]
 
 
+def test_a_rule_per_row_is_that_of_the_row_alone():
+    params, rows = tiny.params(text=False), [tiny.prompt(9), tiny.prompt(30, seed=1)]
+    together = sampling.rules(2)
+    sampling.set_rule(together, 1, Sampling.of(temperature=0, repetition_penalty=5.0))
+    found = generate(params, rows, sampling=together, max_new_tokens=9, razor=None)
+    for row, rule, result in zip(rows, (Greedy(), Greedy(repetition_penalty=5.0)), found, strict=True):
+        assert generate(params, row, sampling=rule, max_new_tokens=9, razor=None).tokens == result.tokens
+    with pytest.raises(ValueError, match=r"sampling.temperature has shape \(2,\): give one rule \[\]"):
+        generate(params, rows[0], sampling=together, razor=None)
+
+
 @pytest.mark.parametrize("idle", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
 def test_a_filter_beside_temperature_0_is_refused(idle):
-    with pytest.raises(ValueError, match=f"temperature=0 takes the most likely token: leave out {next(iter(idle))}"):
+    with pytest.raises(ValueError, match=f"temperature=0 takes the most likely token, so {next(iter(idle))} would"):
         Sampling.of(temperature=0, **idle)
     assert Sampling.of(temperature=0, top_p=1, min_p=0).greedy
 
