@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,10 @@ class State:
         if path is None or not path.exists():
             return
         try:
-            with np.load(path, allow_pickle=False) as found:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
                 arrays = {name: found[name] for name in found.files}
             theirs = str(arrays.pop("run"))
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not the state of a search or fit: give another file") from error
         if theirs != self._run:
             raise ValueError(f"{path} is the state of another run ({theirs}): delete it, or repeat the first command")

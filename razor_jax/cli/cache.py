@@ -42,22 +42,25 @@ def clear(
     ] = None,
 ) -> None:
     """Delete compiled programs, remembered heads and verdicts on kernels, which are made again when they are needed."""
-    folders = _folders()
-    for kind in what or ("programs", "heads", "kernels"):
+    folders, kinds = _folders(), what or ("programs", "heads", "kernels")
+    for kind in kinds:
         if kind == "downloads":
             raise typer.BadParameter("downloads are shared with other programs: use `hf cache delete`")
         if kind not in folders:
             raise typer.BadParameter(f"{kind!r}: must be programs, heads, kernels or methods")
+        if not folders[kind].is_relative_to(user_cache()):
+            raise typer.BadParameter(f"other programs may use {folders[kind]} too: delete what you know in it by hand")
+    for kind in kinds:
         size = _size(folders[kind])
         shutil.rmtree(folders[kind], ignore_errors=True)
-        note(f"{kind}: freed {size / 2**20:,.1f} MiB in {folders[kind]}")
+        note(f"{kind}: freed {(size - _size(folders[kind])) / 2**20:,.1f} MiB in {folders[kind]}")
 
 
 def _folders() -> dict[str, Path]:
     track_compilation()
     programs = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     return {
-        "programs": Path(programs),
+        "programs": Path(programs or user_cache() / "xla"),  # None where that cannot be made
         "heads": user_cache() / "heads",
         "kernels": user_cache() / "kernels",
         "methods": user_cache() / "methods",

@@ -15,6 +15,7 @@ from rich.table import Table
 from ..doctor import Report, Speeds, examine
 from ..evals.provenance import write_json
 from . import terminal
+from .options import check_output
 from .terminal import fail, note
 
 
@@ -26,6 +27,8 @@ def doctor(
     report: Annotated[Path | None, typer.Option("--json", help="Write the report here, to send.")] = None,
 ) -> None:
     """Check the kernels that this device runs against float64, and time them. Exit code 1 if one is wrong."""
+    if report is not None:
+        check_output("--json", report, file=True)
     with terminal.working("examining") as progress:
         found = examine(interpret=interpret, timed=timed, progress=progress)
     show(found, Console())

@@ -138,6 +138,9 @@ def needle(
     if run.out is not None:
         plots.require()
     variants = variant or ["single"]
+    for name in variants:
+        if name not in needles.VARIANTS:
+            raise typer.BadParameter(f"{name!r}: use {', '.join(needles.VARIANTS)}", param_hint="--variant")
     job = prepare(model, policy, rows, run)
     require_positions(job.params, "--lengths", max(grid.lengths))
     text, tables = Haystack.load(run.haystack), []
@@ -178,6 +181,9 @@ def ruler_command(
     for name in names:
         if name not in ruler.TASKS:
             raise typer.BadParameter(f"{name!r}: use {', '.join(ruler.TASKS)}", param_hint="--tasks")
+        if name in files and files[name] is None:
+            option = "--squad" if name == "qa_1" else "--hotpotqa"
+            raise typer.BadParameter(f"--tasks {name} asks from {ruler.TASKS[name].needs}: give it as {option}")
     sizes = _numbers("--lengths", lengths)
     job = prepare(model, policy, rows, run)
     require_positions(job.params, "--lengths", max(sizes))

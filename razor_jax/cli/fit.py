@@ -39,9 +39,7 @@ def fit(
     if method not in RECIPES:
         raise typer.BadParameter(f"{method!r}: use {', '.join(RECIPES)}", param_hint="--method")
     if out is not None:
-        if out.is_dir():
-            raise typer.BadParameter(f"--out {out} is a folder: give a file")
-        check_output("--out", out)
+        check_output("--out", out, file=True)
     params = model.load(dense=True)
     require_positions(params, "--tokens", tokens)
     out = out or stored_path(params, method)

@@ -33,7 +33,7 @@ from razor_jax.heads import (
     study,
 )
 from razor_jax.heads.find import LEARNED, Method
-from razor_jax.params import architecture_fingerprint, weights_fingerprint
+from razor_jax.params import architecture_fingerprint, weights_fingerprint, with_heads
 
 app = typer.Typer(
     cls=terminal.Commands, no_args_is_help=True, help="Which KV heads keep everything: find, import, or study them."
@@ -82,6 +82,8 @@ class BudgetOptions:
             self.size is not None and (classes or self.share is not None)
         ):
             raise typer.BadParameter("--bytes goes with --capacity, and without --share, --induction and --echo")
+        if self.size is None and self.batch != 1:
+            raise typer.BadParameter(f"--batch {self.batch} goes with --bytes")
 
     def check_layers(self, params: Params) -> None:
         """Raise ValueError for a layer that the model does not have, before any search."""
@@ -188,10 +190,7 @@ def find(
         _scopes(params, model, output.save, output.as_json)
         return
     budget.check_layers(params)
-    policy = budget.policy(params)
-    if windows and policy.window is None:
-        policy = dataclasses.replace(policy, window=_WINDOW)
-        note(f"--window {_WINDOW}: the documents of the search are shorter than the paper's window")
+    policy = _searched(budget.policy(params)) if windows else budget.policy(params)
     output.check(policy)
     scores = _scores(params, model, method, preset, seeds, policy, budget, learn)
     if learn.target is None:
@@ -213,11 +212,22 @@ def find(
         )
 
 
+def _searched(policy: RazorConfig) -> RazorConfig:
+    """Return the policy that heads are judged under: a window that the documents of a search do not fit into."""
+    if policy.window is not None:
+        return policy
+    note(f"--window {_WINDOW}: the documents of the search are shorter than the paper's window")
+    return dataclasses.replace(policy, window=_WINDOW)
+
+
 def _compare_with_shipped(model: str, params: Params, chosen: HeadSplit) -> None:
     """Say how the split that the model comes with differs from the one that was found, if there is one."""
     files = hub.beside_model(hub.find(model)), store.packaged_path(params)
-    shipped = next((store.read(file).split for file in files if file.is_file()), None)
-    if shipped is None or shipped.retrieval == chosen.retrieval:
+    try:
+        shipped = next((store.read(file).split for file in files if file.is_file()), None)
+    except ValueError:  # `load` names what is wrong with it
+        return
+    if shipped is None or shipped.num_layers != chosen.num_layers or shipped.retrieval == chosen.retrieval:
         return
     common = sum(len(set(a) & set(b)) for a, b in zip(shipped.retrieval, chosen.retrieval, strict=True))
     note(
@@ -289,9 +299,9 @@ def report_heads(
     params = _load(model, dtype, uses_policy=True)
     if params.config.alibi:
         raise typer.BadParameter("an ALiBi model's scopes follow from its weights: there is nothing to study")
-    policy = budget.policy(params)
+    policy = _searched(budget.policy(params))
     chosen = budget.select(_scores(params, model, method, preset, seeds, policy, budget, LearnOptions()), policy)
-    found = study.study(params.replace(heads=chosen, razor=policy), seeds=max(seeds, 4), say=_say)
+    found = study.study(with_heads(params, chosen).replace(razor=policy), seeds=max(seeds, 4), say=_say)
     for path in report.write(found, folder, model=model, machine=machine()):
         note(f"saved {path}")
     if as_json:
@@ -326,7 +336,7 @@ def _check_method(method: str, preset: str) -> None:
 
 def _load(model: str, dtype: Any, uses_policy: bool) -> Params:
     """Load a model; with its split and policy only where the policy matters."""
-    return ModelOptions(model, heads="auto" if uses_policy else "", dtype=dtype).load(dense=not uses_policy)
+    return ModelOptions(model, dtype=dtype).load(dense=not uses_policy)
 
 
 def _say(phase: str) -> Any:
@@ -381,7 +391,8 @@ def _scores(
         if method in ("gates", "search"):
             options["state"] = learn.state
         if method == "search":
-            options["heads"] = round((budget.share or 0) * params.config.num_layers * params.config.num_kv_heads)
+            total = params.config.num_layers * params.config.num_kv_heads
+            options["heads"] = max(1, round((budget.share or 0) * total))
     else:
         options["seeds"] = tuple(range(seeds))
         if method == "causal":

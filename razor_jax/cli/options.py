@@ -119,7 +119,9 @@ class ModelOptions:
     ] = None
 
     def load(self, *, dense: bool = False) -> Params:
-        """Load the model; without heads if `dense`."""
+        """Load the model; without heads if `dense`. Raises BadParameter for heads that dense attention would ignore."""
+        if dense and self.heads != "auto":
+            raise typer.BadParameter(f"--heads {self.heads}: dense attention has no use for it; leave it out")
         with terminal.working(f"loading {self.model}") as progress:
             return razor_jax.load(
                 self.model,
@@ -229,9 +231,11 @@ class SamplingOptions:
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 
 
-def check_output(option: str, path: Path) -> None:
-    """Raise BadParameter, before minutes of work, where no file or folder can be made at `path`."""
+def check_output(option: str, path: Path, *, file: bool = False) -> None:
+    """Raise BadParameter, before minutes of work, where no file or folder can be made at `path`; `file`: no folder."""
     path = path.expanduser().absolute()
+    if file and path.is_dir():
+        raise typer.BadParameter(f"{option} {path} is a folder: give a file")
     if not path.parent.is_dir():
         raise typer.BadParameter(f"{option} {path}: there is no folder {path.parent}; make it first")
     folder = path if path.is_dir() else path.parent

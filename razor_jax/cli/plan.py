@@ -74,11 +74,12 @@ def plan(
         raise ValueError(
             f"mesh={mesh!r} takes {sizes['data'] * sizes['model']} devices, {topology} has {hardware.devices}"
         )
+    if layers is not None and layers > config.num_layers:
+        raise typer.BadParameter(f"--layers {layers}: {model} has {config.num_layers}, give at most as many")
+    split, recommended = (None, None) if policy.dense else _split(config, share, heads)
     if layers is not None:
-        if layers > config.num_layers:
-            raise typer.BadParameter(f"--layers {layers}: {model} has {config.num_layers}, give at most as many")
         config = dataclasses.replace(config, num_layers=layers)
-    split = None if policy.dense else _split(config, share, heads)
+        split = split and dataclasses.replace(split, retrieval=split.retrieval[:layers], scopes=split.scopes[:layers])
     if split is not None and layout == "head":
         split = planner.balanced(split, sizes["model"])
     job = Job(
@@ -89,7 +90,7 @@ def plan(
         context=context,
         call=min(policy.prefill_chunk or context, context),
         split=split or HeadSplit.all(config.num_layers, config.num_kv_heads),
-        razor=None if split is None else RazorConfig(**policy.changes),
+        razor=None if split is None else dataclasses.replace(recommended or RazorConfig(), **policy.changes),
         weights=weights,
         layout=layout,
     )
@@ -109,16 +110,17 @@ def _config(model: str) -> ModelConfig:
     return planner.find_config(model)
 
 
-def _split(config: ModelConfig, share: float | None, heads: Path | None) -> HeadSplit | None:
-    """Return the split of a razor.json, or one as large as a search would make; None where the weights alone decide."""
+def _split(config: ModelConfig, share: float | None, heads: Path | None) -> tuple[HeadSplit | None, RazorConfig | None]:
+    """Return the split of a razor.json and the policy that it recommends, or a split as large as a search would make;
+    no split where the weights alone decide."""
     if heads is not None:
-        split = store.read(heads).split
-        check_split(split, config.num_layers, config.num_kv_heads)
-        return split
+        file = store.read(heads)
+        check_split(file.split, config.num_layers, config.num_kv_heads)
+        return file.split, file.recommended
     if config.alibi:
         note("an ALiBi model's scopes follow from its weights, which are not looked at: dense only, or give --heads")
-        return None
-    return planner.default_split(config, share)
+        return None, None
+    return planner.default_split(config, share), None
 
 
 def _show(made: Plan) -> None:

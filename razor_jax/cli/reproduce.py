@@ -14,7 +14,7 @@ from rich.table import Table
 import razor_jax
 from razor_jax.checkpoint.hub import find
 from razor_jax.cli import terminal
-from razor_jax.cli.options import Dtype, JsonOption, ModelName
+from razor_jax.cli.options import Dtype, JsonOption, ModelName, check_output
 from razor_jax.cli.terminal import note
 from razor_jax.evals import reproduce as steps
 from razor_jax.evals.journal import Journal
@@ -39,6 +39,12 @@ def reproduce(
 
     Exit code 0 whatever the verdicts; 1 if a stage could not be run.
     """
+    check_output("--out", output, file=True)
+    records = output.with_suffix(".jsonl")
+    if records == output:
+        raise typer.BadParameter(
+            f"--out {output}: the records are there; give another name, such as {output.stem}.json"
+        )
     size = steps.PRESETS[preset]
     given = {name: value for name, value in (("tokens", tokens), ("documents", documents)) if value is not None}
     size = dataclasses.replace(size, **given)
@@ -52,7 +58,7 @@ def reproduce(
             f"documents of {size.tokens:,} tokens, but the model has {params.config.max_position_embeddings:,} "
             "positions: give --tokens"
         )
-    found = steps.reproduce(params, folder, size, Journal(output.with_suffix(".jsonl")), note)
+    found = steps.reproduce(params, folder, size, Journal(records), note)
     content = {"about": provenance(params, model), **found}
     note(f"saved {write_json(output, content)}")
     if as_json:

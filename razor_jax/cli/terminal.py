@@ -91,7 +91,7 @@ class Commands(typer.core.TyperGroup):
             raise
         except Exception as error:
             # typer's exceptions (usage, exit) have an exit code.
-            if hasattr(error, "exit_code") or ctx.params.get("debug"):
+            if hasattr(error, "exit_code") or ctx.find_root().params.get("debug"):
                 _say_more(error)
                 raise
             fail(_sentence(error))

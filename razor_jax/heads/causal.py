@@ -105,7 +105,7 @@ class Ablation:
         if least <= razor.sinks + kv.ring_length(razor, least):
             raise ValueError(
                 f"a document of {least:,} tokens drops nothing under {razor.describe()}: "
-                "use longer documents or razor=RazorConfig.compact(window=…)"
+                "use longer documents, or a smaller window"
             )
         capacity = max(map(len, documents)) + longest
         self._plain = self._read(documents, capacity, None)

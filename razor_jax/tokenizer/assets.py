@@ -355,7 +355,10 @@ def _no_tokenizer(source: str) -> str:
 
 
 def _text(path: pathlib.Path) -> str | None:
-    return path.read_bytes().decode("utf-8") if path.is_file() else None
+    try:
+        return path.read_bytes().decode("utf-8") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): fetch it again") from error
 
 
 def _parsed(text: str | None, path: pathlib.Path | str) -> dict[str, Any]:

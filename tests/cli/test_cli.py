@@ -10,6 +10,7 @@ import pytest
 
 import razor_jax
 from razor_jax import Assets, RazorConfig, Sampling
+from razor_jax.cli import cache as cli_cache
 from razor_jax.cli import chat as chat_command
 from razor_jax.cli import terminal
 from razor_jax.heads import store
@@ -227,7 +228,11 @@ def test_caches_are_listed_and_cleared(run, tmp_path, monkeypatch):
     assert not heads.exists()
     assert json.loads(run("cache", "list", "--json").stdout)["heads"]["bytes"] == 0
     assert run("cache", "clear", "downloads").exit_code == 2
-    assert run("cache", "clear", "everything").exit_code == 2
+    (tmp_path / "razor_jax" / "kernels").mkdir()
+    assert run("cache", "clear", "kernels", "everything").exit_code == 2
+    assert (tmp_path / "razor_jax" / "kernels").exists()
+    monkeypatch.setattr(cli_cache, "_folders", lambda: {"programs": tmp_path / "shared"})
+    assert "other programs may use" in run("cache", "clear", "programs").stderr
 
 
 def test_chat_saves_no_file_over_another(run, model, tmp_path):

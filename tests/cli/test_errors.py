@@ -66,8 +66,15 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(run, tmp_path, s
         (("generate", "-p", " ", "-Q", "x"), "is blank"),
         (("generate", "-p", "x", "-Q", ""), "is blank"),
         (("generate", "-p", "x", "--raw", "--system", "y"), "leave out --system"),
+        (("generate", "-p", "x", "--dense", "--heads", "typo.json"), "--heads typo.json: dense attention has no use"),
+        (("eval", "needle", "--variant", "single", "--variant", "singel"), "'singel': use single, facts"),
+        (("eval", "ruler", "--tasks", "niah_single_1,qa_1"), "--tasks qa_1 asks from SQuAD 2.0: give it as --squad"),
+        (("reproduce", "--out", "/"), "--out / is a folder: give a file"),
+        (("reproduce", "--out", "records.jsonl"), "the records are there; give another name, such as records.json"),
+        (("doctor", "--json", "/"), "--json / is a folder: give a file"),
+        (("heads", "find", "--batch", 8), "--batch 8 goes with --bytes"),
     ],
-    ids=["command", "file", "blank", "blank document", "blank question", "raw"],
+    ids=lambda value: " ".join(map(str, value[:2])) if isinstance(value, tuple) else "",
 )
 def test_wrong_input_is_one_sentence(run, command, message):
     done = run(*command)
@@ -145,8 +152,9 @@ def test_failure_is_one_line_and_1(run, model, arguments, message):
     assert done.stdout == ""
 
 
-def test_debug_shows_the_traceback(run):
-    done = run("--debug", "generate", "-m", "no/such/folder", "-p", "x")
+@pytest.mark.parametrize("command", [("generate", "-p", "x"), ("heads", "find"), ("eval", "needle")])
+def test_debug_shows_the_traceback(run, command):
+    done = run("--debug", *command, "-m", "no/such/folder")
     assert isinstance(done.exception, FileNotFoundError)
 
 

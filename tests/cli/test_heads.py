@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 
+import jax
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import razor_jax
+from razor_jax import HeadSplit
 from razor_jax.cli import heads
 from razor_jax.heads import find, gates, interchange, random_heads, store
 from tests.support import tiny
@@ -146,6 +150,17 @@ def test_wrong_use(run, options, words):
     # The message stands in a box as wide as the terminal.
     said = run(*options, code=2).output.replace("│", " ")
     assert words in " ".join(said.split())
+
+
+def test_a_report_numbers_heads_as_the_checkpoint_does(run, model, monkeypatch, tmp_path):
+    """Weights are stored in the order of a split, so another split moves them."""
+    studied, other = [], HeadSplit(((), (1,)), 2)
+    monkeypatch.setattr(heads.BudgetOptions, "select", lambda *_: other)
+    monkeypatch.setattr(heads.study, "study", lambda params, **_: studied.append(params) or sys.exit(0))
+    run("report", tmp_path / "report", "--method", "random")
+    want = razor_jax.with_heads(razor_jax.load(model), other)
+    for a, b in zip(jax.tree.leaves(studied[0].weights), jax.tree.leaves(want.weights), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow

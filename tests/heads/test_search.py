@@ -94,9 +94,10 @@ def test_a_stopped_search_resumes(params, tmp_path):
     with pytest.raises(ValueError, match="is the state of another run"):
         gates.gate_heads(params, **options | {"steps": 5}, state=file)
     broken = tmp_path / "broken.npz"
-    broken.write_bytes(b"PK nothing")
-    with pytest.raises(ValueError, match="is not the state of a search or fit"):
-        gates.gate_heads(params, **options, state=broken)
+    for content in (b"PK nothing", b"", file.read_bytes()[:200]):
+        broken.write_bytes(content)
+        with pytest.raises(ValueError, match="is not the state of a search or fit"):
+            gates.gate_heads(params, **options, state=broken)
 
 
 def test_only_answers_that_dense_attention_gives_count(ablation):

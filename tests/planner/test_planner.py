@@ -264,6 +264,10 @@ def test_options_change_the_plan(run, tmp_path):
     assert [row["cache"] for row in json.loads(run(*LOAD, "--json", "--dense").stdout)["rows"]] == ["dense"]
     file = store.write(tmp_path / "razor.json", HeadSplit(((0, 1),) * 32, 8))
     assert json.loads(run(*LOAD, "--json", "--heads", file).stdout)["split"]["share"] == 0.25
+    store.write(file, HeadSplit(((0, 1),) * 32, 8), RazorConfig.compact(window=256))
+    first = json.loads(run(*LOAD, "--json", "--heads", file, "--layers", 2, "--sinks", 8).stdout)
+    assert first["split"]["share"] == 0.25
+    assert "sinks 8, window 256" in first["rows"][1]["setting"]
     wide = json.loads(run(*LOAD, "--json", "--mesh", "data=2,model=2", "--window", 1000).stdout)
     assert wide["mesh"] == {"data": 2, "model": 2}
     assert "window 1000" in wide["rows"][1]["setting"]
