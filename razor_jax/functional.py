@@ -265,9 +265,10 @@ def check_cache(params: Params, cache: KVCache) -> None:
         raise ValueError(f"the cache is for (layers, KV heads, head width) {have}, the model has {want}")
     # Another split of the same weights stores its heads in another order, dense or not.
     if spec.heads != split:
+        differ = "scopes" if spec.heads.retrieval == split.retrieval else "retrieval"
         raise ValueError(
-            f"the cache was made for another head split: retrieval heads by layer {list(spec.heads.retrieval)}, these "
-            f"params have {list(split.retrieval)}; make the cache from the same params"
+            f"the cache was made for another head split: {differ} by layer {list(getattr(spec.heads, differ))}, these "
+            f"params have {list(getattr(split, differ))}; make the cache from the same params"
         )
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from .cache import CacheSpec
 
@@ -16,12 +19,12 @@ from .cache import CacheSpec
 def check_memory(spec: CacheSpec, batch: int, free: int | None = None) -> None:
     """Raise MemoryError if a device has not enough free bytes for a new cache; nothing is allocated.
 
-    `free`: free bytes per device; None to ask the first device of this process.
+    `free`: free bytes per device; None to ask the first device of each process of the cache's mesh.
     """
     mesh = None if spec.placement is None else spec.placement.mesh
     devices = 1 if mesh is None else mesh.size
     if free is None:
-        free = free_bytes((jax.local_devices() if mesh is None else mesh.local_devices)[0])
+        free = least_free_bytes(mesh)
 
     def needed(capacity: int, rows: int) -> int:
         return dataclasses.replace(spec, capacity=capacity).kv_bytes(rows) // devices
@@ -41,6 +44,17 @@ def check_memory(spec: CacheSpec, batch: int, free: int | None = None) -> None:
         f"a cache of {batch:,} × {spec.capacity:,} tokens needs {needed(spec.capacity, batch) / 2**30:,.2f} GiB "
         f"per device, and {free / 2**30:,.2f} GiB are free{': ' * bool(ways)}{'; '.join(ways)}"
     )
+
+
+def least_free_bytes(mesh: Mesh | None) -> int | None:
+    """Return the free bytes per device of a mesh, the least of all processes, or of this process; None if unknown."""
+    free = free_bytes((jax.local_devices() if mesh is None else mesh.local_devices)[0])
+    if mesh is None or not mesh.is_multi_process:
+        return free
+    # What a process decides alone, such as an error, would leave the others waiting.
+    mib = np.int32(-1 if free is None else free >> 20)
+    least = int(np.min(multihost_utils.process_allgather(mib)))
+    return None if least < 0 else least << 20
 
 
 def free_bytes(device: Any) -> int | None:

@@ -31,6 +31,14 @@ Progress = Callable[[int, int], None]
 _FIELDS = ("id", "prompt", "messages", "max_new_tokens")
 
 
+def _alone(answer: Answer, task: Mapping[str, Any], row: int, batch: int) -> Result | str:
+    """Return what `answer` gives for the prompt of a row in a batch without the others, or why it has no room."""
+    try:
+        return answer(batch * [task["prompts"][row]], task["max_new_tokens"], task["number"])[row]
+    except MemoryError as error:
+        return str(error)
+
+
 @dataclasses.dataclass(frozen=True)
 class Item:
     """One line of the prompt file."""
@@ -81,7 +89,8 @@ def serve(
             except MemoryError as error:
                 if task["max_new_tokens"] == max_new_tokens:  # the run's own limit, not that of a line
                     raise
-                results = len(given) * [str(error)]
+                # A long one may be to blame. Each keeps its row, so that it is drawn as in the batch.
+                results = [_alone(answer, task, row, batch) if batch > 1 else str(error) for row in range(len(given))]
             except (ValueError, TypeError) as error:
                 raise ValueError(f"prompts {task['ids'][0]!r} to {task['ids'][-1]!r}: {error}") from error
             done, total = broadcast_from_process_0(lambda results=results: work[0].keep(results))

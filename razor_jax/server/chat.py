@@ -52,7 +52,7 @@ async def answer(service: Service, request: Request) -> Response:
 
 def _read(service: Service, fields: Fields, id: str) -> tuple[Options, Tools, list[Generation]]:
     """Return what a request asks for. Raises ApiError."""
-    options = read_options(fields, service.grammars, service.vocab_size, service.max_model_len)
+    options = read_options(fields, service.grammars, service.assets, service.vocab_size, service.max_model_len)
     logprobs = _logprobs(fields)
     tools = read_tools(fields, service.assets.chat_template, service.grammars)
     if tools.grammar is not None and options.grammar is not None:

@@ -51,7 +51,7 @@ async def answer(service: Service, request: Request) -> Response:
 
 def _read(service: Service, fields: Fields, id: str) -> tuple[Options, list[Prompt], list[Generation]]:
     """Return what a request asks for. Raises ApiError."""
-    options = read_options(fields, service.grammars, service.vocab_size, service.max_model_len)
+    options = read_options(fields, service.grammars, service.assets, service.vocab_size, service.max_model_len)
     logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
     echo = fields.boolean("echo")
     if options.max_tokens == 0 and not echo:

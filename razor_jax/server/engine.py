@@ -133,6 +133,8 @@ class RazorEngine:
             state, refusal = scheduler.submit(self._state, request)
             if refusal is not None:
                 raise Refused(refusal.reason, refusal.message)
+            if not self._answers:
+                self._counters.last_tick = time.monotonic()  # until now there was nothing to do
             self._state, self._answers[generation.id] = state, answer
             self._wake.notify()
 

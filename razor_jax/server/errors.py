@@ -32,6 +32,11 @@ _REFUSED = {
 }
 
 
+def _unicode(text: str) -> str:
+    """Return a text that may quote a request without lone surrogates, which cannot be sent."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class ApiError(Exception):
     """A request that is answered with an error.
 
@@ -49,7 +54,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON body."""
         kind = _TYPES.get(self.status, "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        message, param = _unicode(self.message), self.param and _unicode(self.param)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """Return the HTTP response."""

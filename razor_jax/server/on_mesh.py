@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
-import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from .. import memory
@@ -65,13 +63,7 @@ def head_devices(spec: CacheSpec) -> int:
 
 def free_bytes(spec: CacheSpec) -> int | None:
     """Return the free bytes per device, the least of all processes; None if unknown."""
-    local = jax.local_devices() if spec.placement is None else spec.placement.mesh.local_devices
-    free = memory.free_bytes(local[0])
-    if jax.process_count() == 1:
-        return free
-    mib = np.int32(-1 if free is None else free >> 20)
-    least = int(np.min(multihost_utils.process_allgather(mib)))
-    return None if least < 0 else least << 20
+    return memory.least_free_bytes(None if spec.placement is None else spec.placement.mesh)
 
 
 def require_one_group(spec: CacheSpec) -> None:

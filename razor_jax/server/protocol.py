@@ -8,7 +8,9 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+from ..text.row_output import check_stops
 from ..text.sampling import Sampling
+from ..tokenizer.assets import Assets
 from .errors import ApiError
 from .fields import Fields, short
 from .generation import Generation
@@ -64,7 +66,7 @@ class Options:
     grammar: str | None
 
 
-def read_options(fields: Fields, grammars: Grammars, vocab_size: int, max_model_len: int) -> Options:
+def read_options(fields: Fields, grammars: Grammars, assets: Assets, vocab_size: int, max_model_len: int) -> Options:
     """Return the checked options. Raises ApiError that names the field at fault."""
     given = [name for name in ("max_tokens", "max_completion_tokens") if name in fields]
     limits = {fields.integer(name, None, 0, max_model_len) for name in given}
@@ -82,7 +84,7 @@ def read_options(fields: Fields, grammars: Grammars, vocab_size: int, max_model_
         sampling=_sampling(fields),
         seed=secrets.randbelow(_SEEDS) if seed is None else seed % _SEEDS,
         logit_bias=_logit_bias(fields, vocab_size),
-        stop=_stop(fields),
+        stop=_stop(fields, assets),
         grammar=_response_grammar(fields, grammars),
     )
 
@@ -176,12 +178,16 @@ def _logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float], ...
     return tuple((int(token), float(bias)) for token, bias in biases.items())
 
 
-def _stop(fields: Fields) -> tuple[str, ...]:
+def _stop(fields: Fields, assets: Assets) -> tuple[str, ...]:
     stop = fields.get("stop", [])
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
         message = f"stop={short(stop)}: must be a non-empty string, or a list of at most {MAX_STOPS} of them"
         raise ApiError(message, param="stop", code="invalid_value")
+    try:
+        check_stops(assets, stops)
+    except ValueError as error:
+        raise ApiError(str(error), param="stop", code="invalid_value") from error
     return tuple(stops)
 
 

@@ -66,8 +66,11 @@ class Tokenizer:
             _send(process, data, add_special)
             assert process.stdout is not None
             (count,) = struct.unpack("=q", process.stdout.read(8))
-            return np.frombuffer(process.stdout.read(4 * count), np.int32)
-        except (BrokenPipeError, struct.error) as error:
+            ids = process.stdout.read(4 * count)
+            if len(ids) != 4 * count:
+                raise EOFError
+            return np.frombuffer(ids, np.int32)
+        except (BrokenPipeError, EOFError, struct.error) as error:
             self._process = None
             raise RuntimeError("the tokenizer process ended: is there memory for a text this long?") from error
 

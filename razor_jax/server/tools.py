@@ -75,7 +75,9 @@ def find_format(template: str | None) -> Format | None:
 def _schemas(tools: Any) -> dict[str, Any]:
     """Return the JSON schema of the parameters of each tool, by name."""
     schemas: dict[str, Any] = {}
-    for index, tool in enumerate(tools if isinstance(tools, list) else [tools]):
+    if not isinstance(tools, list):
+        raise ApiError(f"tools={short(tools)}: must be a list", param="tools", code="invalid_value")
+    for index, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
         name = function.get("name") if isinstance(function, dict) else None
         parameters = function.get("parameters") if isinstance(function, dict) else None
@@ -92,7 +94,8 @@ def _chosen(choice: Any, schemas: dict[str, Any]) -> dict[str, Any]:
     """Return the schemas of the tools that a call may name."""
     named = isinstance(choice, dict) and choice.get("type") == "function" and isinstance(choice.get("function"), dict)
     name = choice["function"].get("name") if named else None
-    if (choice not in ("none", "auto", "required") and name not in schemas) or (not schemas and choice != "none"):
+    known = isinstance(name, str) and name in schemas
+    if (choice not in ("none", "auto", "required") and not known) or (not schemas and choice != "none"):
         allowed = "none, auto, required, or a function" + (f" of {', '.join(schemas)}" if schemas else "; give tools")
         message = f"tool_choice={short(choice)}: must be {allowed}"
         raise ApiError(message, param="tool_choice", code="invalid_value")

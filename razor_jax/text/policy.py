@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -92,7 +93,14 @@ def prefill_chunk(razor: RazorConfig | CacheMethod | None) -> int | None:
     return razor.prefill_chunk if isinstance(razor, RazorConfig) else None
 
 
-def padded_batch(rows: Sequence[Sequence[int]], spec: CacheSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Return token rows as padded int32 [B, T] and lengths [B]. A mesh may need empty rows to fill the batch."""
+def padding(rows: int, spec: CacheSpec, n: int = 1) -> int:
+    """Return how many empty rows a mesh needs beside `rows` prompts of `n` answers each."""
+    needs = placement_of(spec).padding
+    return next(more for more in itertools.count() if not needs(rows + more) and not needs((rows + more) * n))
+
+
+def padded_batch(rows: Sequence[Sequence[int]], spec: CacheSpec, n: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Return token rows as padded int32 [B, T] and lengths [B], with the empty rows that a mesh needs for `n` answers
+    to each."""
     longest = max(len(row) for row in rows)
-    return prompts.pad([*rows, *[()] * placement_of(spec).padding(len(rows))], prompts.prompt_bucket(longest))
+    return prompts.pad([*rows, *[()] * padding(len(rows), spec, n)], prompts.prompt_bucket(longest))

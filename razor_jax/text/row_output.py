@@ -15,13 +15,23 @@ def end_ids(assets: Assets | None, stops: Sequence[str]) -> tuple[int, ...]:
     """
     if assets is None:
         return ()
-    encoded = ((stop, assets.encode(stop, add_special=False)) for stop in stops)
-    special = (
-        ids[0]
-        for stop, ids in encoded
-        if len(ids) == 1 and not assets.decode(ids) and assets.decode(ids, skip_special=False) == stop
-    )
-    return (*assets.eos_ids, *special)
+    return (*assets.eos_ids, *(token for stop in stops for token, text in _special_in(assets, stop) if text == stop))
+
+
+def check_stops(assets: Assets | None, stops: Sequence[str]) -> None:
+    """Raise ValueError for a stop string that can never match: one of a special token and other text."""
+    if assets is None:
+        return
+    for stop in stops:
+        for token, text in _special_in(assets, stop):
+            if text != stop and token not in assets.eos_ids:
+                raise ValueError(f"stop={stop!r} never matches, because text shows no special token: give {text!r}")
+
+
+def _special_in(assets: Assets, stop: str) -> list[tuple[int, str]]:
+    """Return the special tokens of a stop string, ids and texts."""
+    ids = assets.encode(stop, add_special=False)
+    return [(i, text) for i in ids if not assets.decode([i]) and (text := assets.decode([i], skip_special=False))]
 
 
 class RowOutput:

@@ -20,10 +20,10 @@ from ..memory import check_memory
 from ..params import Params, nonfinite
 from . import lookup, loop, prompts
 from .logprobs import MAX_LOGPROBS, Logprobs, TokenLogprob, token_logprobs
-from .policy import Policy, choose_policy, keeps_everything, padded_batch, prefill_chunk, room_for, spec_for
+from .policy import Policy, choose_policy, keeps_everything, padded_batch, padding, prefill_chunk, room_for, spec_for
 from .prompts import Prompts
 from .result import KVReport, Result, Timings
-from .row_output import RowOutput, end_ids
+from .row_output import RowOutput, check_stops, end_ids
 from .sampling import FIELDS, Rule, Sampling, as_sampling
 
 log = logging.getLogger("razor_jax")
@@ -202,7 +202,7 @@ class Session:
             yield
 
     def _begin(self) -> None:
-        tokens, lengths = padded_batch(self.prompts.rows, self.spec)
+        tokens, lengths = padded_batch(self.prompts.rows, self.spec, self.n)
         # A cache that must grow cannot be written in place.
         in_place = self._owns_source and self.source is not None and self.source.spec == self.spec
         with self._timed("prefill"):
@@ -220,7 +220,7 @@ class Session:
             )
             self.source = None
             if self.draft is not None:
-                texts = (np.repeat(x, self.n, axis=0) for x in padded_batch(self._texts, self.spec))
+                texts = (np.repeat(x, self.n, axis=0) for x in padded_batch(self._texts, self.spec, self.n))
                 self.text = lookup.begin(*texts, self.state.token, capacity=self.spec.capacity)
             self._collect()
         self._rewind()
@@ -315,7 +315,7 @@ class Session:
     @property
     def _limits(self) -> np.ndarray:
         """Token limit of each row on the device. Padding rows have limit 0, so they end at once."""
-        return np.pad(self.limit, (0, self.n * placement_of(self.spec).padding(len(self.prompts.rows))))
+        return np.pad(self.limit, (0, self.n * padding(len(self.prompts.rows), self.spec, self.n)))
 
     @property
     def _counts(self) -> np.ndarray:
@@ -383,6 +383,7 @@ def _stop_texts(params: Params, stop: str | Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"stop={stop!r}: each stop string must have at least one character")
     if texts and (params.assets is None or params.assets.tokenizer_json is None):
         raise ValueError(f"stop={stop!r}: these params have no tokenizer to match text with; leave stop out")
+    check_stops(params.assets, texts)
     return tuple(texts)
 
 

@@ -242,6 +242,22 @@ def test_a_line_whose_own_limit_does_not_fit_gets_an_error_record(tmp_path, unch
         serve(prompts, tmp_path / "other.jsonl", full, max_new_tokens=7000)
 
 
+def test_a_prompt_without_room_costs_no_other_its_answer(tmp_path, unchecked):
+    items = [{"id": 0, "prompt": "long", "max_new_tokens": 70}, {"id": 1, "prompt": "b", "max_new_tokens": 70}]
+    asked, output = [], tmp_path / "out.jsonl"
+
+    def full(prompts, *rest):
+        asked.append(prompts)
+        if "long" in prompts:
+            raise MemoryError("a cache needs too much")
+        return Answers()(prompts, *rest)
+
+    assert serve(write_lines(tmp_path / "in.jsonl", items), output, full) == 2
+    refused, answered = read_lines(output)
+    assert (refused["error"], answered["text"]) == ("a cache needs too much", Answers()(["b", "b"], 70, 0)[1].text)
+    assert asked == [["long", "b"], ["long", "long"], ["b", "b"]]
+
+
 def test_answers_of_another_run_are_not_mixed_in(tmp_path, unchecked):
     prompts, output = write_lines(tmp_path / "in.jsonl", lines(3)), tmp_path / "out.jsonl"
     serve(prompts, output)

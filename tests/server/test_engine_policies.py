@@ -42,6 +42,14 @@ def test_scarce_pages_make_requests_wait_and_change_no_answer():
     assert [heard.tokens for heard in answers(made, *requests)] == alone
 
 
+def test_time_without_work_is_no_stall():
+    made = engines.engine()
+    made._counters.last_tick -= 600
+    submit(made, request("a", 5, 2))
+    assert made.stats().last_tick_age < 60
+    run(made)
+
+
 def test_a_row_that_is_not_finite_ends_with_an_error_and_no_other_notices():
     made = engines.engine(engines.poisoned())
     good = [request("a", 40, 40, seed=1), request("b", 25, 30, seed=2)]

@@ -68,6 +68,15 @@ BAD = [
     (CHAT, {"messages": HELLO, "audio": {"voice": "x"}}, "audio", "'audio' is not implemented"),
     (CHAT, {"messages": HELLO, "functions": []}, "functions", "'functions' is not implemented"),
     (CHAT, {"messages": HELLO, "tempreature": 1}, "tempreature", "did you mean 'temperature'?"),
+    (CHAT, {"messages": HELLO, "stop": "<s> x"}, "stop", "give '<s>'"),
+    (CHAT, {"messages": [{"role": "\ud800", "content": "x"}]}, "messages[0].role", "\\ud800"),
+    (CHAT, {"messages": HELLO, "tools": TOOL}, "tools", "must be a list"),
+    (
+        CHAT,
+        {"messages": HELLO, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": ["f"]}}},
+        "tool_choice",
+        "a function of",
+    ),
     (CHAT, {"messages": HELLO, "tools": [TOOL]}, "tools", "leave tools out"),
     (CHAT, {"messages": HELLO, "tool_choice": "required"}, "tool_choice", "give tools"),
 ]

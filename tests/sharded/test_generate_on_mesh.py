@@ -69,6 +69,15 @@ def test_several_answers_with_log_probabilities():
 
 
 @pytest.mark.slow
+def test_answers_that_data_does_not_divide():
+    options = {"n": 3, "sampling": Sampling.of(temperature=0.8), "max_new_tokens": 6, "razor": RAZOR}
+    for prompt in (PROMPTS[0], PROMPTS[:1]):
+        want, got = (razor_jax.generate(p, prompt, **options) for p in both())
+        assert repr(got).count("Result(") == 3
+        assert [each.tokens for each in np.ravel(got)] == [each.tokens for each in np.ravel(want)]
+
+
+@pytest.mark.slow
 def test_each_row_has_its_rule():
     rule = rules(3)
     set_rule(rule, 1, Sampling.of(temperature=0, repetition_penalty=3.0))

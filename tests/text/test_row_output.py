@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from razor_jax.text.row_output import RowOutput, end_ids
+from razor_jax.text.row_output import RowOutput, check_stops, end_ids
 from tests.support.tokenizers import ASSETS, KINDS
 
 BACKENDS = {name: tokenizers.Tokenizer.from_str(assets.tokenizer_json) for name, assets in ASSETS.items()}
@@ -116,6 +116,10 @@ def test_a_stop_string_that_is_a_special_token_ends_the_row():
     assert end_ids(assets, ["<s>", "fox"]) == (EOS["byte_level"], 0)
     # The word separator has no text by itself, but it is not special.
     assert end_ids(MODELS["metaspace_words"], [" "]) == (EOS["metaspace_words"],)
+    check_stops(assets, ["<s>", "fox", "</s> fox"])  # an end token ends the row anyway
+    check_stops(MODELS["metaspace_words"], [" "])
+    with pytest.raises(ValueError, match=r"stop='<s>\\n' never matches, .*: give '<s>'"):
+        check_stops(assets, ["<s>\n"])
     deltas, row = stream(assets, [*assets.encode("the "), 0, *assets.encode("fox")], ["<s>"])
     assert ("".join(deltas), row.finish_reason, row.stopped_at) == ("the ", "stop", None)
 
