@@ -167,7 +167,6 @@ def test_wrong_usage_is_2(run, arguments, message):
     ("arguments", "message"),
     [
         (("eval", "needle", "--lengths", "64"), "1 facts and a question do not fit in 64 tokens"),
-        (("eval", "ruler", "--tasks", "qa_1", "--lengths", "512"), "qa_1 asks from SQuAD 2.0"),
         (("eval", "needle", "--depths", "150"), "depths=(1.5,): give shares"),
         (("eval", "ruler", "--lengths", "512,999999"), "--lengths: 999,999 tokens, but the model has"),
         (("eval", "agreement", "--tokens", "999999"), "1,000,511 tokens, but the model has"),
